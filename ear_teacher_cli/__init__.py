@@ -1,0 +1,33 @@
+"""Ear teacher: learn ear features from unlabelled photographs, then hand them on.
+
+The command line is `earteach` (cli.py). The Python API is what the names below resolve to; they are
+looked up when first used, so that importing the package costs nothing:
+
+    from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .core.lightning_module import EarTeacherLightningModule
+    from .data.datamodule import EarDataModule
+    from .errors import EarTeachError
+
+__version__ = "0.1.0"
+
+__all__ = ["EarDataModule", "EarTeachError", "EarTeacherLightningModule", "TrainConfig"]
+
+_HOME = {
+    "EarDataModule": ".data.datamodule",
+    "EarTeacherLightningModule": ".core.lightning_module",
+    "EarTeachError": ".errors",
+    "TrainConfig": ".config",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

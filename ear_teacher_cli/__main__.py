@@ -1,0 +1,5 @@
+"""`python -m ear_teacher_cli` is `earteach`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""`collage`: originals above, what the teacher remembers of them below."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core import runs
+from ..core.callbacks import sample_pixels
+from ..core.checkpoint import read_checkpoint
+from ..core.lightning_module import EarTeacherLightningModule
+from ..core.pictures import collage as draw_collage
+from ..core.pictures import psnr_of_bytes, save_picture
+from ..data.dataset import EarDataset
+from ..data.manifest import read_manifest
+from ..errors import EarTeachError
+from ..files import refuse_existing
+
+
+@dataclass(frozen=True)
+class Collage:
+    path: Path
+    pictures: int
+    psnr: float  # mean, dB
+    metadata: str
+
+
+def collage(source: str | Path, out: str | Path, *, metadata: str | None = None, root_dir: str | None = None,
+            num_samples: int = 10, seed: int = 0, overwrite: bool = False) -> Collage:  # fmt: skip
+    """Draw `num_samples` pictures of `metadata` (default: what the run was validated on) with their reconstructions."""
+    out = refuse_existing(out, overwrite)
+    checkpoint = read_checkpoint(runs.checkpoint_of(Path(source), best=True))
+    config = checkpoint.config
+    manifest = read_manifest(metadata or config.val_metadata, root_dir or (None if metadata else config.root_dir))
+    module = EarTeacherLightningModule(config)
+    module.model.load_state_dict(checkpoint.model_state, strict=True)
+    pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
+    if pixels is None:
+        raise EarTeachError(f"{manifest.source}: not one picture could be read; check --root-dir, or run earteach validate-data")
+    remade = module.reconstruct(pixels)
+    decibels = psnr_of_bytes(pixels, remade)
+    save_picture(draw_collage(pixels, remade, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)
+    return Collage(out, len(pixels), sum(decibels) / len(decibels), manifest.source)

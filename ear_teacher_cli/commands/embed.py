@@ -1,0 +1,261 @@
+"""`embed`: pictures in, one row of numbers per readable picture out, with names and provenance beside it.
+
+Rows stream to disk: memory does not grow with their number. A picture that cannot be read has no row; the
+list beside the embeddings says why.
+"""
+
+import csv
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from .. import __version__
+from ..core.embedder import Embedder, load_embedder
+from ..data.datamodule import usable_cores
+from ..data.dataset import BadPicture, EarDataset, collate
+from ..data.manifest import MANIFEST_SUFFIXES, PICTURE_SUFFIXES, Box, Manifest, pictures_manifest, read_manifest
+from ..errors import EarTeachError, ManifestError, WordsError
+from ..files import printable, refuse_existing, whole_file
+from ..talk import Talk
+
+FORMATS = ("npy", "npz", "csv")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    rows: int
+    skipped: int
+    dim: int
+    out: str
+
+
+def embed(source: str, out: str, *, weights: str | None = None, backbone: str | None = None, image_size: int | None = None,
+          format: str | None = None, normalize: bool = True, root_dir: str | None = None, batch_size: int = 32,
+          num_workers: int = 8, overwrite: bool = False, talk: Talk) -> Embedded:  # fmt: skip
+    """Embed `source` (a folder, a manifest, a picture, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
+
+    `normalize`: rows at unit length (L2). Raises EarTeachError if not one picture could be embedded.
+    """
+    kind = _format_of(out, format)
+    sidecars = _sidecars(out, kind)
+    for path in [out, *sidecars.values()] if out != "-" else []:
+        refuse_existing(path, overwrite)
+    manifest = read_input(source, root_dir)
+    embedder = load_embedder(weights, backbone, image_size)
+    talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
+             f"{embedder.preprocessing.image_size} px")  # fmt: skip
+    with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
+        file = stack.enter_context(_output(out))
+        rows = _WRITERS[kind](file, embedder.embedding_dim)
+        names = _Names(stack.enter_context(_output(str(sidecars["names"])))) if "names" in sidecars else None
+        skipped = _run(embedder, manifest, normalize, batch_size, num_workers, rows, names, talk)
+        if rows.count == 0:
+            raise EarTeachError(f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written")
+        rows.finish()
+        if names:
+            names.finish()
+        if "about" in sidecars:
+            about = _provenance(embedder, manifest, normalize, rows.count, skipped)
+            stack.enter_context(_output(str(sidecars["about"]))).write(json.dumps(about, indent=2).encode() + b"\n")
+    return Embedded(rows.count, skipped, embedder.embedding_dim, out)
+
+
+def read_input(source: str, root_dir: str | None = None) -> Manifest:
+    """Any INPUT as a manifest. Raises ManifestError."""
+    if source == "-":
+        paths = [line.rstrip("\r\n") for line in sys.stdin]
+        paths = [path for path in paths if path.strip()]
+        if not paths:
+            raise ManifestError("stdin: holds no paths; give one picture a line, as find prints them")
+        return pictures_manifest(paths, "stdin")
+    suffix = Path(source).suffix.lower()
+    if suffix in PICTURE_SUFFIXES and not Path(source).is_dir():
+        if not Path(source).exists():
+            raise ManifestError(f"{printable(source)}: no such file; check the path")
+        return pictures_manifest([source], source)
+    if suffix not in MANIFEST_SUFFIXES and Path(source).is_file():
+        raise ManifestError(f"{printable(source)}: neither a picture nor a manifest by its name; give a folder, a picture, "
+                            "a manifest, or - for paths on stdin")  # fmt: skip
+    return read_manifest(source, root_dir)
+
+
+def _run(embedder: Embedder, manifest: Manifest, normalize: bool, batch_size: int, num_workers: int,
+         rows: "_Rows", names: "_Names | None", talk: Talk) -> int:  # fmt: skip
+    """Embed all, in order; number of pictures skipped."""
+    workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
+    loader = DataLoader(EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers,
+                        collate_fn=collate)  # fmt: skip
+    skipped = 0
+    with talk.progress("embedding", len(manifest), "pictures") as steps:
+        for batch in loader:
+            for bad in batch["bad"]:
+                talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
+            good = batch["index"].tolist()
+            if names:
+                names.add(manifest, rows.count, good, batch["bad"])
+            if good:
+                vectors = embedder(batch["pixels"])
+                vectors = F.normalize(vectors, dim=1) if normalize else vectors
+                rows.add(vectors.numpy(), [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
+            skipped += len(batch["bad"])
+            steps.advance(len(good) + len(batch["bad"]))
+    return skipped
+
+
+def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool, rows: int, skipped: int) -> dict[str, Any]:
+    """What `out.json` says: how to read the numbers, and whether two files may be compared."""
+    return {
+        "rows": rows, "skipped": skipped, "dim": embedder.embedding_dim, "dtype": "float32", "normalized": normalize,
+        "input": Path(manifest.source).name, "weights": Path(embedder.source).name, "weights_sha256": embedder.sha256,
+        "architecture": embedder.architecture, "preprocessing": embedder.preprocessing.as_dict(),
+        "versions": {"earteach": __version__, **{name: version(name) for name in ("torch", "timm", "numpy", "pillow")}},
+    }  # fmt: skip
+
+
+def _format_of(out: str, format: str | None) -> str:
+    suffix = Path(out).suffix.removeprefix(".").lower()
+    if format is not None and format not in FORMATS:
+        raise WordsError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
+    if out == "-":
+        return format or "npy"
+    if suffix not in FORMATS:
+        raise WordsError(f"{printable(out)}: name a {', '.join('.' + f for f in FORMATS)} file, or - for stdout")
+    if format not in (None, suffix):
+        raise WordsError(f"{printable(out)}: is named .{suffix} but --format says {format}; make them agree")
+    return suffix
+
+
+def _sidecars(out: str, kind: str) -> dict[str, Path]:
+    """Beside `x.npy`: `x.csv` with names, `x.json` with provenance. A `.csv` holds the names itself."""
+    if out == "-":
+        return {}
+    path = Path(out)
+    sidecars = {"about": path.with_suffix(".json")}
+    return sidecars if kind == "csv" else {**sidecars, "names": path.with_suffix(".csv")}
+
+
+@contextmanager
+def _output(out: str) -> Iterator[BinaryIO]:
+    """A seekable binary file that becomes the file `out`, or is sent to stdout, when whole."""
+    if out == "-":
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
+            sys.stdout.buffer.flush()
+    else:
+        with whole_file(out) as temporary, open(temporary, "w+b") as file:
+            yield file
+
+
+class _Rows(Protocol):
+    """A way to write embeddings. `count`: rows so far."""
+
+    count: int
+
+    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Npy:
+    """float32 [N, D]. numpy pads the header so that N can be written last, in place."""
+
+    def __init__(self, file: BinaryIO, dim: int):
+        self.file, self.dim, self.count = file, dim, 0
+        self._write_header()
+
+    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
+        self.file.write(vectors.astype("<f4", copy=False).tobytes())
+        self.count += len(vectors)
+
+    def finish(self) -> None:
+        start = self.file.tell()
+        self.file.seek(0)
+        self._write_header()
+        self.file.seek(start)
+
+    def _write_header(self) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.dim)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+class _Npz:
+    """`embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole picture)."""
+
+    def __init__(self, file: BinaryIO, dim: int):
+        self.file, self.spool = file, tempfile.TemporaryFile()
+        self.rows = _Npy(self.spool, dim)
+        self.paths: list[str] = []
+        self.boxes: list[Box] = []
+
+    @property
+    def count(self) -> int:
+        return self.rows.count
+
+    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
+        self.rows.add(vectors, paths, boxes)
+        self.paths += paths
+        self.boxes += [box or (float("nan"),) * 4 for box in boxes]
+
+    def finish(self) -> None:
+        self.rows.finish()
+        self.spool.seek(0)
+        with zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("embeddings.npy", "w", force_zip64=True) as member:
+                shutil.copyfileobj(self.spool, member, 2**20)
+            for name, column in (("paths", np.array(self.paths)), ("boxes", np.array(self.boxes, np.float32))):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, column, allow_pickle=False)
+        self.spool.close()
+
+
+class _Csv:
+    """row, path, x1, y1, x2, y2, then e0 ... e(D-1), each float32 in the fewest digits that give it back."""
+
+    def __init__(self, file: BinaryIO, dim: int):
+        self.text, self.count = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True), 0
+        self.writer = csv.writer(self.text)
+        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *(f"e{i}" for i in range(dim))])
+
+    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
+        for vector, path, box in zip(vectors, paths, boxes, strict=True):
+            self.writer.writerow([self.count, printable(path), *(box or ("",) * 4), *vector.astype(str)])
+            self.count += 1
+
+    def finish(self) -> None:
+        self.text.detach()  # the file stays open: it is not ours to close
+
+
+_WRITERS = {"npy": _Npy, "npz": _Npz, "csv": _Csv}
+
+
+class _Names:
+    """`out.csv` beside the embeddings: every input in order; `row` is empty where there is no embedding."""
+
+    def __init__(self, file: BinaryIO):
+        self.text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        self.writer = csv.writer(self.text)
+        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status"])
+
+    def add(self, manifest: Manifest, next_row: int, good: list[int], bad: list[BadPicture]) -> None:
+        entries = [(index, next_row + i, "ok") for i, index in enumerate(good)]
+        entries += [(entry.index, "", f"{entry.reason}: {printable(entry.detail)}") for entry in bad]
+        for index, row, status in sorted(entries, key=lambda entry: entry[0]):
+            self.writer.writerow([row, printable(manifest.paths[index]), *(manifest.boxes[index] or ("",) * 4), status])
+
+    def finish(self) -> None:
+        self.text.detach()

@@ -1,0 +1,57 @@
+"""`export-backbone`: the teacher's backbone alone, under timm's names, proven before it is called done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ..core import runs
+from ..core.checkpoint import read_checkpoint, read_safetensors
+from ..core.embedder import Embedder, export_header, load_embedder
+from ..core.weights import sha256_of
+from ..errors import WeightsError, WordsError
+from ..files import printable, refuse_existing, whole_file
+
+
+@dataclass(frozen=True)
+class Export:
+    path: Path
+    architecture: str
+    embedding_dim: int
+    tensors: int
+    difference: float  # largest |difference| between the checkpoint's and the export's embeddings
+
+
+def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False) -> Export:
+    """Write `out` (.safetensors), load it strictly into a fresh timm model, compare embeddings, then rename it in place.
+
+    `source`: a checkpoint, or an experiment folder (its best one). Raises WeightsError if the proof fails.
+    """
+    if Path(out).suffix != ".safetensors":
+        raise WordsError(f"{printable(out)}: name a .safetensors file; other formats are not written")
+    out = refuse_existing(out, overwrite)
+    path = runs.checkpoint_of(Path(source), best=True)
+    checkpoint = read_checkpoint(path)
+    teacher = load_embedder(str(path))
+    state = {name: tensor.contiguous() for name, tensor in checkpoint.backbone_state.items()}
+    header = export_header(teacher.architecture, teacher.embedding_dim, teacher.preprocessing, sha256_of(path))
+    with whole_file(out) as temporary:
+        save_file(state, temporary, metadata=header)
+        difference = _prove(temporary, teacher)
+    return Export(out, teacher.architecture, teacher.embedding_dim, len(state), difference)
+
+
+def _prove(path: Path, teacher: Embedder) -> float:
+    """Load with nothing but timm and compare on a seeded batch: equal weights give equal numbers, so 0 is demanded."""
+    size = teacher.preprocessing.image_size
+    sized = {"img_size": size} if timm.get_pretrained_cfg(teacher.architecture).fixed_input_size else {}
+    fresh = timm.create_model(teacher.architecture, num_classes=0, **sized)
+    fresh.load_state_dict(read_safetensors(path)[0], strict=True)
+    batch = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        difference = float((fresh.eval()(batch) - teacher.backbone.cpu()(batch)).abs().max())
+    if difference != 0:
+        raise WeightsError(f"{printable(path)}: the export's embeddings differ from the checkpoint's by {difference:g}; nothing was written")
+    return difference

@@ -1,0 +1,274 @@
+"""`train` and `resume`: from two manifests to an experiment folder.
+
+config -> data -> model (with the receipt of its weights) -> fit -> {output_dir}/{experiment_name}/
+"""
+
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.trainer.states import TrainerStatus
+
+from ..config import TrainConfig, read_toml
+from ..core import callbacks, runs
+from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
+from ..core.lightning_module import EarTeacherLightningModule, with_changes
+from ..core.losses import metric_loss
+from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
+from ..data.datamodule import EarDataModule
+from ..data.pixels import to_unit
+from ..errors import EarTeachError, WordsError
+from ..files import printable, whole_file
+from ..talk import Talk, clock
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    experiment: Path
+    epochs: int
+    best: Path | None
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would need: `seconds` without data loading and validation pictures' decoding, `bytes` of disk."""
+
+    steps_per_epoch: int
+    step_seconds: float
+    seconds: float
+    bytes: int
+    loss: float
+
+
+def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
+    """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
+    folder = config.experiment_dir
+    if _is_first_process() and folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise WordsError(f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
+                         "choose another --experiment-name, or pass --overwrite")  # fmt: skip
+    config, data = _prepare(config, talk)
+    module = _new_module(config, talk)
+    if _is_first_process():
+        if overwrite:
+            _remove_run(folder)
+        _open_folder(folder, config)
+    return _fit(config, data, module, talk, None)
+
+
+def resume(run: str | Path, talk: Talk, *, max_epochs: int | None = None, devices: int | None = None,
+           num_workers: int | None = None) -> Outcome:  # fmt: skip
+    """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done."""
+    run = Path(run)
+    changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers}
+    if run.is_dir() and runs.last_checkpoint(run) is None:
+        return _start_again(run, changes, talk)
+    path = runs.checkpoint_of(run, best=False).resolve()
+    checkpoint = read_checkpoint(path)
+    folder = path.parent.parent if path.parent.name == runs.CHECKPOINTS else path.parent
+    config = with_changes(_located(checkpoint.config, folder), **changes)
+    if max_epochs is not None and max_epochs < checkpoint.epoch:
+        raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
+    if checkpoint.epoch >= config.max_epochs:
+        talk.say(f"{printable(run)}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
+        return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
+    config, data = _prepare(config, talk)
+    module = EarTeacherLightningModule(config)
+    talk.say(_restored(checkpoint))
+    if max_epochs not in (None, checkpoint.config.max_epochs):
+        talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
+    return _fit(config, data, module, talk, path)
+
+
+def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
+    """Everything up to one step forward and back on the real data and device; writes nothing."""
+    config, data = _prepare(config, talk)
+    module = _new_module(config, talk)
+    device = torch.device("cuda" if _uses_cuda(config) else "cpu")
+    module.to(device).train()
+    loader = data.train_dataloader()
+    batch = next(iter(loader))
+    if len(batch["index"]) < 2:
+        raise EarTeachError("the first batch holds no two readable pictures; run earteach validate-data")
+    prototypes = torch.randn(max(2, _classes(config, data)), config.projection_dim, device=device)
+    seconds = loss = 0.0
+    for _ in range(2):  # the first step also pays for warming up
+        start = time.perf_counter()
+        loss = _one_step(module, batch, prototypes.requires_grad_())
+        seconds = time.perf_counter() - start
+    pictures = len(data.train_set) + len(data.val_set) / 3  # a forward pass is about a third of a step
+    total = seconds * pictures / len(batch["index"]) * config.max_epochs / config.devices
+    weights = 4 * sum(p.numel() for p in module.parameters())
+    kept = 4 + config.max_epochs // 5
+    return config, Estimate(len(loader), seconds, total, 3 * weights * kept, loss)
+
+
+def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModule]:
+    """Fit the configuration to the machine and read the data; say what was settled. Nothing is written."""
+    say = talk.say if _is_first_process() else lambda text: None
+    if config.precision == "16-mixed" and not _uses_cuda(config):
+        say("precision: 16-mixed needs a GPU; training in full precision (32-true)")
+        config = replace(config, precision="32-true")
+    if config.warmup != config.warmup_epochs:
+        say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup}")
+    data = EarDataModule(config)
+    data.setup("fit")
+    say(_data_summary(config, data))
+    return config, data
+
+
+def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
+    """A seeded model with its pretrained weights, and their receipt said."""
+    pl.seed_everything(config.seed, verbose=False)
+    with _quiet_lightning():
+        module = EarTeacherLightningModule(config)
+    if config.pretrained:
+        receipt = module.load_pretrained()
+        if _is_first_process():
+            talk.say(f"weights: {receipt}")
+    return module
+
+
+def _fit(config: TrainConfig, data: EarDataModule, module: EarTeacherLightningModule, talk: Talk, checkpoint: Path | None) -> Outcome:
+    folder = config.experiment_dir
+    found = runs.versions(folder)
+    logger = TensorBoardLogger(config.output_dir, config.experiment_name, default_hp_metric=False,
+                               version=found[-1].name if found and checkpoint else None)  # fmt: skip
+    steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
+    with _quiet_lightning():
+        trainer = pl.Trainer(
+            accelerator=config.accelerator, devices=config.devices, precision=config.precision,
+            max_epochs=config.max_epochs, logger=logger, log_every_n_steps=min(10, steps),
+            callbacks=[
+                callbacks.StopOnNaN(), callbacks.Collages(config.num_collage_samples, config.seed),
+                callbacks.MetricsFile(folder / runs.METRICS), callbacks.BadPictureList(folder / runs.BAD),
+                callbacks.Reporter(talk if _is_first_process() else Talk(quiet=True)),
+                *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS),
+            ],
+            plugins=[WholeFileCheckpointIO()], num_sanity_val_steps=0, use_distributed_sampler=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # how Lightning ends a run after Ctrl-C
+            if trainer.state.status is not TrainerStatus.INTERRUPTED:
+                raise
+    interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
+    return Outcome(folder, trainer.current_epoch, runs.best_checkpoint(folder), interrupted)
+
+
+def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
+    """A run that was stopped before its first checkpoint: everything is seeded, so it starts over and loses nothing."""
+    if not (folder / runs.CONFIG).is_file():
+        raise EarTeachError(f"{printable(folder)}: holds neither a checkpoint nor {runs.CONFIG}; give a folder that earteach train made")
+    config = with_changes(_located(TrainConfig(**read_toml(folder / runs.CONFIG)), folder), **changes)
+    talk.say(f"{printable(folder)}: no epoch was finished; starting from its configuration")
+    config, data = _prepare(config, talk)
+    module = _new_module(config, talk)
+    _remove_run(folder)
+    _open_folder(folder, config)
+    return _fit(config, data, module, talk, None)
+
+
+def _open_folder(folder: Path, config: TrainConfig) -> None:
+    try:
+        (folder / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EarTeachError(f"{printable(folder)}: cannot be made ({error.strerror}); choose another --output-dir") from error
+    with whole_file(folder / runs.CONFIG) as temporary:
+        temporary.write_text(config.as_toml(), encoding="utf-8")
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run writes, and nothing else that may lie in the folder."""
+    for path in [folder / runs.CHECKPOINTS, *runs.versions(folder)]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (runs.CONFIG, runs.METRICS, runs.BAD):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _located(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The experiment may have been moved: write where it lies now."""
+    folder = folder.resolve()
+    return replace(config, output_dir=str(folder.parent), experiment_name=folder.name)
+
+
+def _restored(checkpoint: Checkpoint) -> str:
+    content, parts = checkpoint.content, ["weights", "optimiser", "schedule"]
+    if "pseudo_classes" in content:
+        state = content["pseudo_classes"]
+        parts.append(f"{state['count']} pseudo-classes (round {state['round']})")
+    return (f"restored {printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, "
+            f"step {content['global_step']}, {', '.join(parts)}")  # fmt: skip
+
+
+def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
+    train, val = data.train_set.manifest, data.val_set.manifest
+    text = f"data: {len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
+    if not config.learns_classes:
+        return text
+    count = _classes(config, data)
+    text += f"; {count} pseudo-classes ({config.pseudo_classes})"
+    if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * count:
+        text += f", {len(train) / count:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
+    return text
+
+
+def _classes(config: TrainConfig, data: EarDataModule) -> int:
+    return class_count(config.pseudo_classes, len(data.train_set), config.num_pseudo_classes) if config.learns_classes else 0
+
+
+def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.Tensor) -> float:
+    """Forward and back, with made-up classes: their names do not change the cost."""
+    pixels, config = batch["pixels"].to(module.device), module.config
+    embedding = module(pixels)
+    loss = config.reconstruction_weight * F.mse_loss(module.model.decoder(embedding), to_unit(pixels))
+    if config.learns_classes:
+        labels = torch.arange(len(pixels), device=module.device) % len(prototypes)
+        features = module.model.predict(embedding)
+        loss = loss + config.metric_weight * metric_loss(config.metric_loss, features, prototypes, labels,
+                                                         config.arcface_margin, config.arcface_scale)  # fmt: skip
+    loss.backward()
+    return float(loss.detach())
+
+
+def describe_estimate(estimate: Estimate) -> str:
+    return (f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {estimate.steps_per_epoch} steps "
+            f"an epoch; the run: about {clock(estimate.seconds)} and {estimate.bytes / 2**20:.0f} MiB of disk")  # fmt: skip
+
+
+def _uses_cuda(config: TrainConfig) -> bool:
+    return config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def _is_first_process() -> bool:
+    """Lightning starts the other ranks by running the same command again with LOCAL_RANK set."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's tips, banners and hints on this stack's choices are not for the user of this tool."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\.")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,367 @@
+"""`validate-data`: look at every picture and every box before days are spent on them. No torch on the way.
+
+Each photo is decoded once, wholly, in parallel; each ear is cut out as training would. What is wrong is
+listed by reason, with row and path; duplicates are found by content, near duplicates by a perceptual hash,
+within a manifest and between manifests.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..data.crop import REASONS, buffered_box, check_box, check_box_inside, cut, read_picture
+from ..data.manifest import Box, Manifest, read_manifest, write_manifest
+from ..data.pixels import Preprocessing
+from ..errors import EarTeachError, ManifestError, PictureError, WordsError
+from ..files import printable, refuse_existing, whole_file
+from ..talk import Talk
+
+WARNINGS = {
+    "box-small": "the box is under 32 px on a side",
+    "box-clamped": "the box's buffer reaches beyond the picture and was clamped",
+    "exif-rotated": "EXIF orientation turns the picture; boxes must be drawn on the upright one",
+    "mode-grey": "grey picture",
+    "mode-alpha": "picture with transparency (dropped)",
+    "mode-16-bit": "16-bit picture (scaled to 8 bits)",
+    "mode-cmyk": "CMYK picture (converted)",
+    "mode-palette": "palette picture (converted)",
+    "duplicate-row": "the same picture and box twice in one manifest",
+    "duplicate-picture": "the same pixels under another name, in the same manifest",
+    "near-duplicate": "almost the same ear picture, in the same manifest",
+    "leak-photo": "the same photo in two manifests (training and validation)",
+    "leak-near-duplicate": "almost the same ear picture in two manifests (training and validation)",
+}
+ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
+SMALL = 32
+NEAR_BITS = 3  # of 128 hash bits; see near_pairs
+_MODES = {"L": "mode-grey", "1": "mode-grey", "LA": "mode-alpha", "RGBA": "mode-alpha", "PA": "mode-alpha", "RGBa": "mode-alpha",
+          "La": "mode-alpha", "P": "mode-palette", "CMYK": "mode-cmyk"}  # fmt: skip
+# The crop that is hashed and shown: plain, as no backbone is chosen yet.
+_PREVIEW = Preprocessing(96, 0.10, True, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about one ear. `row`: as the file counts; `ear`: position in the manifest (a row may hold
+    several boxes); `other`: the row it duplicates, as `manifest row N (path)`."""
+
+    reason: str
+    manifest: str
+    row: int | None
+    ear: int | None
+    path: str
+    detail: str
+    other: str | None = None
+
+    @property
+    def is_error(self) -> bool:
+        return self.reason in ERRORS
+
+
+@dataclass
+class Report:
+    manifests: list[str]
+    rows: int
+    pictures: int
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return sum(f.is_error for f in self.findings)
+
+    @property
+    def warnings(self) -> int:
+        return len(self.findings) - self.errors
+
+    def by_reason(self) -> dict[str, list[Finding]]:
+        """Errors first, each group in manifest order."""
+        groups = defaultdict(list)
+        for finding in self.findings:
+            groups[finding.reason].append(finding)
+        return {reason: groups[reason] for reason in (*ERRORS, *WARNINGS) if reason in groups}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "manifests": self.manifests, "rows": self.rows, "pictures": self.pictures, "errors": self.errors,
+            "warnings": self.warnings, "counts": {reason: len(group) for reason, group in self.by_reason().items()},
+            "findings": [{"severity": "error" if f.is_error else "warning", **asdict(f)} for f in self.findings],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one row's ear looks like: hashes and sharpness of its crop. `digest`: sha256 of the file."""
+
+    digest: bytes
+    hash: int
+    sharpness: float  # variance of the crop's Laplacian
+    size: float  # shorter side of the box in pixels
+
+
+def validate_data(sources: list[str], talk: Talk, *, root_dir: str | None = None, json_file: str | None = None,
+                  contact_sheet: str | None = None, write_clean: str | None = None, num_workers: int = 8,
+                  overwrite: bool = False) -> Report:  # fmt: skip
+    """Check manifests; write what was asked for. Raises EarTeachError only if an output cannot be written."""
+    outputs = [path for path in (json_file, contact_sheet, write_clean) if path and path != "-"]
+    for path in outputs:
+        refuse_existing(path, overwrite)
+    if write_clean and len(sources) != 1:
+        raise WordsError(f"--write-clean: needs one manifest, not {len(sources)}; clean them one at a time")
+    manifests, findings = _read_all(sources, root_dir)
+    report = Report(list(sources), sum(map(len, manifests)), 0, findings)
+    seen: dict[tuple[int, int], Seen] = {}
+    _look(manifests, report, seen, num_workers, talk)
+    report.findings += _duplicate_rows(manifests) + _duplicates(manifests, seen)
+    order = {m.source: i for i, m in enumerate(manifests)}
+    report.findings.sort(key=lambda f: (order.get(f.manifest, -1), -1 if f.ear is None else f.ear))
+    if json_file and json_file != "-":
+        with whole_file(json_file) as temporary:
+            temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if contact_sheet:
+        _draw_sheet(manifests, report, seen, contact_sheet)
+    if write_clean and manifests:
+        _write_clean(manifests[0], report, write_clean)
+    return report
+
+
+def near_pairs(hashes: Iterable[int], bits: int = NEAR_BITS) -> Iterator[tuple[int, int]]:
+    """Pairs of positions whose 128-bit hashes differ in at most `bits` bits, without comparing all with all.
+
+    Two hashes that differ in at most `bits` bits agree wholly in one of bits + 1 bands (pigeonhole), so only
+    rows that share a band are compared.
+    """
+    hashes = list(hashes)
+    bands = bits + 1
+    width = 128 // bands
+    found = set()
+    for band in range(bands):
+        buckets = defaultdict(list)
+        for position, value in enumerate(hashes):
+            buckets[(value >> band * width) & ((1 << width) - 1)].append(position)
+        for bucket in buckets.values():
+            for i, first in enumerate(bucket):
+                for second in bucket[i + 1 : i + 1 + _BUCKET_REACH]:
+                    if (first, second) not in found and (hashes[first] ^ hashes[second]).bit_count() <= bits:
+                        found.add((first, second))
+                        yield first, second
+
+
+# A band shared by very many rows (blank crops, say) would be quadratic again; neighbours in order are enough to name them.
+_BUCKET_REACH = 200
+
+
+def perceptual_hash(crop: Image.Image) -> int:
+    """128 bits: is each cell of an 8 x 8 grid brighter than its right, and its lower neighbour (dHash, both ways)."""
+    grey = np.asarray(crop.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
+    bits = np.concatenate([(grey[:8, 1:] > grey[:8, :8]).ravel(), (grey[1:, :8] > grey[:8, :8]).ravel()])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _write_clean(manifest: Manifest, report: Report, path: str) -> None:
+    bad = {finding.ear for finding in report.findings if finding.is_error}
+    kept = [i for i in range(len(manifest)) if i not in bad]
+    if not kept:
+        raise EarTeachError(f"{printable(manifest.source)}: no row is without an error; nothing to write")
+    write_manifest(manifest.subset(kept), path)
+
+
+def _read_all(sources: list[str], root_dir: str | None) -> tuple[list[Manifest], list[Finding]]:
+    manifests, findings = [], []
+    for source in sources:
+        try:
+            manifests.append(read_manifest(source, root_dir))
+        except ManifestError as error:
+            findings.append(Finding("manifest", source, None, None, "", str(error)))
+    return manifests, findings
+
+
+def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: int, talk: Talk) -> None:
+    """Decode every photo once, in parallel, and collect findings and what each ear looks like."""
+    jobs = [job for number, manifest in enumerate(manifests) for job in _jobs(number, manifest)]
+    report.pictures = len(jobs)
+    with talk.progress("looking at", len(jobs), "pictures") as steps:
+        for job, (findings, looks) in zip(jobs, _in_parallel(jobs, num_workers), strict=True):
+            manifest = manifests[job.manifest]
+            for index, reason, detail in findings:
+                report.findings.append(_finding(reason, manifest, index, detail))
+            seen.update({(job.manifest, index): look for index, look in looks})
+            steps.advance()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One photo and the rows that are cut out of it."""
+
+    manifest: int
+    path: str | None
+    ears: list[tuple[int, Box | None]]
+    error: tuple[str, str] | None = None
+
+
+def _jobs(number: int, manifest: Manifest) -> Iterator[_Job]:
+    rows = defaultdict(list)
+    for index, path in enumerate(manifest.paths):
+        rows[path].append(index)
+    for indices in rows.values():
+        ears = [(i, manifest.boxes[i]) for i in indices]
+        try:
+            yield _Job(number, manifest.file(indices[0]), ears)
+        except PictureError as error:
+            yield _Job(number, None, ears, (error.reason, error.detail))
+
+
+def _in_parallel(jobs: list[_Job], num_workers: int) -> Iterator[tuple[list, list]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(num_workers, cores, len(jobs) // 64)
+    if workers < 2:
+        yield from map(_inspect, jobs)
+        return
+    chunk = max(1, min(64, len(jobs) // (workers * 4)))
+    # spawn, not fork: a progress bar's thread is running here
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_inspect, jobs, chunksize=chunk)
+        except BrokenProcessPool as error:
+            raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _inspect(job: _Job) -> tuple[list[tuple[int, str, str]], list[tuple[int, Seen]]]:
+    """(findings as (row index, reason, detail), looks as (row index, Seen)) of one photo."""
+    if job.error is not None:
+        return [(index, *job.error) for index, _ in job.ears], []
+    try:
+        picture = read_picture(job.path)
+    except PictureError as error:
+        return [(index, error.reason, error.detail) for index, _ in job.ears], []
+    findings, looks = [], []
+    digest = hashlib.sha256(picture.data).digest()
+    for index, box in job.ears:
+        for reason, detail in _oddities(picture.mode, picture.orientation):
+            findings.append((index, reason, detail))
+        try:
+            region = _check_ear(box, picture.image.size)
+        except PictureError as error:
+            findings.append((index, error.reason, error.detail))
+            continue
+        findings += [(index, *entry) for entry in _box_warnings(box, region, picture.image.size)]
+        crop = cut(picture.image, box, _PREVIEW)
+        looks.append((index, Seen(digest, perceptual_hash(crop), _sharpness(crop), min(region[2] - region[0], region[3] - region[1]))))
+    return findings, looks
+
+
+def _check_ear(box: Box | None, size: tuple[int, int]) -> Box:
+    if box is None:
+        return 0.0, 0.0, float(size[0]), float(size[1])
+    check_box(box)
+    check_box_inside(box, size)
+    return box
+
+
+def _oddities(mode: str, orientation: int) -> Iterator[tuple[str, str]]:
+    if orientation not in (0, 1):
+        yield "exif-rotated", f"EXIF orientation {orientation}"
+    if mode in _MODES:
+        yield _MODES[mode], f"mode {mode}"
+    elif mode.startswith(("I", "F")):
+        yield "mode-16-bit", f"mode {mode}"
+
+
+def _box_warnings(box: Box | None, region: Box, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
+    width, height = region[2] - region[0], region[3] - region[1]
+    if min(width, height) < SMALL:
+        yield "box-small", f"{width:.0f} x {height:.0f} px"
+    if box is None:
+        return
+    buffer = _PREVIEW.bbox_buffer
+    grown = buffered_box(box, size, buffer)
+    wanted = (1 + 2 * buffer) * width, (1 + 2 * buffer) * height
+    if grown[2] - grown[0] < wanted[0] - 0.5 or grown[3] - grown[1] < wanted[1] - 0.5:
+        if not _is_whole(box, size):  # a box that is the whole picture leaves no room, and asks for none
+            yield "box-clamped", f"box [{', '.join(f'{v:g}' for v in box)}] in {size[0]} x {size[1]}"
+
+
+def _is_whole(box: Box, size: tuple[int, int]) -> bool:
+    return box[0] <= 1 and box[1] <= 1 and box[2] >= size[0] - 1 and box[3] >= size[1] - 1
+
+
+def _sharpness(crop: Image.Image) -> float:
+    grey = np.asarray(crop.convert("L"), dtype=np.float32)
+    laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
+    return float(laplacian.var())
+
+
+def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
+    findings = []
+    for manifest in manifests:
+        first: dict[tuple[str, Box | None], int] = {}
+        for index, key in enumerate(zip(manifest.paths, manifest.boxes, strict=True)):
+            if key in first:
+                findings.append(_finding("duplicate-row", manifest, index, "same picture, same box", manifest.where(first[key])))
+            else:
+                first[key] = index
+    return findings
+
+
+def _duplicates(manifests: list[Manifest], seen: dict[tuple[int, int], Seen]) -> list[Finding]:
+    """Same file content, and near-same crops; each row is named once, against the first it repeats."""
+    keys = sorted(seen)
+    findings, named = [], set()
+
+    def name(later: tuple[int, int], earlier: tuple[int, int], reason: str, detail: str) -> None:
+        if (later, reason) not in named:
+            named.add((later, reason))
+            other = manifests[earlier[0]].where(earlier[1])
+            findings.append(_finding(reason, manifests[later[0]], later[1], detail, other))
+
+    first_of: dict[bytes, tuple[int, int]] = {}
+    for key in keys:
+        earlier = first_of.setdefault(seen[key].digest, key)
+        if earlier[0] != key[0]:
+            name(key, earlier, "leak-photo", "same file content")
+        elif manifests[key[0]].paths[key[1]] != manifests[earlier[0]].paths[earlier[1]]:
+            name(key, earlier, "duplicate-picture", "same file content")
+    for i, j in near_pairs(seen[key].hash for key in keys):
+        earlier, later = keys[i], keys[j]
+        if seen[earlier].digest != seen[later].digest:
+            bits = (seen[earlier].hash ^ seen[later].hash).bit_count()
+            name(later, earlier, "near-duplicate" if earlier[0] == later[0] else "leak-near-duplicate", f"{bits} of 128 hash bits differ")
+    return findings
+
+
+def _finding(reason: str, manifest: Manifest, index: int, detail: str, other: str | None = None) -> Finding:
+    return Finding(reason, manifest.source, manifest.rows[index], index, manifest.paths[index], detail, other)
+
+
+def _draw_sheet(manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], Seen], path: str, most: int = 60) -> None:
+    """The worst crops: smallest first, then the blurriest, each with its row and size."""
+    worst = sorted(seen, key=lambda key: (min(seen[key].size, SMALL), seen[key].sharpness))[:most]
+    if not worst:
+        raise EarTeachError(f"{printable(path)}: not one crop could be made; no contact sheet was written")
+    side, gap, foot, head, columns = 120, 8, 34, 34, min(10, len(worst))
+    rows = -(-len(worst) // columns)
+    page = Image.new("RGB", (max(560, columns * (side + gap) + gap), head + rows * (side + foot + gap)), (250, 250, 248))
+    draw = ImageDraw.Draw(page)
+    title = f"the {len(worst)} smallest and blurriest of {len(seen)} ears"
+    draw.text((gap, 8), title, fill=(24, 28, 36), font=ImageFont.load_default(16))
+    for place, (number, index) in enumerate(worst):
+        x, y = gap + place % columns * (side + gap), head + place // columns * (side + foot + gap)
+        manifest, look = manifests[number], seen[(number, index)]
+        crop = cut(read_picture(manifest.file(index)).image, manifest.boxes[index], _PREVIEW)
+        page.paste(crop.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        label = f"{Path(manifest.source).stem[:16]} {manifest.rows[index]}\n{look.size:.0f} px, sharp {look.sharpness:.0f}"
+        draw.text((x, y + side + 2), label, fill=(90, 96, 108), font=ImageFont.load_default(11))
+    with whole_file(path) as temporary:
+        page.save(temporary, format="PNG")

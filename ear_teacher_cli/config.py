@@ -1,0 +1,178 @@
+"""Every option of a training run: its name, default, range and help, each written once, here.
+
+`TrainConfig` is frozen and holds plain values only (str, int, float, bool, None), so that it goes into a
+checkpoint and out again under `weights_only=True`. cli.py builds the options of `earteach train` from
+these fields; the Python API (`EarDataModule`, `EarTeacherLightningModule`) takes them as keywords.
+"""
+
+import tomllib
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from json import dumps
+from math import isfinite
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from .errors import ConfigError, EarTeachError
+
+METRIC_LOSSES = ("arcface", "cosface", "none")
+PSEUDO_CLASSES = ("kmeans", "instance", "fixed")
+PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
+# Margins of the papers: ArcFace (Deng et al. 2019, sec. 3.1) 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
+DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
+
+
+def option(default, panel: str, help: str, **checks) -> Any:
+    """A field with its help and checks: `low`, `high` (inclusive), `above` (exclusive), `choices`, `multiple`."""
+    return field(default=default, metadata={"panel": panel, "help": help, **checks})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # fmt: off
+    train_metadata: str = option("data/preprocessed/train_teacher.npy", "Data", "Manifest (or folder of cropped ears) to learn from.")
+    val_metadata: str = option("data/preprocessed/val_teacher.npy", "Data", "Manifest (or folder) to validate on.")
+    root_dir: str | None = option(None, "Data", "Folder the manifests' paths start from, and must not leave. Default: the working directory, or the manifest's own folder when the pictures are only there.")
+    batch_size: int = option(32, "Data", "Pictures per step and device.", low=2)
+    num_workers: int = option(8, "Data", "Processes that load pictures; at most one per CPU core is used.", low=0)
+    image_size: int = option(224, "Data", "Side of the square input in pixels, a multiple of 32.", low=32, high=2048, multiple=32)
+    bbox_buffer: float = option(0.10, "Data", "Room around the box: this share of its width to the left and right, of its height above and below.", low=0.0, high=2.0)
+    pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the seed did.")
+    augment: bool = option(False, "Data", "Vary the training pictures: rotation (15 degrees), shift (5 %), scale (0.8-1.1), brightness and contrast (0.3), noise, blur.")
+    hflip: float = option(0.0, "Data", "Probability of a horizontal flip. 0 because a flipped left ear is a right ear: another ear, not the same one again.", low=0.0, high=1.0)
+    max_bad: float = option(0.01, "Data", "Share of pictures that may turn out unreadable (each is skipped and listed in bad_images.csv) before the run stops.", low=0.0, high=1.0)
+
+    backbone: str = option("convnext_tiny", "Model", "Any timm model that pools to one vector per picture.")
+    pretrained: bool = option(True, "Model", "Start from pretrained weights; --no-pretrained starts from random ones.")
+    pretrained_path: str = option("models/convnext_tiny_22k_224.pth", "Model", "Weights in Facebook's, torchvision's, timm's or Lightning's key names (.pth, .ckpt, .safetensors). Where the default file is absent, timm's hub is asked.")
+    embedding_dim: int | None = option(None, "Model", "Size of the embedding. Taken from the backbone (ConvNeXt-Tiny: 768); if given, it must agree.", low=1)
+    projection_dim: int = option(256, "Model", "Size of the projection and prediction heads' output.", low=2)
+
+    learning_rate: float = option(1e-4, "Training", "Peak learning rate.", above=0.0)
+    weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
+    warmup_epochs: int = option(10, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
+    max_epochs: int = option(100, "Training", "Epochs to train.", low=1)
+    reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0)
+    metric_weight: float = option(0.1, "Training", "Weight of the metric loss.", low=0.0)
+    metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES)
+    pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings, itself (instance), or a random but constant one (fixed, the control).", choices=PSEUDO_CLASSES)
+    num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
+    cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
+    arcface_margin: float | None = option(None, "Training", "Margin: radians for ArcFace (default 0.5), cosine for CosFace (default 0.35).", low=0.0, high=1.5)
+    arcface_scale: float = option(64.0, "Training", "Scale of the cosines before the softmax.", above=0.0)
+    margin_warmup_epochs: int = option(5, "Training", "Epochs over which the margin grows from 0.", low=0)
+    num_collage_samples: int = option(10, "Training", "Validation pictures in the collage.", low=1, high=100)
+    precision: str = option("16-mixed", "Training", "Arithmetic; where the hardware cannot, 32-true is used and said.", choices=PRECISIONS)
+    seed: int = option(0, "Training", "Seed of everything random.", low=0, high=2**32 - 1)
+
+    accelerator: str = option("auto", "Machine", "What Lightning trains on: auto, cpu, gpu, mps...")
+    devices: int = option(1, "Machine", "How many devices.", low=1)
+
+    output_dir: str = option("ear_teacher/outputs/", "Output", "Where experiments are kept.")
+    experiment_name: str = option("ear_teacher", "Output", "Folder of this experiment inside --output-dir.")
+    # fmt: on
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(TrainConfig).items():
+            object.__setattr__(self, name, _plain(name, getattr(self, name), kind))
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if value is not None:
+                _check(spec.name, value, spec.metadata)
+        if self.arcface_margin is None:
+            object.__setattr__(self, "arcface_margin", DEFAULT_MARGIN[self.metric_loss])
+        if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
+            raise ConfigError("experiment_name", f"{self.experiment_name!r} is not a plain folder name",
+                              "use one without slashes; --output-dir says where it goes")
+        if self.reconstruction_weight == 0 and not self.learns_classes:
+            raise ConfigError("reconstruction_weight", "0 leaves nothing to learn without a metric loss",
+                              "raise it, or choose --metric-loss arcface and a --metric-weight above 0")
+
+    @property
+    def learns_classes(self) -> bool:
+        """Whether a metric loss over pseudo-classes is part of the run."""
+        return self.metric_loss != "none" and self.metric_weight > 0
+
+    @property
+    def experiment_dir(self) -> Path:
+        return Path(self.output_dir) / self.experiment_name
+
+    @property
+    def warmup(self) -> int:
+        """Epochs of warm-up really used: a warm-up that would fill the run is cut to a fifth of it."""
+        return self.warmup_epochs if self.warmup_epochs < self.max_epochs else self.max_epochs // 5
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_toml(self) -> str:
+        """The configuration as TOML that `--config` reads back; options that are unset are left out."""
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in self.as_dict().items() if value is not None)
+
+
+def defaults() -> dict[str, Any]:
+    return {spec.name: spec.default for spec in fields(TrainConfig) if spec.default is not MISSING}
+
+
+def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
+    """A config from a checkpoint's dict. Raises EarTeachError if names are unknown to this version."""
+    unknown = sorted(set(values) - set(defaults()))
+    if unknown:
+        raise EarTeachError(f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach")
+    return TrainConfig(**values)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Options from a TOML file, with hyphens or underscores. Raises EarTeachError naming file and key."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise EarTeachError(f"{path}: no such file; give --config a TOML file of options") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line") from error
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(set(values) - set(defaults()))
+    if unknown:
+        raise EarTeachError(f"{path}: unknown option {unknown[0]!r}; `earteach train --help` lists the names")
+    return values
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """`value` as exactly the plain type its field declares (numpy scalars and Path become int, float, str)."""
+    allowed = get_args(kind) or (kind,)
+    if value is None and type(None) in allowed:
+        return None
+    target = next(t for t in allowed if t is not type(None))
+    if target is bool or isinstance(value, bool):
+        if target is not bool or not isinstance(value, bool):
+            raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}")
+        return value
+    try:
+        plain = target(value)
+        if target is int and plain != float(value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}") from None
+    return plain
+
+
+_WORD = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _check(name: str, value: Any, checks: Any) -> None:
+    if isinstance(value, float) and not isfinite(value):
+        raise ConfigError(name, f"{value} is not a finite number", "give a finite one")
+    if "choices" in checks and value not in checks["choices"]:
+        raise ConfigError(name, f"{value!r} is not known", f"choose one of {', '.join(checks['choices'])}")
+    if "low" in checks and value < checks["low"]:
+        raise ConfigError(name, f"{value} is too small", f"use at least {checks['low']}")
+    if "above" in checks and value <= checks["above"]:
+        raise ConfigError(name, f"{value} is too small", f"use more than {checks['above']}")
+    if "high" in checks and value > checks["high"]:
+        raise ConfigError(name, f"{value} is too large", f"use at most {checks['high']}")
+    if "multiple" in checks and value % checks["multiple"]:
+        raise ConfigError(name, f"{value} does not fit the decoder", f"use a multiple of {checks['multiple']}")
+
+
+def _toml(value: Any) -> str:
+    """A plain value as TOML (JSON's strings and booleans are TOML's too)."""
+    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else dumps(value)

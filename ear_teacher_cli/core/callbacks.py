@@ -1,0 +1,222 @@
+"""What happens beside the learning: checkpoints, collages, metrics.csv, the list of bad pictures, the talk."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from ..data.dataset import BadPicture, EarDataset, collate
+from ..errors import EarTeachError
+from ..files import printable, whole_file
+from ..talk import Talk, clock
+from .pictures import collage, save_gif, save_picture
+
+COLLAGES = "reconstruction_collages"
+
+
+class PortableCheckpoint(ModelCheckpoint):
+    """Lightning's, with its memory of files kept as names (an experiment folder may be moved and resumed), and
+    with epochs counted from 1, as in the collages and in metrics.csv."""
+
+    def format_checkpoint_name(self, metrics: dict[str, torch.Tensor], *args: Any, **options: Any) -> str:
+        return super().format_checkpoint_name({**metrics, "epoch": metrics["epoch"] + 1}, *args, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state |= {k: _name(state[k]) for k in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        return {**state, "dirpath": "", "best_k_models": {_name(k): v for k, v in state["best_k_models"].items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        def full(name: str) -> str:
+            return str(Path(self.dirpath) / name) if name else ""
+
+        state = {**state, "dirpath": self.dirpath}
+        state |= {k: full(state[k]) for k in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        state["best_k_models"] = {full(k): v for k, v in state["best_k_models"].items()}
+        super().load_state_dict(state)
+
+
+def checkpoint_callbacks(folder: Path) -> list[PortableCheckpoint]:
+    """The seed's policy: the best three by validation loss, the last, and one every five epochs."""
+    common: dict[str, Any] = dict(dirpath=str(folder), save_on_train_epoch_end=True, enable_version_counter=False,
+                                  auto_insert_metric_name=False)  # fmt: skip
+    return [
+        PortableCheckpoint(filename="best-epoch_{epoch:04d}-val_loss_{val/loss:.4f}", monitor="val/loss", save_top_k=3, **common),
+        PortableCheckpoint(filename="epoch_{epoch:04d}", every_n_epochs=5, save_top_k=-1, **common),
+        PortableCheckpoint(filename="last", every_n_epochs=1, save_top_k=1, **common),
+    ]
+
+
+class Collages(Callback):
+    """`epoch_XXXX.png` of the same seeded validation pictures: before training (0000), then after each epoch."""
+
+    def __init__(self, samples: int, seed: int):
+        self.samples, self.seed = samples, seed
+        self.pixels: torch.Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.pixels = sample_pixels(trainer.datamodule.val_set, self.samples, self.seed)
+            if trainer.global_step == 0:
+                self._make(trainer, pl_module, 0)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._make(trainer, pl_module, trainer.current_epoch + 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._gif(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._gif(trainer)
+
+    def _make(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+        if self.pixels is None:
+            return
+        folder = Path(trainer.log_dir) / COLLAGES
+        folder.mkdir(parents=True, exist_ok=True)
+        remade = module.reconstruct(self.pixels.to(module.device)).cpu()
+        picture = collage(self.pixels, remade, f"epoch {epoch}" if epoch else "before training")
+        save_picture(picture, folder / f"epoch_{epoch:04d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("reconstruction_collage", np.asarray(picture), epoch, dataformats="HWC")
+
+    def _gif(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and trainer.log_dir:
+            folder = Path(trainer.log_dir) / COLLAGES
+            save_gif(sorted(folder.glob("epoch_*.png")), folder / "progress.gif")
+
+
+def sample_pixels(dataset: EarDataset, count: int, seed: int) -> torch.Tensor | None:
+    """uint8 B,3,H,W of `count` readable pictures, drawn by seed, in manifest order; None if there is none."""
+    order = np.random.default_rng([seed, 3]).permutation(len(dataset)).tolist()
+    items: dict[int, dict[str, Any]] = {}
+    for index in order:
+        if len(items) == min(count, len(dataset)):
+            break
+        item = dataset[index]
+        if not isinstance(item, BadPicture):
+            items[index] = item
+    return collate([items[i] for i in sorted(items)]).get("pixels")
+
+
+class MetricsFile(Callback):
+    """`metrics.csv`: a row per epoch, rewritten whole, so that a resumed run continues it without double rows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        epoch = trainer.current_epoch + 1
+        rows = [row for row in read_metrics(self.path) if int(row["epoch"]) < epoch]
+        figures = {k: f"{float(v):.8g}" for k, v in sorted(trainer.callback_metrics.items())}
+        rows.append({"epoch": str(epoch), "step": str(trainer.global_step), **figures})
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        with whole_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics.csv; none if there is no such file yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class BadPictureList(Callback):
+    """`bad_images.csv`: every picture that was skipped, with its reason."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not module.bad or not trainer.is_global_zero:
+            return
+        sets = {"train": trainer.datamodule.train_set, "val": trainer.datamodule.val_set}
+        with whole_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["split", "row", "image_path", "reason", "detail"])
+            for (split, index), error in sorted(module.bad.items(), key=lambda entry: entry[0]):
+                manifest = sets[split].manifest
+                writer.writerow([split, manifest.rows[index], printable(manifest.paths[index]), error.reason, error.detail])
+
+
+class Reporter(Callback):
+    """One line per epoch, and progress in between."""
+
+    def __init__(self, talk: Talk):
+        self.talk = talk
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
+        total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
+        self._progress = self.talk.progress("training", total, "steps")
+        self.steps = self._progress.__enter__()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epoch_start, self.pictures = time.monotonic(), 0
+        self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.pictures += len(batch["index"]) * trainer.world_size
+        self.train_seconds = time.monotonic() - self.epoch_start
+        self.steps.advance()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        done = epoch - self.first_epoch
+        left = (time.monotonic() - self.start) / done * (trainer.max_epochs - epoch)
+        self.talk.say(f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
+                      f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left")  # fmt: skip
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._progress.__exit__(None, None, None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_progress"):
+            self._progress.__exit__(None, None, None)
+
+
+def epoch_figures(metrics: dict[str, torch.Tensor]) -> str:
+    """`train 3.21 (recon 0.120, metric 30.9), val 3.40 (recon 0.13, metric 32.7), PSNR 15.1 dB`."""
+    parts = []
+    for split in ("train", "val"):
+        terms = [f"{name} {metrics[key]:.4g}" for name, key in (("recon", f"{split}/recon_loss"), ("metric", f"{split}/metric_loss"))
+                 if key in metrics]  # fmt: skip
+        if f"{split}/loss" in metrics:
+            parts.append(f"{split} {metrics[f'{split}/loss']:.4g} ({', '.join(terms)})")
+    if "val/psnr" in metrics:
+        parts.append(f"PSNR {metrics['val/psnr']:.1f} dB")
+    return ", ".join(parts)
+
+
+class StopOnNaN(Callback):
+    """An epoch whose loss is no number ends the run before it is saved: nothing learned after it would count."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None and not torch.isfinite(loss):
+            raise EarTeachError(f"epoch {trainer.current_epoch + 1}: the training loss is {float(loss)}; the checkpoints "
+                                "before it stand. Start again with a lower --learning-rate or --precision 32-true")  # fmt: skip
+
+
+def _name(path: str) -> str:
+    return Path(path).name if path else ""

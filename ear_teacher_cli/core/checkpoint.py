@@ -1,0 +1,143 @@
+"""The only reader of weights files and checkpoints: always `weights_only`, never a pickle that runs.
+
+A checkpoint of ours is Lightning's dict (`state_dict`, `optimizer_states`, `loops`, ...) plus
+`hyper_parameters` (the TrainConfig as a dict) and `earteach` (see `describe`).
+"""
+
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+
+from .. import __version__
+from ..config import TrainConfig, from_dict
+from ..data.pixels import Preprocessing
+from ..errors import WeightsError
+from ..files import printable, whole_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a training run, read and checked."""
+
+    path: Path
+    config: TrainConfig
+    preprocessing: Preprocessing
+    embedding_dim: int
+    epoch: int  # epochs completed
+    content: dict[str, Any]
+
+    @property
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """TeacherModel's tensors under its own names."""
+        return {k.removeprefix("model."): v for k, v in self.content["state_dict"].items() if k.startswith("model.")}
+
+    @property
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """The backbone's tensors under timm's names."""
+        return {k.removeprefix("backbone."): v for k, v in self.model_state.items() if k.startswith("backbone.")}
+
+
+def describe(config: TrainConfig, preprocessing: Preprocessing, embedding_dim: int, epochs: int) -> dict[str, Any]:
+    """The `earteach` part of a checkpoint: what inference needs, in plain values."""
+    return {
+        "format": FORMAT, "version": __version__, "backbone": config.backbone, "embedding_dim": embedding_dim,
+        "epochs_completed": epochs, "preprocessing": preprocessing.as_dict(),
+    }  # fmt: skip
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that `earteach train` wrote. Raises WeightsError."""
+    where = printable(path)
+    content = _read_torch(Path(path))
+    if not isinstance(content, dict) or "earteach" not in content or "hyper_parameters" not in content:
+        raise WeightsError(f"{where}: is no checkpoint of earteach train; give one from a run's checkpoints folder")
+    about = content["earteach"]
+    if about.get("format") != FORMAT:
+        raise WeightsError(f"{where}: checkpoint format {about.get('format')} of earteach {about.get('version')} "
+                           f"is not {FORMAT}; use the earteach that wrote it")  # fmt: skip
+    return Checkpoint(
+        path=Path(path), config=from_dict(content["hyper_parameters"], where),
+        preprocessing=Preprocessing.from_dict(about["preprocessing"], where),
+        embedding_dim=about["embedding_dim"], epoch=about["epochs_completed"], content=content,
+    )  # fmt: skip
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file (.safetensors, or torch's .pth, .pt, .ckpt, .bin). Raises WeightsError."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    content = _read_torch(path)
+    for wrapper in ("state_dict", "model", "model_state_dict", "module"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    if not tensors or not all(isinstance(k, str) for k in tensors):
+        raise WeightsError(f"{printable(path)}: holds no named tensors; give a state dict or a checkpoint")
+    return tensors
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, header metadata) of a .safetensors file. Raises WeightsError."""
+    _require_file(Path(path))
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{printable(path)}: damaged or no safetensors file ({_short(error)}); fetch it again") from error
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written whole or not at all, read with `weights_only` whatever it asks for."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with whole_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        return _read_torch(Path(path))
+
+
+def _read_torch(path: Path) -> Any:
+    where = printable(path)
+    _require_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  (the one place)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[: ]+([\w.]+)", str(error))
+        if culprit:
+            raise WeightsError(f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
+                               "nothing was run. Give a file of plain tensors (.safetensors)") from error  # fmt: skip
+        raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
+    except _DAMAGE as error:
+        raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
+
+
+# What torch.load raises on truncated, flipped or foreign bytes.
+_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+           MemoryError, OverflowError, zipfile.BadZipFile)  # fmt: skip
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise WeightsError(f"{printable(path)}: is a folder; name the weights file in it")
+    if not path.is_file():
+        raise WeightsError(f"{printable(path)}: no such file; check the path")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"{printable(path)}: is empty; fetch it again")
+
+
+def _short(error: BaseException) -> str:
+    return printable(" ".join(str(error).split())[:100]) or type(error).__name__

@@ -1,0 +1,271 @@
+"""Training: reconstruction plus a margin softmax over pseudo-classes, as a LightningModule.
+
+Everything random in a step is a function of (seed, step), every class is kept in the checkpoint, and k-means
+runs at fixed epochs: a resumed run is the uninterrupted one. B pictures, D embedding, D' projection, K classes.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from ..config import TrainConfig
+from ..data.dataset import Batch, derive_seed
+from ..data.pixels import from_unit, normalise, preprocessing_of, to_unit
+from ..errors import EarTeachError, PictureError
+from . import losses, weights
+from . import pseudo_classes as classes
+from .checkpoint import describe
+from .model import TeacherModel
+from .schedule import rate_at
+
+# Gradients of a mean over 150,000 pixels vanish in half precision unless scaled.
+_GRADIENT_SCALE = 2.0**12
+
+
+class EarTeacherLightningModule(pl.LightningModule):
+    """The teacher and how it learns.
+
+    Takes a `TrainConfig`, or any of its fields as keywords:
+    `EarTeacherLightningModule(learning_rate=1e-4, max_epochs=100)`. Fit it with an `EarDataModule`. Pretrained
+    weights are loaded when fitting starts (not when a checkpoint is being restored), or by `load_pretrained()`.
+
+    Logs train/loss, train/recon_loss, train/metric_loss, train/lr, train/grad_ratio (gradient the metric term
+    sends into the embedding, divided by the reconstruction's), val/loss, val/recon_loss, val/metric_loss,
+    val/psnr (dB on [-1, 1]) and val/agreement (share of validation pictures whose augmented view keeps its class).
+    """
+
+    def __init__(self, config: TrainConfig | None = None, **options: Any):
+        super().__init__()
+        self.config = config or TrainConfig(**options)
+        self.save_hyperparameters(self.config.as_dict())
+        self.model = TeacherModel(self.config)
+        self.preprocessing = preprocessing_of(
+            self.config.backbone, self.config.image_size, self.config.bbox_buffer, self.config.pad
+        )
+        self.prototypes: nn.Parameter | None = None  # K,D': allocated when the number of pictures is known
+        self.classes: classes.PseudoClasses | None = None
+        self.receipt: weights.Receipt | None = None
+        self.bad: dict[tuple[str, int], PictureError] = {}  # (train or val, row index) -> why it was skipped
+
+    def load_pretrained(self) -> weights.Receipt:
+        """Load the backbone's pretrained weights as the configuration says. Raises WeightsError."""
+        self.receipt = weights.load_pretrained(self.model.backbone, self.config)
+        return self.receipt
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.config.pretrained and self.receipt is None and self.trainer.ckpt_path is None:
+            self.load_pretrained()
+        if self.config.learns_classes and self.prototypes is None:
+            pictures = len(self._train_set())
+            self._allocate(classes.class_count(self.config.pseudo_classes, pictures, self.config.num_pseudo_classes))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = param_groups_weight_decay(self, self.config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = total * self.config.warmup // self.config.max_epochs
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 B,3,H,W -> embedding float B,D."""
+        return self.model.embed(normalise(pixels, self.preprocessing))
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 B,3,H,W -> what the decoder makes of the embeddings, uint8 B,3,H,W."""
+        was_training = self.training
+        self.eval()
+        pictures = from_unit(self.model.decoder(self(pixels)))
+        self.train(was_training)
+        return pictures
+
+    def on_train_epoch_start(self) -> None:
+        config = self.config
+        if not config.learns_classes:
+            return
+        if config.pseudo_classes == "kmeans":
+            if classes.is_round(self.current_epoch, config.cluster_every, config.max_epochs):
+                self._cluster()
+        elif self.classes is None:
+            train_set = self._train_set()
+            labels = torch.arange(len(train_set))
+            if config.pseudo_classes == "fixed":
+                labels = classes.fixed_labels(len(train_set), len(self.prototypes), config.seed)
+            mark = classes.fingerprint(train_set.manifest)
+            self.classes = classes.PseudoClasses(labels, len(self.prototypes), 0, mark)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Stochastic depth draws from the global generator: tie it to the step, so that resuming is exact.
+        torch.manual_seed(derive_seed(self.config.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+        self._note_bad("train", batch)
+        if len(batch["index"]) < 2:  # too few readable pictures for batch statistics: the step is skipped
+            return None
+        pixels = batch["pixels"]
+        embedding = self(pixels)  # B,D
+        figures = {"recon_loss": F.mse_loss(self.model.decoder(embedding).float(), to_unit(pixels))}
+        loss = self.config.reconstruction_weight * figures["recon_loss"]
+        if self.config.learns_classes:
+            figures["metric_loss"] = self._metric_loss(embedding, batch["index"])
+            metric = self.config.metric_weight * figures["metric_loss"]
+            if batch_idx == 0 and self.config.reconstruction_weight:
+                self.log("train/grad_ratio", _gradient_ratio(metric, loss, embedding), on_step=False, on_epoch=True, batch_size=1)
+            loss = loss + metric
+        self._log("train", loss, figures, len(pixels))
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._note_bad("val", batch)
+        if len(batch["index"]) == 0:
+            return
+        pixels = batch["pixels"]
+        embedding = self(pixels)
+        squares = (self.model.decoder(embedding).float() - to_unit(pixels)).square().mean((1, 2, 3))  # B,3,H,W -> B
+        figures = {"recon_loss": squares.mean(), "psnr": losses.psnr(squares).mean()}
+        loss = self.config.reconstruction_weight * figures["recon_loss"]
+        if self.config.learns_classes:
+            figures["metric_loss"], figures["agreement"] = self._held_out_metric(embedding, batch["view"])
+            loss = loss + self.config.metric_weight * figures["metric_loss"]
+        self._log("val", loss, figures, len(pixels))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["earteach"] = describe(
+            self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed()
+        )
+        if self.classes is not None:
+            checkpoint["pseudo_classes"] = self.classes.as_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("pseudo_classes")
+        if state is None:
+            return
+        if self.prototypes is None:  # load_from_checkpoint, without a trainer
+            self._allocate(state["count"])
+        expected = classes.fingerprint(self._train_set().manifest) if self._trainer is not None else None
+        self.classes = classes.PseudoClasses.from_dict(state, expected)
+
+    def _metric_loss(self, embedding: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        labels = self.classes.labels[index.cpu()].to(embedding.device)
+        known = labels >= 0  # a picture that was unreadable when the classes were made has none
+        features = self.model.predict(embedding)
+        if not known.any():
+            return features.sum() * 0
+        margin = losses.margin_at(self.current_epoch, self.config.arcface_margin, self.config.margin_warmup_epochs)
+        return losses.metric_loss(self.config.metric_loss, features[known], self.prototypes, labels[known],
+                                  margin, self.config.arcface_scale)  # fmt: skip
+
+    def _held_out_metric(self, embedding: torch.Tensor, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Held-out pictures take the class of the prototype nearest to the clean picture; the loss (whole margin)
+        is that of an augmented view: a picture scored against its own nearest prototype would prove nothing."""
+        labels = losses.cosines(self.model.predict(embedding), self.prototypes).argmax(1)
+        features = self.model.predict(self(view))
+        agreement = (losses.cosines(features, self.prototypes).argmax(1) == labels).float().mean()
+        loss = losses.metric_loss(self.config.metric_loss, features, self.prototypes, labels,
+                                  self.config.arcface_margin, self.config.arcface_scale)  # fmt: skip
+        return loss, agreement
+
+    def _cluster(self) -> None:
+        """A round of k-means on rank 0, told to all: labels, and class means as prototypes."""
+        result = None
+        if self.trainer.is_global_zero:
+            mark = classes.fingerprint(self._train_set().manifest)
+            embeddings, rows = self._embed_train_set()
+            labels = self._kmeans(embeddings, rows, warm=self.classes is not None)
+            means = self._class_means(embeddings, labels[rows])
+            past = self.classes.round + 1 if self.classes else 0
+            result = classes.PseudoClasses(labels, len(self.prototypes), past, mark).as_dict(), means
+        state, means = self.trainer.strategy.broadcast(result)
+        self.classes = classes.PseudoClasses.from_dict(state, None)
+        with torch.no_grad():
+            self.prototypes.copy_(means)
+        self.optimizers().optimizer.state.pop(self.prototypes, None)  # old momentum belongs to old prototypes
+
+    @torch.no_grad()
+    def _embed_train_set(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embeddings M,D, their rows M) of all readable training pictures, unaugmented, evaluation mode, float32."""
+        self.eval()
+        found, rows = [], []
+        for batch in self.trainer.datamodule.clean_dataloader():
+            self._note_bad("train", batch)
+            if len(batch["index"]):
+                found.append(self(batch["pixels"].to(self.device)).float().cpu())
+                rows.append(batch["index"])
+        self.train()
+        if len(found) == 0:
+            raise EarTeachError("training pictures: not one could be read; run earteach validate-data")
+        return torch.cat(found), torch.cat(rows)
+
+    def _kmeans(self, embeddings: torch.Tensor, rows: torch.Tensor, warm: bool) -> torch.Tensor:
+        """int64 labels of all N training pictures, -1 where unreadable."""
+        manifest = self._train_set().manifest
+        if len(rows) < len(self.prototypes):
+            raise EarTeachError(f"{manifest.source}: {len(rows)} readable pictures cannot fill {len(self.prototypes)} "
+                                "pseudo-classes; mend the pictures or lower --num-pseudo-classes")  # fmt: skip
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        apart = [[place[r] for r in group if r in place] for group in classes.same_photo(manifest)]
+        labels = torch.full((len(manifest),), -1)
+        start = self.classes.labels[rows] if warm else None
+        labels[rows] = classes.kmeans(classes.directions(embeddings), len(self.prototypes), self.config.seed,
+                                      start=start, apart=apart)  # fmt: skip
+        return labels
+
+    @torch.no_grad()
+    def _class_means(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Class means of the heads' output, K,D'. In training mode: that is what the loss will compare them with."""
+        outputs = [self.model.predict(part.to(self.device)).float().cpu() for part in embeddings.split(65_536)]
+        return classes.class_means(F.normalize(torch.cat(outputs), dim=1), labels, len(self.prototypes))
+
+    def _allocate(self, count: int) -> None:
+        start = torch.randn(count, self.config.projection_dim, generator=torch.Generator().manual_seed(self.config.seed))
+        self.prototypes = nn.Parameter(F.normalize(start, dim=1))
+
+    def _train_set(self):
+        datamodule = self.trainer.datamodule
+        if datamodule is None or getattr(datamodule, "train_set", None) is None:
+            raise EarTeachError("pseudo-classes: belong to a data set; fit with trainer.fit(model, datamodule=EarDataModule(...))")
+        return datamodule.train_set
+
+    def _note_bad(self, split: str, batch: Batch) -> None:
+        """Count unreadable pictures. Raises EarTeachError when they are more than `max_bad` of the split."""
+        if not batch["bad"]:
+            return
+        for index, reason, detail in batch["bad"]:
+            self.bad[(split, index)] = PictureError(reason, detail)
+        datamodule = self.trainer.datamodule
+        dataset = datamodule.train_set if split == "train" else datamodule.val_set
+        count = sum(which == split for which, _ in self.bad)
+        if count > self.config.max_bad * len(dataset):
+            (_, index), error = next((k, e) for k, e in self.bad.items() if k[0] == split)
+            raise EarTeachError(
+                f"{dataset.manifest.where(index)}: {error}; {count} of {len(dataset)} pictures are bad, more than "
+                f"--max-bad {self.config.max_bad:g}; run earteach validate-data --write-clean, or raise --max-bad"
+            )
+
+    def _log(self, split: str, loss: torch.Tensor, figures: dict[str, torch.Tensor], count: int) -> None:
+        values = {f"{split}/{name}": value.detach() for name, value in {"loss": loss, **figures}.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=count, sync_dist=self.trainer.world_size > 1)
+
+    def _epochs_completed(self) -> int:
+        return self.trainer.fit_loop.epoch_progress.current.processed
+
+
+def _gradient_ratio(metric: torch.Tensor, reconstruction: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """Norm of the gradient the metric term sends into the embedding, over that of the reconstruction term."""
+    norms = [torch.autograd.grad(term * _GRADIENT_SCALE, embedding, retain_graph=True)[0].float().norm()
+             for term in (metric, reconstruction)]  # fmt: skip
+    return norms[0] / norms[1].clamp_min(1e-12)
+
+
+def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """A config with the given (not None) fields replaced."""
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})

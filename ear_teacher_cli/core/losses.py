@@ -1,0 +1,55 @@
+"""Margin softmax losses over pseudo-classes, and the reconstruction figures.
+
+B pictures, K classes, D' the heads' output size. Angles are computed in float32 whatever the precision.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# acos and sqrt(1 - cos^2) have infinite slope at |cos| = 1, which class means used as prototypes do reach.
+_EDGE = 1e-6
+
+
+def cosines(features: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+    """Cosine of every picture with every prototype: B,D' and K,D' -> B,K in [-1, 1]."""
+    return F.normalize(features.float(), dim=1) @ F.normalize(prototypes.float(), dim=1).T
+
+
+def arcface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, scale: float) -> torch.Tensor:
+    """scale * cos(theta + margin) at the label, scale * cos(theta) elsewhere (ArcFace, Deng et al. 2019, eq. 3).
+
+    Beyond theta = pi - margin, where cos(theta + margin) would rise again, it goes on as the straight line
+    cos(theta) - margin * sin(margin), as the authors' code does. `margin` in radians. B,K -> B,K.
+    """
+    target = cosine.gather(1, labels[:, None]).clamp(-1 + _EDGE, 1 - _EDGE)  # B,1
+    sine = (1 - target * target).sqrt()
+    widened = target * math.cos(margin) - sine * math.sin(margin)
+    widened = torch.where(target > -math.cos(margin), widened, target - margin * math.sin(margin))
+    return scale * cosine.scatter(1, labels[:, None], widened)
+
+
+def cosface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, scale: float) -> torch.Tensor:
+    """scale * (cos(theta) - margin) at the label, scale * cos(theta) elsewhere (CosFace, Wang et al. 2018, eq. 4)."""
+    return scale * (cosine - margin * F.one_hot(labels, cosine.shape[1]))
+
+
+LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
+
+
+def metric_loss(kind: str, features: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor,
+                margin: float, scale: float) -> torch.Tensor:  # fmt: skip
+    """Mean cross-entropy of the margin softmax. `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K)."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)
+
+
+def margin_at(epoch: int, margin: float, warmup_epochs: int) -> float:
+    """The margin in `epoch` (from 0): it grows in equal steps, 0 in epoch 0, whole from epoch `warmup_epochs` on."""
+    return margin if epoch >= warmup_epochs else margin * epoch / warmup_epochs
+
+
+def psnr(mse: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on [-1, 1]: 10 log10(4 / MSE)."""
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))

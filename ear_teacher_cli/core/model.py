@@ -1,0 +1,97 @@
+"""The teacher: a timm backbone, the heads of the metric loss, and a decoder back to pixels.
+
+B images, H = W = image_size pixels, D embedding, D' projection.
+"""
+
+import timm
+import torch
+from torch import nn
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+
+
+def build_backbone(name: str, image_size: int) -> nn.Module:
+    """A timm model without classifier, random weights: B,3,H,W -> B,D. Raises ConfigError if timm has no such model."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        raise ConfigError("backbone", f"timm has no model {name!r}",
+                          f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")  # fmt: skip
+    sized = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    return timm.create_model(name, pretrained=False, num_classes=0, **sized)
+
+
+@torch.no_grad()
+def embedding_size(backbone: nn.Module, image_size: int) -> int:
+    """D, from a picture sent through (timm's attributes differ from model to model)."""
+    was_training = backbone.training
+    size = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape
+    backbone.train(was_training)
+    if len(size) != 2:
+        raise ConfigError("backbone", f"gives features of shape {tuple(size)}", "choose one that pools to a vector")
+    return size[1]
+
+
+class TeacherModel(nn.Module):
+    """Backbone -> embedding -> projection -> prediction; and embedding -> decoder -> picture.
+
+    The metric loss is asked of the prediction head's output, at the end of the chain, so that projection and
+    prediction both learn (DistributedDataParallel refuses parameters without a gradient) and the embedding
+    itself is free of the pseudo-classes' last word. Without a metric loss there are no heads.
+    """
+
+    def __init__(self, config: TrainConfig):
+        super().__init__()
+        self.backbone = build_backbone(config.backbone, config.image_size)
+        self.embedding_dim = embedding_size(self.backbone, config.image_size)
+        if config.embedding_dim not in (None, self.embedding_dim):
+            raise ConfigError("embedding_dim", f"{config.embedding_dim} given, but {config.backbone} has {self.embedding_dim}",
+                              "leave the option out")  # fmt: skip
+        self.projection = projection_head(self.embedding_dim, config.projection_dim) if config.learns_classes else None
+        self.prediction = prediction_head(config.projection_dim) if config.learns_classes else None
+        self.decoder = Decoder(self.embedding_dim, config.image_size)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised B,3,H,W -> B,D: what is exported, and what `embed` writes."""
+        return self.backbone(images)
+
+    def predict(self, embedding: torch.Tensor) -> torch.Tensor:
+        """B,D -> B,D': what the metric loss sees."""
+        assert self.projection is not None and self.prediction is not None
+        return self.prediction(self.projection(embedding))
+
+
+def projection_head(embedding_dim: int, projection_dim: int) -> nn.Sequential:
+    """B,D -> B,D' (SimSiam's projector, Chen and He 2021, sec. 3, with two layers; its end is centred by batch norm)."""
+    return nn.Sequential(
+        nn.Linear(embedding_dim, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim), nn.ReLU(inplace=True),
+        nn.Linear(embedding_dim, projection_dim, bias=False), nn.BatchNorm1d(projection_dim),
+    )  # fmt: skip
+
+
+def prediction_head(projection_dim: int) -> nn.Sequential:
+    """B,D' -> B,D' through a bottleneck of a quarter (SimSiam's predictor)."""
+    hidden = max(1, projection_dim // 4)
+    return nn.Sequential(
+        nn.Linear(projection_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+        nn.Linear(hidden, projection_dim),
+    )  # fmt: skip
+
+
+class Decoder(nn.Module):
+    """B,D -> B,3,H,W on the scale of [-1, 1]: a linear map to a grid of H/32, then five transposed convolutions."""
+
+    def __init__(self, embedding_dim: int, image_size: int):
+        super().__init__()
+        self.grid = image_size // 32
+        widths = (256, 128, 96, 64, 32)
+        self.start = nn.Linear(embedding_dim, widths[0] * self.grid**2)
+        steps: list[nn.Module] = []
+        for wide, narrow in zip(widths, widths[1:], strict=False):
+            # kernel 4, stride 2: kernel a multiple of the stride, so no checkerboard (Odena et al. 2016)
+            steps += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)]
+        self.steps = nn.Sequential(*steps, nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1))
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        grid = self.start(embedding).unflatten(1, (-1, self.grid, self.grid))  # B,D -> B,256,H/32,W/32
+        return self.steps(grid)  # -> B,3,H,W

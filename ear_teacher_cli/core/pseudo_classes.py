@@ -1,0 +1,188 @@
+"""Pseudo-classes: which pictures count as the same ear while nobody knows.
+
+A class belongs to a picture, never to a position in a batch. `kmeans` is offline, deterministic, spherical
+k-means over the embeddings (the recipe of unsupervised speaker verification: cluster, train a margin softmax
+on the cluster ids, cluster again); `instance` makes every picture its own class; `fixed` draws classes once
+at random, the control that any other must beat. N pictures, D features, K classes.
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..data.manifest import Manifest
+from ..errors import WeightsError
+
+PICTURES_PER_CLASS = 4
+LARGEST = 8  # a class of more than this many times the mean is split
+_CHUNK = 16_384  # rows at a time: N x K similarities never exist at once
+
+
+@dataclass
+class PseudoClasses:
+    """`labels`: int64 N, -1 for a picture that could not be read. `fingerprint`: of the manifest they belong to."""
+
+    labels: torch.Tensor
+    count: int
+    round: int
+    fingerprint: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"labels": self.labels.to(torch.int32), "count": self.count, "round": self.round,
+                "fingerprint": self.fingerprint}  # fmt: skip
+
+    @staticmethod
+    def from_dict(state: dict[str, Any], fingerprint: str | None) -> "PseudoClasses":
+        """Raises WeightsError if the training manifest is no longer the one the labels belong to."""
+        if fingerprint is not None and state["fingerprint"] != fingerprint:
+            raise WeightsError("checkpoint: the training manifest has changed since, so its pseudo-classes do not "
+                               "fit; restore the manifest or start a new experiment")  # fmt: skip
+        return PseudoClasses(state["labels"].to(torch.int64), state["count"], state["round"], state["fingerprint"])
+
+
+def class_count(kind: str, pictures: int, most: int) -> int:
+    """How many classes to use for `pictures`; `most` 0 means no bound."""
+    if kind == "instance":
+        return pictures
+    count = max(2, pictures // PICTURES_PER_CLASS)
+    return min(count, most) if most else count
+
+
+def is_round(epoch: int, every: int, max_epochs: int) -> bool:
+    """Whether k-means clusters before `epoch` (from 0): at the start, then every `every` epochs, not in the last fifth."""
+    return epoch == 0 or (epoch % every == 0 and epoch < 0.8 * max_epochs)
+
+
+def fixed_labels(pictures: int, count: int, seed: int) -> torch.Tensor:
+    """Random but constant classes of equal size. int64 N."""
+    labels = np.arange(pictures) % count
+    np.random.default_rng([seed, 1]).shuffle(labels)
+    return torch.from_numpy(labels)
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """sha256 over the rows (paths and boxes) of a manifest."""
+    digest = hashlib.sha256()
+    for path, box in zip(manifest.paths, manifest.boxes, strict=True):
+        digest.update(f"{path}\0{box}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def same_photo(manifest: Manifest) -> list[list[int]]:
+    """Groups of rows cut out of one photo: two ears in it are two ears, never one class."""
+    rows = defaultdict(list)
+    for index, path in enumerate(manifest.paths):
+        rows[path].append(index)
+    return [group for group in rows.values() if len(group) > 1]
+
+
+def directions(embeddings: torch.Tensor) -> torch.Tensor:
+    """What is clustered: embeddings about their mean, at unit length. N,D -> float32 N,D."""
+    embeddings = embeddings.float()
+    return F.normalize(embeddings - embeddings.mean(0), dim=1)
+
+
+def kmeans(features: torch.Tensor, count: int, seed: int, *, start: torch.Tensor | None = None,
+           apart: list[list[int]] | None = None, iterations: int = 20) -> torch.Tensor:  # fmt: skip
+    """Spherical k-means of unit vectors (Dhillon and Modha 2001): N,D -> int64 labels N in [0, count).
+
+    `start`: labels of the previous round, so that ids stay (a warm start); else k-means++ seeding
+    (Arthur and Vassilvitskii 2007). Every class ends with at least one picture, none with more than LARGEST
+    times the mean (as far as distinct pictures allow). `apart`: groups of rows that must not share a class.
+    """
+    assert len(features) >= count >= 2
+    centres = _plus_plus(features, count, seed) if start is None else class_means(features, start, count)
+    labels = torch.full((len(features),), -1)
+    for _ in range(iterations):
+        new, similarity = _assign(features, centres)
+        new = _fill_empty(new, similarity, count)
+        if torch.equal(new, labels):
+            break
+        labels = new
+        centres = class_means(features, labels, count)
+    labels = _split_giants(features, labels, count, seed)
+    return _set_apart(features, labels, class_means(features, labels, count), apart or [])
+
+
+def class_means(features: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean direction of every class at unit length: N,D and N -> K,D. Rows labelled -1 do not count."""
+    kept = labels >= 0
+    sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels[kept], features[kept])
+    return F.normalize(sums, dim=1)
+
+
+def _plus_plus(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Seeds drawn with probability proportional to the squared distance to the nearest seed so far."""
+    draw = np.random.default_rng([seed, 2])
+    chosen = [int(draw.integers(len(features)))]
+    distance = torch.full((len(features),), torch.inf, dtype=torch.float64)
+    for _ in range(count - 1):
+        distance = torch.minimum(distance, (1 - features @ features[chosen[-1]]).clamp_min(0).double())
+        total = distance.cumsum(0)
+        at = torch.searchsorted(total, draw.random() * total[-1].item(), right=True).item()
+        chosen.append(min(int(at), len(features) - 1))
+    return features[chosen]
+
+
+def _assign(features: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nearest centre int64 N, its cosine N), in chunks."""
+    best = [(chunk @ centres.T).max(1) for chunk in features.split(_CHUNK)]
+    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
+
+
+def _fill_empty(labels: torch.Tensor, similarity: torch.Tensor, count: int) -> torch.Tensor:
+    """Give every empty class the picture farthest from its own centre, of a class that can spare it."""
+    sizes = labels.bincount(minlength=count)
+    empty = (sizes == 0).nonzero().flatten().tolist()
+    if not empty:
+        return labels
+    labels = labels.clone()
+    for row in similarity.argsort(stable=True).tolist():
+        if not empty:
+            break
+        if sizes[labels[row]] > 1:
+            sizes[labels[row]] -= 1
+            labels[row] = empty.pop(0)
+            sizes[labels[row]] += 1
+    return labels
+
+
+def _split_giants(features: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Halve classes above LARGEST times the mean; the id of the smallest class is freed for the other half."""
+    bound = max(2 * PICTURES_PER_CLASS, LARGEST * len(labels) // count)
+    for attempt in range(count):
+        sizes = labels.bincount(minlength=count)
+        giant, smallest = int(sizes.argmax()), int(sizes.argmin())
+        if sizes[giant] <= bound or giant == smallest:
+            break
+        labels = labels.clone()
+        centres = class_means(features, labels, count)
+        homeless = (labels == smallest).nonzero().flatten()  # to the nearest of the other classes
+        similarity = features[homeless] @ centres.T
+        similarity[:, smallest] = -torch.inf
+        labels[homeless] = similarity.argmax(1)
+        members = (labels == giant).nonzero().flatten()
+        halves = _assign(features[members], _plus_plus(features[members], 2, seed + attempt))[0]
+        if halves.min() == halves.max():  # identical pictures: any halving is as good
+            halves = torch.arange(len(members)) % 2
+        labels[members[halves == 1]] = smallest
+    return labels
+
+
+def _set_apart(features: torch.Tensor, labels: torch.Tensor, centres: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
+    """Within each group keep one picture (the closest) per class; the others take their next best free class."""
+    labels = labels.clone()
+    for group in groups:
+        similarity = features[group] @ centres.T
+        taken: set[int] = set()
+        for i in similarity.max(1).values.argsort(descending=True, stable=True).tolist():
+            if int(labels[group[i]]) in taken:
+                free = (c for c in similarity[i].argsort(descending=True).tolist() if c not in taken)
+                labels[group[i]] = next(free, int(labels[group[i]]))
+            taken.add(int(labels[group[i]]))
+    return labels

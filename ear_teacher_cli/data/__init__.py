@@ -1,0 +1,1 @@
+"""Photographs in, ear crops out."""

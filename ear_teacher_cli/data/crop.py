@@ -1,0 +1,168 @@
+"""The one place where a picture is opened and an ear is cut out of it. No torch here.
+
+A picture is decoded wholly (PIL's `verify` passes a JPEG cut in half) and turned upright by its EXIF
+orientation, as OpenCV's imread does: boxes are in pixels of the upright picture.
+"""
+
+import io
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import PictureError
+from .manifest import Box
+from .pixels import Preprocessing
+
+# Reasons a PictureError can have, in the words of validate-data's report.
+REASONS = {
+    "missing": "no such file",
+    "unreadable": "the file cannot be read",
+    "not-a-picture": "the file is no picture",
+    "truncated": "the picture is cut short or damaged",
+    "too-large": "absurdly many pixels (decompression bomb)",
+    "outside-root": "the path leaves the root folder",
+    "box-not-finite": "the box holds NaN or infinity",
+    "box-empty": "the box has x2 <= x1 or y2 <= y1",
+    "box-outside": "the box leaves the picture",
+}
+# PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
+_ORIENTATION = 0x0112
+_MAX_FILE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright RGB picture and what is worth knowing of its file."""
+
+    image: Image.Image
+    mode: str  # PIL's mode before conversion to RGB
+    orientation: int  # EXIF 1-8; 1 is upright
+    data: bytes  # the file's bytes
+
+
+def read_picture(path: str) -> Picture:
+    """Decode a whole picture to upright RGB. Raises PictureError (missing, unreadable, not-a-picture, ...)."""
+    data = _read_bytes(path)
+    try:
+        with warnings.catch_warnings():
+            # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            mode, orientation = image.mode, image.getexif().get(_ORIENTATION, 1)
+            image.load()
+            image = _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise PictureError("not-a-picture", "the file is no picture") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError("too-large", "absurdly many pixels (decompression bomb)") from error
+    except _DECODER_ERRORS as error:
+        raise PictureError("truncated", f"cut short or damaged ({printable_error(error)})") from error
+    return Picture(image, mode, orientation if isinstance(orientation, int) else 1, data)
+
+
+def check_box(box: Box) -> None:
+    """Raise PictureError if the box cannot be one, whatever the picture."""
+    x1, y1, x2, y2 = box
+    if not all(np.isfinite(box)):
+        raise PictureError("box-not-finite", f"box {_numbers(box)} holds NaN or infinity")
+    if x2 <= x1:
+        raise PictureError("box-empty", f"box {_numbers(box)} has x2 <= x1")
+    if y2 <= y1:
+        raise PictureError("box-empty", f"box {_numbers(box)} has y2 <= y1")
+
+
+def check_box_inside(box: Box, size: tuple[int, int]) -> None:
+    """Raise PictureError if the box leaves a picture of `size` (width, height) by more than a pixel."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
+        raise PictureError("box-outside", f"box {_numbers(box)} leaves the picture of {width} x {height}")
+
+
+def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:
+    """The box grown by `buffer` of its width on the left and right and of its height above and below,
+    clamped to a picture of `size` (width, height). Pixels, may be fractional."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    dx, dy = buffer * (x2 - x1), buffer * (y2 - y1)
+    return max(0.0, x1 - dx), max(0.0, y1 - dy), min(float(width), x2 + dx), min(float(height), y2 + dy)
+
+
+def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
+    """The ear as an RGB picture of image_size x image_size: buffer, clamp, then pad to a square (or squash).
+
+    `box` None takes the whole picture. Raises PictureError if nothing of the box is inside the picture.
+    """
+    size = preprocessing.image_size
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    if box is None:
+        region: Box = (0.0, 0.0, float(image.width), float(image.height))
+    else:
+        check_box(box)
+        region = buffered_box(box, image.size, preprocessing.bbox_buffer)
+        if region[2] - region[0] <= 0 or region[3] - region[1] <= 0:
+            check_box_inside(box, image.size)
+    if not preprocessing.pad:
+        return image.resize((size, size), resample, box=region)
+    width, height = region[2] - region[0], region[3] - region[1]
+    scale = size / max(width, height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("RGB", (size, size), preprocessing.fill)
+    canvas.paste(image.resize(inner, resample, box=region), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return canvas
+
+
+def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
+    """Read and cut: uint8 3,H,W. Raises PictureError."""
+    crop = cut(read_picture(path).image, box, preprocessing)
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))  # H,W,3 -> 3,H,W
+
+
+def printable_error(error: BaseException) -> str:
+    """A decoder's message on one short line."""
+    return " ".join(str(error).split())[:80] or type(error).__name__
+
+
+# What PIL's decoders raise on damaged bytes: mostly OSError, SyntaxError (broken PNG) and ValueError.
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
+                   NotImplementedError, AttributeError, RuntimeError)  # fmt: skip
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise PictureError("missing", "no such file") from error
+    except (OSError, ValueError) as error:
+        raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError("unreadable", "is a folder or a device, not a file")
+        if status.st_size > _MAX_FILE_BYTES:
+            raise PictureError("too-large", f"{status.st_size / 2**30:.1f} GiB is no photograph")
+        if status.st_size == 0:
+            raise PictureError("truncated", "the file is empty")
+        try:
+            return file.read()
+        except OSError as error:
+            raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; 16-bit grey is scaled (PIL would clip it to white), alpha is dropped (as OpenCV does)."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64)
+        return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _numbers(box: Box) -> str:
+    return "[" + ", ".join(f"{v:g}" for v in box) + "]"

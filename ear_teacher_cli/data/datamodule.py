@@ -1,0 +1,79 @@
+"""Lightning's data side: two manifests in, batches of crops out."""
+
+import os
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from ..config import TrainConfig
+from ..errors import EarTeachError
+from .augment import Augment
+from .dataset import EarDataset, EpochSampler, collate
+from .manifest import Manifest, read_manifest
+from .pixels import preprocessing_of
+
+
+class EarDataModule(pl.LightningDataModule):
+    """Training and validation crops.
+
+    Takes a `TrainConfig`, or any of its fields as keywords: `EarDataModule(batch_size=32, num_workers=4)`.
+    After `setup`: `train_set`, `val_set` (EarDataset). Batches: see dataset.collate. Validation batches carry
+    `view`, an augmented copy that is the same every epoch.
+    """
+
+    def __init__(self, config: TrainConfig | None = None, **options):
+        super().__init__()
+        self.config = config or TrainConfig(**options)
+        self.train_set: EarDataset | None = None
+        self.val_set: EarDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read both manifests. Raises EarTeachError if one cannot be read or none of its pictures is there."""
+        if self.train_set is not None:
+            return
+        config = self.config
+        preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
+        augment = Augment(preprocessing, config.hflip)
+        train, val = read_manifest(config.train_metadata, config.root_dir), read_manifest(config.val_metadata, config.root_dir)
+        for manifest in (train, val):
+            _refuse_wrong_root(manifest)
+        if len(train) < 2:
+            raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
+        self.train_set = EarDataset(train, preprocessing, augment=augment if config.augment or config.hflip else None)
+        self.clean_set = EarDataset(train, preprocessing)
+        self.val_set = EarDataset(val, preprocessing, view=augment)
+
+    def train_dataloader(self) -> DataLoader:
+        # A last batch of one picture has no batch statistics; drop it, unless it is all there is.
+        return self._loader(self.train_set, shuffle=True, drop_last=len(self.train_set) > self.config.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val_set, shuffle=False)
+
+    def clean_dataloader(self) -> DataLoader:
+        """All training pictures unaugmented in manifest order, on every rank the same: what k-means clusters."""
+        return self._loader(self.clean_set, shuffle=False, all_ranks=True)
+
+    def _loader(self, dataset: EarDataset, *, shuffle: bool, drop_last: bool = False, all_ranks: bool = False):
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
+        workers = min(self.config.num_workers, usable_cores())
+        return DataLoader(
+            dataset, batch_size=self.config.batch_size, drop_last=drop_last, collate_fn=collate,
+            sampler=EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world),
+            num_workers=workers, persistent_workers=workers > 0 and not all_ranks,
+        )  # fmt: skip
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use (fewer than the machine's in a container)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _refuse_wrong_root(manifest: Manifest) -> None:
+    """One clear line instead of thousands of missing pictures."""
+    sample = range(0, len(manifest), max(1, len(manifest) // 50))
+    if not any(os.path.exists(os.path.join(manifest.root, manifest.paths[i])) for i in sample):
+        raise EarTeachError(
+            f"{manifest.source}: none of its pictures is under {manifest.root}/ (looked for {manifest.paths[0]}); "
+            "say where they are with --root-dir"
+        )

@@ -1,0 +1,101 @@
+"""Ears as tensors, and the order they come in.
+
+Everything random is a function of (seed, epoch, picture): no state to save, the same for any number of
+workers, and exact on resume. A picture that cannot be read is never replaced: it comes back as its reason,
+leaves its batch, and is counted (`collate`).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import PictureError
+from .augment import Augment
+from .crop import load_crop
+from .manifest import Manifest
+from .pixels import Preprocessing
+
+Batch = dict[str, Any]
+
+
+class Draw(NamedTuple):
+    """One picture in one epoch: its row in the manifest, and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+class BadPicture(NamedTuple):
+    index: int
+    reason: str
+    detail: str
+
+
+class EarDataset(Dataset):
+    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view': uint8 3,H,W]}, or a BadPicture.
+
+    `pixels` is augmented if `augment` is given; with `view` a second, augmented picture comes beside it.
+    """
+
+    def __init__(self, manifest: Manifest, preprocessing: Preprocessing, *, augment: Augment | None = None,
+                 view: Augment | None = None):  # fmt: skip
+        self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any] | BadPicture:
+        index, seed = draw if isinstance(draw, Draw) else Draw(draw, derive_seed(0, 0, draw))
+        try:
+            crop = load_crop(self.manifest.file(index), self.manifest.boxes[index], self.preprocessing)
+        except PictureError as error:
+            return BadPicture(index, error.reason, error.detail)
+        pixels = torch.from_numpy(crop)
+        item = {"index": index, "pixels": self.augment(pixels, seed) if self.augment else pixels}
+        if self.view:
+            item["view"] = self.view(pixels, seed)
+        return item
+
+
+def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
+    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'], 'bad': list of BadPicture}; B may be 0."""
+    good = [item for item in items if not isinstance(item, BadPicture)]
+    batch: Batch = {"bad": [item for item in items if isinstance(item, BadPicture)]}
+    batch["index"] = torch.tensor([item["index"] for item in good], dtype=torch.int64)
+    for name in ("pixels", "view"):
+        if good and name in good[0]:
+            batch[name] = torch.stack([item[name] for item in good])
+    return batch
+
+
+class EpochSampler(Sampler[Draw]):
+    """Every row once an epoch, in an order that depends on (seed, epoch) alone; rank r takes every world-th.
+
+    Lightning calls `set_epoch`. With several ranks the order is padded from its start, so that all have as many.
+    """
+
+    def __init__(self, length: int, seed: int, *, shuffle: bool, rank: int = 0, world: int = 1):
+        self.length, self.seed, self.shuffle, self.rank, self.world = length, seed, shuffle, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch if self.shuffle else 0  # validation is the same every epoch
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world)
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            np.random.Generator(np.random.PCG64([self.seed, self.epoch])).shuffle(order)
+        order = np.resize(order, len(self) * self.world)
+        for index in order[self.rank :: self.world].tolist():
+            yield Draw(index, derive_seed(self.seed, self.epoch, index))
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

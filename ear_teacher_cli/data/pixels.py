@@ -1,0 +1,85 @@
+"""The one home of preprocessing: what is done to a crop before the backbone sees it.
+
+`Preprocessing` travels with every checkpoint, export and embedding, so that inference does what training
+did. Shapes: B images, H = W = image_size pixels. Pixels cross process borders as uint8 and are normalised
+after the transfer.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import WeightsError
+
+if TYPE_CHECKING:  # validate-data cuts crops without torch
+    import torch
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Crop and normalisation. `mean`, `std`: RGB statistics of pixels in [0, 1]."""
+
+    image_size: int
+    bbox_buffer: float
+    pad: bool
+    interpolation: str  # nearest, bilinear, bicubic, lanczos (of PIL, antialiased)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The padding colour: the mean, which is 0 after normalisation."""
+        return tuple(round(255 * m) for m in self.mean)  # type: ignore[return-value]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any], where: str) -> "Preprocessing":
+        try:
+            return Preprocessing(
+                image_size=int(values["image_size"]), bbox_buffer=float(values["bbox_buffer"]),
+                pad=bool(values["pad"]), interpolation=str(values["interpolation"]),
+                mean=tuple(map(float, values["mean"])), std=tuple(map(float, values["std"])),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{where}: its preprocessing is not whole ({error!r}); export it again") from error
+
+
+def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bool) -> Preprocessing:
+    """Preprocessing with the statistics and interpolation of the backbone's own pretrained configuration.
+
+    timm's `crop_pct` is deliberately not used: a centre crop would cut the helix off.
+    """
+    from timm.models import get_pretrained_cfg
+
+    pretrained = get_pretrained_cfg(backbone)
+    interpolation = pretrained.interpolation if pretrained.interpolation in INTERPOLATIONS else "bicubic"
+    return Preprocessing(
+        image_size, bbox_buffer, pad, interpolation, tuple(pretrained.mean), tuple(pretrained.std)
+    )  # fmt: skip
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+def normalise(pixels: "torch.Tensor", preprocessing: Preprocessing) -> "torch.Tensor":
+    """uint8 B,3,H,W -> float32 B,3,H,W with the backbone's mean and standard deviation."""
+    mean = pixels.new_tensor(preprocessing.mean, dtype=_float32()).view(3, 1, 1) * 255
+    std = pixels.new_tensor(preprocessing.std, dtype=_float32()).view(3, 1, 1) * 255
+    return (pixels - mean) / std
+
+
+def to_unit(pixels: "torch.Tensor") -> "torch.Tensor":
+    """uint8 B,3,H,W -> float32 in [-1, 1]: the reconstruction's target, the same for every backbone."""
+    return pixels.to(_float32()) / 127.5 - 1
+
+
+def from_unit(images: "torch.Tensor") -> "torch.Tensor":
+    """float B,3,H,W in [-1, 1] -> uint8, clamped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def _float32():
+    import torch
+
+    return torch.float32

@@ -1,0 +1,45 @@
+"""The one error class of the project, and its few children.
+
+A message reads *where: what was found; what to do*, on one line. `cli.main` prints it to stderr and
+exits with `exit_code`; the core raises it and never prints. Broken invariants are `assert`, not these.
+"""
+
+
+class EarTeachError(Exception):
+    """Something in the user's data or files is not as it must be (exit code 1)."""
+
+    exit_code = 1
+
+
+class WordsError(EarTeachError):
+    """The command itself cannot be carried out as typed (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(WordsError):
+    """An option or a line of a configuration file has a value that cannot be."""
+
+    def __init__(self, field: str, found: str, mend: str):
+        super().__init__(f"{field}: {found}; {mend}")
+        self.field = field
+
+
+class ManifestError(EarTeachError):
+    """A list of pictures cannot be read as one."""
+
+
+class WeightsError(EarTeachError):
+    """A weights file or checkpoint is missing, damaged, hostile, or made for another model."""
+
+
+class PictureError(EarTeachError):
+    """One picture (or the box on it) is of no use. `reason` is a code from data/crop.py."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):  # crosses process borders from the decoding workers
+        return (type(self), (self.reason, self.detail))

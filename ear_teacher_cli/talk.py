@@ -1,0 +1,118 @@
+"""Talk to the person on stderr: sentences, and progress with rate and time left.
+
+In a terminal a rich bar; elsewhere plain lines, the first after a second, then every ten. stdout is for data.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+FIRST_LINE_S = 1.0
+NEXT_LINE_S = 10.0
+
+
+class Talk:
+    """Where verbs say things. `Talk(quiet=True)` says nothing but warnings."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """Said even when quiet: the user must know."""
+        self._print(f"warning: {text}")
+
+    @contextmanager
+    def progress(self, doing: str, total: int | None, unit: str) -> Iterator["Steps"]:
+        """`with talk.progress('embedding', 5400, 'pictures') as steps: steps.advance(32)`."""
+        if self.quiet or not self.console.is_terminal:
+            steps = _PlainSteps(self, doing, total, unit)
+            yield steps
+            steps.end()
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            self._bar = bar
+            try:
+                yield _BarSteps(bar, bar.add_task(doing, total=total))
+            finally:
+                self._bar = None
+
+    def _print(self, text: str) -> None:
+        (self._bar.console if self._bar else self.console).print(text, markup=False)
+
+
+class Steps(Protocol):
+    """What `Talk.progress` yields."""
+
+    def advance(self, count: int = 1) -> None: ...
+
+    def describe(self, doing: str) -> None: ...
+
+
+class _BarSteps:
+    def __init__(self, bar: Progress, task):
+        self.bar, self.task = bar, task
+
+    def advance(self, count: int = 1) -> None:
+        self.bar.advance(self.task, count)
+
+    def describe(self, doing: str) -> None:
+        self.bar.update(self.task, description=doing)
+
+
+class _PlainSteps:
+    def __init__(self, talk: Talk, doing: str, total: int | None, unit: str):
+        self.talk, self.doing, self.total, self.unit = talk, doing, total, unit
+        self.done, self.start, self.spoken = 0, time.monotonic(), False
+        self.due = self.start + FIRST_LINE_S
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if time.monotonic() >= self.due:
+            self._line()
+            self.due = time.monotonic() + NEXT_LINE_S
+
+    def describe(self, doing: str) -> None:
+        self.doing = doing
+
+    def end(self) -> None:
+        if self.spoken and self.done != self.total:
+            self._line()
+
+    def _line(self) -> None:
+        self.spoken = True
+        rate = self.done / max(1e-9, time.monotonic() - self.start)
+        left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate else ""
+        of = f"/{self.total}" if self.total else ""
+        self.talk.say(f"{self.doing}: {self.done}{of} {self.unit}, {rate:.1f}/s{left}")
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self.unit}/s" if speed else f"- {self.unit}/s")
+
+
+def clock(seconds: float) -> str:
+    """95 -> '1 min 35 s'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
