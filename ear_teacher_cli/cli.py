@@ -19,27 +19,35 @@ from .files import printable
 from .talk import Talk
 
 app = typer.Typer(
-    name="earteach", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True,
+    name="earteach",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     # the seed's spelling, --batch_size, beside --batch-size
-    context_settings={"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+    context_settings={
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
-RootDir = Annotated[str | None, typer.Option(help="Folder the manifest's paths start from, and must not leave.", show_default=False)]
+RootDir = Annotated[
+    str | None, typer.Option(help="Folder the manifest's paths start from, and must not leave.", show_default=False)
+]
 Workers = Annotated[int, typer.Option(help="Processes that decode pictures; at most one per CPU core is used.", min=0)]
 
 
 def main() -> None:
     """The `earteach` command: every error of ours becomes one line and its exit code."""
     try:
-        app()
+        app(prog_name="earteach")
     except EarTeachError as error:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
-        print(f"earteach: {message}", file=sys.stderr)
+        typer.echo(f"earteach: {message}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -65,16 +73,27 @@ def earteach(
 
 @app.command("validate-data")
 def validate_data(
-    manifests: Annotated[list[str] | None, typer.Argument(metavar="[MANIFEST]...", show_default=False, help=(
-        "Manifests (.npy, .csv, .jsonl, COCO .json) or folders of crops. Default: the training and validation manifests."))] = None,
+    manifests: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MANIFEST]...",
+            show_default=False,
+            help=(
+                "Manifests (.npy, .csv, .jsonl, COCO .json) or folders of crops. Default: the training and validation manifests."
+            ),
+        ),
+    ] = None,
     root_dir: RootDir = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report as JSON; - for stdout.")] = None,
     contact_sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the worst crops.")] = None,
-    write_clean: Annotated[str | None, typer.Option(metavar="FILE", help="Write the manifest without the rows that have errors (.npy, .csv, .jsonl).")] = None,
+    write_clean: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the manifest without the rows that have errors (.npy, .csv, .jsonl)."),
+    ] = None,
     num_workers: Workers = TrainConfig.num_workers,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Decode every picture and check every box; exit 1 if anything is wrong.
 
     Example: `earteach validate-data train.npy val.npy --contact-sheet worst.png`
@@ -82,13 +101,21 @@ def validate_data(
     from .commands import validate_data as verb
 
     sources = manifests or [TrainConfig.train_metadata, TrainConfig.val_metadata]
-    report = verb.validate_data(sources, Talk(quiet), root_dir=root_dir, json_file=json, contact_sheet=contact_sheet,
-                                write_clean=write_clean, num_workers=num_workers, overwrite=overwrite)  # fmt: skip
+    report = verb.validate_data(
+        sources,
+        Talk(quiet),
+        root_dir=root_dir,
+        json_file=json,
+        contact_sheet=contact_sheet,
+        write_clean=write_clean,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
     if json == "-":
         import json as json_text
 
         typer.echo(json_text.dumps(report.as_dict(), indent=2))
-    elif not quiet:
+    else:
         _print_report(report, verb.ERRORS | verb.WARNINGS)
     raise typer.Exit(1 if report.errors else 0)
 
@@ -102,21 +129,39 @@ def _train_signature() -> inspect.Signature:
         name = spec.name.replace("_", "-")
         choices = spec.metadata.get("choices")
         option = typer.Option(
-            f"--{name}/--no-{name}" if kind is bool else f"--{name}", help=spec.metadata["help"],
-            show_default=spec.default is not None, rich_help_panel=spec.metadata["panel"],
+            f"--{name}/--no-{name}" if kind is bool else f"--{name}",
+            help=spec.metadata["help"],
+            show_default=spec.default is not None,
+            rich_help_panel=spec.metadata["panel"],
             metavar="|".join(choices) if choices else None,
-        )  # fmt: skip
-        parameters.append(inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=spec.default,
-                                            annotation=Annotated[hints[spec.name], option]))  # fmt: skip
+        )
+        parameters.append(
+            inspect.Parameter(
+                spec.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=spec.default,
+                annotation=Annotated[hints[spec.name], option],
+            )
+        )
     extra = [p for p in inspect.signature(_train).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in extra] + parameters)
 
 
 def _train(
     context: typer.Context,
-    config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="TOML file of these options; flags win over it.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything, do one step forward and back, print the configuration and an estimate; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the experiment of this name and start anew.")] = False,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="TOML file of these options; flags win over it.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read everything, do one step forward and back, print the configuration and an estimate; write nothing.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the experiment of this name and start anew.")
+    ] = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
@@ -149,9 +194,15 @@ app.command("train")(_train)
 @app.command()
 def resume(
     run: Annotated[str, typer.Argument(help="An experiment folder, or one of its checkpoints.")],
-    max_epochs: Annotated[int | None, typer.Option(help="Train to this many epochs instead.", min=1, show_default=False)] = None,
-    devices: Annotated[int | None, typer.Option(help="Train on this many devices instead.", min=1, show_default=False)] = None,
-    num_workers: Annotated[int | None, typer.Option(help="Load pictures with this many processes instead.", min=0, show_default=False)] = None,
+    max_epochs: Annotated[
+        int | None, typer.Option(help="Train to this many epochs instead.", min=1, show_default=False)
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Train on this many devices instead.", min=1, show_default=False)
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Load pictures with this many processes instead.", min=0, show_default=False)
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a run that was interrupted; nothing has to be typed again.
@@ -168,9 +219,16 @@ def resume(
 def collage(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or an experiment folder (its best).")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE.png", help="Where to draw.")],
-    metadata: Annotated[str | None, typer.Option(help="Manifest or folder to take pictures from. Default: what the run was validated on.", show_default=False)] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            help="Manifest or folder to take pictures from. Default: what the run was validated on.", show_default=False
+        ),
+    ] = None,
     root_dir: RootDir = None,
-    num_samples: Annotated[int, typer.Option(help="Pictures to show.", min=1, max=100)] = TrainConfig.num_collage_samples,
+    num_samples: Annotated[
+        int, typer.Option(help="Pictures to show.", min=1, max=100)
+    ] = TrainConfig.num_collage_samples,
     seed: Annotated[int, typer.Option(help="Which pictures.", min=0)] = TrainConfig.seed,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -181,8 +239,12 @@ def collage(
     """
     from .commands import collage as verb
 
-    made = verb.collage(checkpoint, out, metadata=metadata, root_dir=root_dir, num_samples=num_samples, seed=seed, overwrite=overwrite)
-    Talk(quiet).say(f"{printable(made.path)}: {made.pictures} pictures of {printable(made.metadata)}, mean PSNR {made.psnr:.1f} dB")
+    made = verb.collage(
+        checkpoint, out, metadata=metadata, root_dir=root_dir, num_samples=num_samples, seed=seed, overwrite=overwrite
+    )
+    Talk(quiet).say(
+        f"{printable(made.path)}: {made.pictures} pictures of {printable(made.metadata)}, mean PSNR {made.psnr:.1f} dB"
+    )
 
 
 @app.command("export-backbone")
@@ -199,18 +261,35 @@ def export_backbone(
     from .commands import export_backbone as verb
 
     made = verb.export_backbone(checkpoint, out, overwrite)
-    Talk(quiet).say(f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; loaded "
-                    f"back into timm strictly, largest difference {made.difference:g}")  # fmt: skip
+    Talk(quiet).say(
+        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; loaded "
+        f"back into timm strictly, largest difference {made.difference:g}"
+    )
 
 
 @app.command()
 def embed(
     input: Annotated[str, typer.Argument(help="A folder, a manifest, a picture, or - for paths on stdin.")],
     out: Annotated[str, typer.Argument(help="A .npy, .npz or .csv file, or - for stdout.")],
-    weights: Annotated[str | None, typer.Option(help="A run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict. Default: EARTEACH_WEIGHTS, else the best of the newest run.", show_default=False)] = None,
-    backbone: Annotated[str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)] = None,
-    image_size: Annotated[int | None, typer.Option(help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False)] = None,
-    format: Annotated[str | None, typer.Option(metavar="npy|npz|csv", help="Format on stdout. Default: npy.", show_default=False)] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict. Default: EARTEACH_WEIGHTS, else the best of the newest run.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="npy|npz|csv", help="Format on stdout. Default: npy.", show_default=False)
+    ] = None,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Rows at unit length.")] = True,
     root_dir: RootDir = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
@@ -225,8 +304,20 @@ def embed(
     from .commands import embed as verb
 
     talk = Talk(quiet)
-    done = verb.embed(input, out, weights=weights, backbone=backbone, image_size=image_size, format=format, normalize=normalize,
-                      root_dir=root_dir, batch_size=batch_size, num_workers=num_workers, overwrite=overwrite, talk=talk)  # fmt: skip
+    done = verb.embed(
+        input,
+        out,
+        weights=weights,
+        backbone=backbone,
+        image_size=image_size,
+        format=format,
+        normalize=normalize,
+        root_dir=root_dir,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        overwrite=overwrite,
+        talk=talk,
+    )
     skipped = f", {done.skipped} skipped" if done.skipped else ""
     talk.say(f"{'stdout' if out == '-' else printable(out)}: {done.rows} rows of {done.dim}{skipped}")
 
@@ -246,8 +337,12 @@ def _print_report(report: Any, meanings: dict[str, str]) -> None:
         kind = "error  " if group[0].is_error else "warning"
         typer.echo(f"{kind} {reason}: {len(group)} ({meanings[reason]})")
         for finding in group[:5]:
-            place = printable(finding.manifest) if finding.row is None else f"{printable(finding.manifest)} row {finding.row} ({printable(finding.path)})"
-            typer.echo(f"    {place}: {printable(finding.detail)}" + (f"; as {finding.other}" if finding.other else ""))
+            place = (
+                ""
+                if finding.row is None
+                else f"{printable(finding.manifest)} row {finding.row} ({printable(finding.path)}): "
+            )
+            typer.echo(f"    {place}{printable(finding.detail)}" + (f"; as {finding.other}" if finding.other else ""))
         if len(group) > 5:
             typer.echo(f"    and {len(group) - 5} more (--json FILE lists all)")
     typer.echo(f"{report.rows} rows, {report.pictures} pictures: {report.errors} errors, {report.warnings} warnings")

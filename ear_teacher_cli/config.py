@@ -81,11 +81,17 @@ class TrainConfig:
         if self.arcface_margin is None:
             object.__setattr__(self, "arcface_margin", DEFAULT_MARGIN[self.metric_loss])
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
-            raise ConfigError("experiment_name", f"{self.experiment_name!r} is not a plain folder name",
-                              "use one without slashes; --output-dir says where it goes")
+            raise ConfigError(
+                "experiment_name",
+                f"{self.experiment_name!r} is not a plain folder name",
+                "use one without slashes; --output-dir says where it goes",
+            )
         if self.reconstruction_weight == 0 and not self.learns_classes:
-            raise ConfigError("reconstruction_weight", "0 leaves nothing to learn without a metric loss",
-                              "raise it, or choose --metric-loss arcface and a --metric-weight above 0")
+            raise ConfigError(
+                "reconstruction_weight",
+                "0 leaves nothing to learn without a metric loss",
+                "raise it, or choose --metric-loss arcface and a --metric-weight above 0",
+            )
 
     @property
     def learns_classes(self) -> bool:
@@ -117,7 +123,9 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
     """A config from a checkpoint's dict. Raises EarTeachError if names are unknown to this version."""
     unknown = sorted(set(values) - set(defaults()))
     if unknown:
-        raise EarTeachError(f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach")
+        raise EarTeachError(
+            f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
+        )
     return TrainConfig(**values)
 
 

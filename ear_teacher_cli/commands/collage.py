@@ -23,8 +23,16 @@ class Collage:
     metadata: str
 
 
-def collage(source: str | Path, out: str | Path, *, metadata: str | None = None, root_dir: str | None = None,
-            num_samples: int = 10, seed: int = 0, overwrite: bool = False) -> Collage:  # fmt: skip
+def collage(
+    source: str | Path,
+    out: str | Path,
+    *,
+    metadata: str | None = None,
+    root_dir: str | None = None,
+    num_samples: int = 10,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Collage:
     """Draw `num_samples` pictures of `metadata` (default: what the run was validated on) with their reconstructions."""
     out = refuse_existing(out, overwrite)
     checkpoint = read_checkpoint(runs.checkpoint_of(Path(source), best=True))
@@ -34,7 +42,9 @@ def collage(source: str | Path, out: str | Path, *, metadata: str | None = None,
     module.model.load_state_dict(checkpoint.model_state, strict=True)
     pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
     if pixels is None:
-        raise EarTeachError(f"{manifest.source}: not one picture could be read; check --root-dir, or run earteach validate-data")
+        raise EarTeachError(
+            f"{manifest.source}: not one picture could be read; check --root-dir, or run earteach validate-data"
+        )
     remade = module.reconstruct(pixels)
     decibels = psnr_of_bytes(pixels, remade)
     save_picture(draw_collage(pixels, remade, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)

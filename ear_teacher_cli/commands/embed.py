@@ -42,9 +42,21 @@ class Embedded:
     out: str
 
 
-def embed(source: str, out: str, *, weights: str | None = None, backbone: str | None = None, image_size: int | None = None,
-          format: str | None = None, normalize: bool = True, root_dir: str | None = None, batch_size: int = 32,
-          num_workers: int = 8, overwrite: bool = False, talk: Talk) -> Embedded:  # fmt: skip
+def embed(
+    source: str,
+    out: str,
+    *,
+    weights: str | None = None,
+    backbone: str | None = None,
+    image_size: int | None = None,
+    format: str | None = None,
+    normalize: bool = True,
+    root_dir: str | None = None,
+    batch_size: int = 32,
+    num_workers: int = 8,
+    overwrite: bool = False,
+    talk: Talk,
+) -> Embedded:
     """Embed `source` (a folder, a manifest, a picture, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
 
     `normalize`: rows at unit length (L2). Raises EarTeachError if not one picture could be embedded.
@@ -55,15 +67,19 @@ def embed(source: str, out: str, *, weights: str | None = None, backbone: str | 
         refuse_existing(path, overwrite)
     manifest = read_input(source, root_dir)
     embedder = load_embedder(weights, backbone, image_size)
-    talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
-             f"{embedder.preprocessing.image_size} px")  # fmt: skip
+    talk.say(
+        f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
+        f"{embedder.preprocessing.image_size} px"
+    )
     with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
         file = stack.enter_context(_output(out))
         rows = _WRITERS[kind](file, embedder.embedding_dim)
         names = _Names(stack.enter_context(_output(str(sidecars["names"])))) if "names" in sidecars else None
         skipped = _run(embedder, manifest, normalize, batch_size, num_workers, rows, names, talk)
         if rows.count == 0:
-            raise EarTeachError(f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written")
+            raise EarTeachError(
+                f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
+            )
         rows.finish()
         if names:
             names.finish()
@@ -87,17 +103,28 @@ def read_input(source: str, root_dir: str | None = None) -> Manifest:
             raise ManifestError(f"{printable(source)}: no such file; check the path")
         return pictures_manifest([source], source)
     if suffix not in MANIFEST_SUFFIXES and Path(source).is_file():
-        raise ManifestError(f"{printable(source)}: neither a picture nor a manifest by its name; give a folder, a picture, "
-                            "a manifest, or - for paths on stdin")  # fmt: skip
+        raise ManifestError(
+            f"{printable(source)}: neither a picture nor a manifest by its name; give a folder, a picture, "
+            "a manifest, or - for paths on stdin"
+        )
     return read_manifest(source, root_dir)
 
 
-def _run(embedder: Embedder, manifest: Manifest, normalize: bool, batch_size: int, num_workers: int,
-         rows: "_Rows", names: "_Names | None", talk: Talk) -> int:  # fmt: skip
+def _run(
+    embedder: Embedder,
+    manifest: Manifest,
+    normalize: bool,
+    batch_size: int,
+    num_workers: int,
+    rows: "_Rows",
+    names: "_Names | None",
+    talk: Talk,
+) -> int:
     """Embed all, in order; number of pictures skipped."""
     workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
-    loader = DataLoader(EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers,
-                        collate_fn=collate)  # fmt: skip
+    loader = DataLoader(
+        EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers, collate_fn=collate
+    )
     skipped = 0
     with talk.progress("embedding", len(manifest), "pictures") as steps:
         for batch in loader:
@@ -118,11 +145,18 @@ def _run(embedder: Embedder, manifest: Manifest, normalize: bool, batch_size: in
 def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool, rows: int, skipped: int) -> dict[str, Any]:
     """What `out.json` says: how to read the numbers, and whether two files may be compared."""
     return {
-        "rows": rows, "skipped": skipped, "dim": embedder.embedding_dim, "dtype": "float32", "normalized": normalize,
-        "input": Path(manifest.source).name, "weights": Path(embedder.source).name, "weights_sha256": embedder.sha256,
-        "architecture": embedder.architecture, "preprocessing": embedder.preprocessing.as_dict(),
+        "rows": rows,
+        "skipped": skipped,
+        "dim": embedder.embedding_dim,
+        "dtype": "float32",
+        "normalized": normalize,
+        "input": Path(manifest.source).name,
+        "weights": Path(embedder.source).name,
+        "weights_sha256": embedder.sha256,
+        "architecture": embedder.architecture,
+        "preprocessing": embedder.preprocessing.as_dict(),
         "versions": {"earteach": __version__, **{name: version(name) for name in ("torch", "timm", "numpy", "pillow")}},
-    }  # fmt: skip
+    }
 
 
 def _format_of(out: str, format: str | None) -> str:

@@ -53,5 +53,7 @@ def _prove(path: Path, teacher: Embedder) -> float:
     with torch.inference_mode():
         difference = float((fresh.eval()(batch) - teacher.backbone.cpu()(batch)).abs().max())
     if difference != 0:
-        raise WeightsError(f"{printable(path)}: the export's embeddings differ from the checkpoint's by {difference:g}; nothing was written")
+        raise WeightsError(
+            f"{printable(path)}: the export's embeddings differ from the checkpoint's by {difference:g}; nothing was written"
+        )
     return difference

@@ -57,8 +57,10 @@ def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
     if _is_first_process() and folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise WordsError(f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
-                         "choose another --experiment-name, or pass --overwrite")  # fmt: skip
+        raise WordsError(
+            f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
+            "choose another --experiment-name, or pass --overwrite"
+        )
     config, data = _prepare(config, talk)
     module = _new_module(config, talk)
     if _is_first_process():
@@ -68,27 +70,37 @@ def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     return _fit(config, data, module, talk, None)
 
 
-def resume(run: str | Path, talk: Talk, *, max_epochs: int | None = None, devices: int | None = None,
-           num_workers: int | None = None) -> Outcome:  # fmt: skip
+def resume(
+    run: str | Path,
+    talk: Talk,
+    *,
+    max_epochs: int | None = None,
+    devices: int | None = None,
+    num_workers: int | None = None,
+) -> Outcome:
     """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done."""
     run = Path(run)
     changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers}
     if run.is_dir() and runs.last_checkpoint(run) is None:
         return _start_again(run, changes, talk)
-    path = runs.checkpoint_of(run, best=False).resolve()
+    path = runs.checkpoint_of(run, best=False)
     checkpoint = read_checkpoint(path)
-    folder = path.parent.parent if path.parent.name == runs.CHECKPOINTS else path.parent
+    folder = path.resolve().parent
+    folder = Path(os.path.relpath(folder.parent if folder.name == runs.CHECKPOINTS else folder))
     config = with_changes(_located(checkpoint.config, folder), **changes)
     if max_epochs is not None and max_epochs < checkpoint.epoch:
         raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
     if checkpoint.epoch >= config.max_epochs:
-        talk.say(f"{printable(run)}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
+        talk.say(
+            f"{printable(run)}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on"
+        )
         return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
     config, data = _prepare(config, talk)
     module = EarTeacherLightningModule(config)
     talk.say(_restored(checkpoint))
     if max_epochs not in (None, checkpoint.config.max_epochs):
         talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
+    _open_folder(folder, config)
     return _fit(config, data, module, talk, path)
 
 
@@ -141,25 +153,40 @@ def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
     return module
 
 
-def _fit(config: TrainConfig, data: EarDataModule, module: EarTeacherLightningModule, talk: Talk, checkpoint: Path | None) -> Outcome:
+def _fit(
+    config: TrainConfig, data: EarDataModule, module: EarTeacherLightningModule, talk: Talk, checkpoint: Path | None
+) -> Outcome:
     folder = config.experiment_dir
     found = runs.versions(folder)
-    logger = TensorBoardLogger(config.output_dir, config.experiment_name, default_hp_metric=False,
-                               version=found[-1].name if found and checkpoint else None)  # fmt: skip
+    logger = TensorBoardLogger(
+        config.output_dir,
+        config.experiment_name,
+        default_hp_metric=False,
+        version=found[-1].name if found and checkpoint else None,
+    )
     steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
     with _quiet_lightning():
         trainer = pl.Trainer(
-            accelerator=config.accelerator, devices=config.devices, precision=config.precision,
-            max_epochs=config.max_epochs, logger=logger, log_every_n_steps=min(10, steps),
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,
+            max_epochs=config.max_epochs,
+            logger=logger,
+            log_every_n_steps=min(10, steps),
             callbacks=[
-                callbacks.StopOnNaN(), callbacks.Collages(config.num_collage_samples, config.seed),
-                callbacks.MetricsFile(folder / runs.METRICS), callbacks.BadPictureList(folder / runs.BAD),
+                callbacks.StopOnNaN(),
+                callbacks.Collages(config.num_collage_samples, config.seed),
+                callbacks.MetricsFile(folder / runs.METRICS),
+                callbacks.BadPictureList(folder / runs.BAD),
                 callbacks.Reporter(talk if _is_first_process() else Talk(quiet=True)),
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS),
             ],
-            plugins=[WholeFileCheckpointIO()], num_sanity_val_steps=0, use_distributed_sampler=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+            plugins=[WholeFileCheckpointIO()],
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:  # how Lightning ends a run after Ctrl-C
@@ -172,7 +199,9 @@ def _fit(config: TrainConfig, data: EarDataModule, module: EarTeacherLightningMo
 def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
     """A run that was stopped before its first checkpoint: everything is seeded, so it starts over and loses nothing."""
     if not (folder / runs.CONFIG).is_file():
-        raise EarTeachError(f"{printable(folder)}: holds neither a checkpoint nor {runs.CONFIG}; give a folder that earteach train made")
+        raise EarTeachError(
+            f"{printable(folder)}: holds neither a checkpoint nor {runs.CONFIG}; give a folder that earteach train made"
+        )
     config = with_changes(_located(TrainConfig(**read_toml(folder / runs.CONFIG)), folder), **changes)
     talk.say(f"{printable(folder)}: no epoch was finished; starting from its configuration")
     config, data = _prepare(config, talk)
@@ -186,7 +215,9 @@ def _open_folder(folder: Path, config: TrainConfig) -> None:
     try:
         (folder / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EarTeachError(f"{printable(folder)}: cannot be made ({error.strerror}); choose another --output-dir") from error
+        raise EarTeachError(
+            f"{printable(folder)}: cannot be made ({error.strerror}); choose another --output-dir"
+        ) from error
     with whole_file(folder / runs.CONFIG) as temporary:
         temporary.write_text(config.as_toml(), encoding="utf-8")
 
@@ -201,8 +232,7 @@ def _remove_run(folder: Path) -> None:
 
 def _located(config: TrainConfig, folder: Path) -> TrainConfig:
     """The experiment may have been moved: write where it lies now."""
-    folder = folder.resolve()
-    return replace(config, output_dir=str(folder.parent), experiment_name=folder.name)
+    return replace(config, output_dir=os.path.relpath(folder.resolve().parent), experiment_name=folder.resolve().name)
 
 
 def _restored(checkpoint: Checkpoint) -> str:
@@ -210,8 +240,10 @@ def _restored(checkpoint: Checkpoint) -> str:
     if "pseudo_classes" in content:
         state = content["pseudo_classes"]
         parts.append(f"{state['count']} pseudo-classes (round {state['round']})")
-    return (f"restored {printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, "
-            f"step {content['global_step']}, {', '.join(parts)}")  # fmt: skip
+    return (
+        f"restored {printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, "
+        f"step {content['global_step']}, {', '.join(parts)}"
+    )
 
 
 def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
@@ -227,7 +259,11 @@ def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
 
 
 def _classes(config: TrainConfig, data: EarDataModule) -> int:
-    return class_count(config.pseudo_classes, len(data.train_set), config.num_pseudo_classes) if config.learns_classes else 0
+    return (
+        class_count(config.pseudo_classes, len(data.train_set), config.num_pseudo_classes)
+        if config.learns_classes
+        else 0
+    )
 
 
 def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.Tensor) -> float:
@@ -238,15 +274,18 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
     if config.learns_classes:
         labels = torch.arange(len(pixels), device=module.device) % len(prototypes)
         features = module.model.predict(embedding)
-        loss = loss + config.metric_weight * metric_loss(config.metric_loss, features, prototypes, labels,
-                                                         config.arcface_margin, config.arcface_scale)  # fmt: skip
+        loss = loss + config.metric_weight * metric_loss(
+            config.metric_loss, features, prototypes, labels, config.arcface_margin, config.arcface_scale
+        )
     loss.backward()
     return float(loss.detach())
 
 
 def describe_estimate(estimate: Estimate) -> str:
-    return (f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {estimate.steps_per_epoch} steps "
-            f"an epoch; the run: about {clock(estimate.seconds)} and {estimate.bytes / 2**20:.0f} MiB of disk")  # fmt: skip
+    return (
+        f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {estimate.steps_per_epoch} steps "
+        f"an epoch; the run: about {clock(estimate.seconds)} and {estimate.bytes / 2**20:.0f} MiB of disk"
+    )
 
 
 def _uses_cuda(config: TrainConfig) -> bool:

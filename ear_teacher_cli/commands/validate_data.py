@@ -5,50 +5,28 @@ listed by reason, with row and path; duplicates are found by content, near dupli
 within a manifest and between manifests.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.crop import REASONS, buffered_box, check_box, check_box_inside, cut, read_picture
+from ..data.crop import REASONS, cut, read_picture
+from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect, near_pairs
 from ..data.manifest import Box, Manifest, read_manifest, write_manifest
-from ..data.pixels import Preprocessing
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..talk import Talk
 
-WARNINGS = {
-    "box-small": "the box is under 32 px on a side",
-    "box-clamped": "the box's buffer reaches beyond the picture and was clamped",
-    "exif-rotated": "EXIF orientation turns the picture; boxes must be drawn on the upright one",
-    "mode-grey": "grey picture",
-    "mode-alpha": "picture with transparency (dropped)",
-    "mode-16-bit": "16-bit picture (scaled to 8 bits)",
-    "mode-cmyk": "CMYK picture (converted)",
-    "mode-palette": "palette picture (converted)",
-    "duplicate-row": "the same picture and box twice in one manifest",
-    "duplicate-picture": "the same pixels under another name, in the same manifest",
-    "near-duplicate": "almost the same ear picture, in the same manifest",
-    "leak-photo": "the same photo in two manifests (training and validation)",
-    "leak-near-duplicate": "almost the same ear picture in two manifests (training and validation)",
-}
 ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
-SMALL = 32
-NEAR_BITS = 3  # of 128 hash bits; see near_pairs
-_MODES = {"L": "mode-grey", "1": "mode-grey", "LA": "mode-alpha", "RGBA": "mode-alpha", "PA": "mode-alpha", "RGBa": "mode-alpha",
-          "La": "mode-alpha", "P": "mode-palette", "CMYK": "mode-cmyk"}  # fmt: skip
-# The crop that is hashed and shown: plain, as no backbone is chosen yet.
-_PREVIEW = Preprocessing(96, 0.10, True, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -93,25 +71,27 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "manifests": self.manifests, "rows": self.rows, "pictures": self.pictures, "errors": self.errors,
-            "warnings": self.warnings, "counts": {reason: len(group) for reason, group in self.by_reason().items()},
+            "manifests": self.manifests,
+            "rows": self.rows,
+            "pictures": self.pictures,
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "counts": {reason: len(group) for reason, group in self.by_reason().items()},
             "findings": [{"severity": "error" if f.is_error else "warning", **asdict(f)} for f in self.findings],
-        }  # fmt: skip
+        }
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one row's ear looks like: hashes and sharpness of its crop. `digest`: sha256 of the file."""
-
-    digest: bytes
-    hash: int
-    sharpness: float  # variance of the crop's Laplacian
-    size: float  # shorter side of the box in pixels
-
-
-def validate_data(sources: list[str], talk: Talk, *, root_dir: str | None = None, json_file: str | None = None,
-                  contact_sheet: str | None = None, write_clean: str | None = None, num_workers: int = 8,
-                  overwrite: bool = False) -> Report:  # fmt: skip
+def validate_data(
+    sources: list[str],
+    talk: Talk,
+    *,
+    root_dir: str | None = None,
+    json_file: str | None = None,
+    contact_sheet: str | None = None,
+    write_clean: str | None = None,
+    num_workers: int = 8,
+    overwrite: bool = False,
+) -> Report:
     """Check manifests; write what was asked for. Raises EarTeachError only if an output cannot be written."""
     outputs = [path for path in (json_file, contact_sheet, write_clean) if path and path != "-"]
     for path in outputs:
@@ -133,39 +113,6 @@ def validate_data(sources: list[str], talk: Talk, *, root_dir: str | None = None
     if write_clean and manifests:
         _write_clean(manifests[0], report, write_clean)
     return report
-
-
-def near_pairs(hashes: Iterable[int], bits: int = NEAR_BITS) -> Iterator[tuple[int, int]]:
-    """Pairs of positions whose 128-bit hashes differ in at most `bits` bits, without comparing all with all.
-
-    Two hashes that differ in at most `bits` bits agree wholly in one of bits + 1 bands (pigeonhole), so only
-    rows that share a band are compared.
-    """
-    hashes = list(hashes)
-    bands = bits + 1
-    width = 128 // bands
-    found = set()
-    for band in range(bands):
-        buckets = defaultdict(list)
-        for position, value in enumerate(hashes):
-            buckets[(value >> band * width) & ((1 << width) - 1)].append(position)
-        for bucket in buckets.values():
-            for i, first in enumerate(bucket):
-                for second in bucket[i + 1 : i + 1 + _BUCKET_REACH]:
-                    if (first, second) not in found and (hashes[first] ^ hashes[second]).bit_count() <= bits:
-                        found.add((first, second))
-                        yield first, second
-
-
-# A band shared by very many rows (blank crops, say) would be quadratic again; neighbours in order are enough to name them.
-_BUCKET_REACH = 200
-
-
-def perceptual_hash(crop: Image.Image) -> int:
-    """128 bits: is each cell of an 8 x 8 grid brighter than its right, and its lower neighbour (dHash, both ways)."""
-    grey = np.asarray(crop.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
-    bits = np.concatenate([(grey[:8, 1:] > grey[:8, :8]).ravel(), (grey[1:, :8] > grey[:8, :8]).ravel()])
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def _write_clean(manifest: Manifest, report: Report, path: str) -> None:
@@ -199,108 +146,38 @@ def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: in
             steps.advance()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One photo and the rows that are cut out of it."""
-
-    manifest: int
-    path: str | None
-    ears: list[tuple[int, Box | None]]
-    error: tuple[str, str] | None = None
-
-
-def _jobs(number: int, manifest: Manifest) -> Iterator[_Job]:
+def _jobs(number: int, manifest: Manifest) -> Iterator[Photo]:
     rows = defaultdict(list)
     for index, path in enumerate(manifest.paths):
         rows[path].append(index)
     for indices in rows.values():
         ears = [(i, manifest.boxes[i]) for i in indices]
         try:
-            yield _Job(number, manifest.file(indices[0]), ears)
+            yield Photo(number, manifest.file(indices[0]), ears)
         except PictureError as error:
-            yield _Job(number, None, ears, (error.reason, error.detail))
+            yield Photo(number, None, ears, (error.reason, error.detail))
 
 
-def _in_parallel(jobs: list[_Job], num_workers: int) -> Iterator[tuple[list, list]]:
+def _in_parallel(jobs: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(num_workers, cores, len(jobs) // 64)
     if workers < 2:
-        yield from map(_inspect, jobs)
+        yield from map(inspect, jobs)
         return
     chunk = max(1, min(64, len(jobs) // (workers * 4)))
     # spawn, not fork: a progress bar's thread is running here
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt) as pool:
         try:
-            yield from pool.map(_inspect, jobs, chunksize=chunk)
+            yield from pool.map(inspect, jobs, chunksize=chunk)
         except BrokenProcessPool as error:
             raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _inspect(job: _Job) -> tuple[list[tuple[int, str, str]], list[tuple[int, Seen]]]:
-    """(findings as (row index, reason, detail), looks as (row index, Seen)) of one photo."""
-    if job.error is not None:
-        return [(index, *job.error) for index, _ in job.ears], []
-    try:
-        picture = read_picture(job.path)
-    except PictureError as error:
-        return [(index, error.reason, error.detail) for index, _ in job.ears], []
-    findings, looks = [], []
-    digest = hashlib.sha256(picture.data).digest()
-    for index, box in job.ears:
-        for reason, detail in _oddities(picture.mode, picture.orientation):
-            findings.append((index, reason, detail))
-        try:
-            region = _check_ear(box, picture.image.size)
-        except PictureError as error:
-            findings.append((index, error.reason, error.detail))
-            continue
-        findings += [(index, *entry) for entry in _box_warnings(box, region, picture.image.size)]
-        crop = cut(picture.image, box, _PREVIEW)
-        looks.append((index, Seen(digest, perceptual_hash(crop), _sharpness(crop), min(region[2] - region[0], region[3] - region[1]))))
-    return findings, looks
-
-
-def _check_ear(box: Box | None, size: tuple[int, int]) -> Box:
-    if box is None:
-        return 0.0, 0.0, float(size[0]), float(size[1])
-    check_box(box)
-    check_box_inside(box, size)
-    return box
-
-
-def _oddities(mode: str, orientation: int) -> Iterator[tuple[str, str]]:
-    if orientation not in (0, 1):
-        yield "exif-rotated", f"EXIF orientation {orientation}"
-    if mode in _MODES:
-        yield _MODES[mode], f"mode {mode}"
-    elif mode.startswith(("I", "F")):
-        yield "mode-16-bit", f"mode {mode}"
-
-
-def _box_warnings(box: Box | None, region: Box, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
-    width, height = region[2] - region[0], region[3] - region[1]
-    if min(width, height) < SMALL:
-        yield "box-small", f"{width:.0f} x {height:.0f} px"
-    if box is None:
-        return
-    buffer = _PREVIEW.bbox_buffer
-    grown = buffered_box(box, size, buffer)
-    wanted = (1 + 2 * buffer) * width, (1 + 2 * buffer) * height
-    if grown[2] - grown[0] < wanted[0] - 0.5 or grown[3] - grown[1] < wanted[1] - 0.5:
-        if not _is_whole(box, size):  # a box that is the whole picture leaves no room, and asks for none
-            yield "box-clamped", f"box [{', '.join(f'{v:g}' for v in box)}] in {size[0]} x {size[1]}"
-
-
-def _is_whole(box: Box, size: tuple[int, int]) -> bool:
-    return box[0] <= 1 and box[1] <= 1 and box[2] >= size[0] - 1 and box[3] >= size[1] - 1
-
-
-def _sharpness(crop: Image.Image) -> float:
-    grey = np.asarray(crop.convert("L"), dtype=np.float32)
-    laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
-    return float(laplacian.var())
+def _ignore_interrupt() -> None:
+    """Ctrl-C is for the parent, which ends its workers; they need not each say so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
@@ -309,7 +186,9 @@ def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
         first: dict[tuple[str, Box | None], int] = {}
         for index, key in enumerate(zip(manifest.paths, manifest.boxes, strict=True)):
             if key in first:
-                findings.append(_finding("duplicate-row", manifest, index, "same picture, same box", manifest.where(first[key])))
+                findings.append(
+                    _finding("duplicate-row", manifest, index, "same picture, same box", manifest.where(first[key]))
+                )
             else:
                 first[key] = index
     return findings
@@ -337,7 +216,12 @@ def _duplicates(manifests: list[Manifest], seen: dict[tuple[int, int], Seen]) ->
         earlier, later = keys[i], keys[j]
         if seen[earlier].digest != seen[later].digest:
             bits = (seen[earlier].hash ^ seen[later].hash).bit_count()
-            name(later, earlier, "near-duplicate" if earlier[0] == later[0] else "leak-near-duplicate", f"{bits} of 128 hash bits differ")
+            name(
+                later,
+                earlier,
+                "near-duplicate" if earlier[0] == later[0] else "leak-near-duplicate",
+                f"{bits} of 128 hash bits differ",
+            )
     return findings
 
 
@@ -345,23 +229,29 @@ def _finding(reason: str, manifest: Manifest, index: int, detail: str, other: st
     return Finding(reason, manifest.source, manifest.rows[index], index, manifest.paths[index], detail, other)
 
 
-def _draw_sheet(manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], Seen], path: str, most: int = 60) -> None:
+def _draw_sheet(
+    manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], Seen], path: str, most: int = 60
+) -> None:
     """The worst crops: smallest first, then the blurriest, each with its row and size."""
     worst = sorted(seen, key=lambda key: (min(seen[key].size, SMALL), seen[key].sharpness))[:most]
     if not worst:
         raise EarTeachError(f"{printable(path)}: not one crop could be made; no contact sheet was written")
     side, gap, foot, head, columns = 120, 8, 34, 34, min(10, len(worst))
     rows = -(-len(worst) // columns)
-    page = Image.new("RGB", (max(560, columns * (side + gap) + gap), head + rows * (side + foot + gap)), (250, 250, 248))
+    page = Image.new(
+        "RGB", (max(560, columns * (side + gap) + gap), head + rows * (side + foot + gap)), (250, 250, 248)
+    )
     draw = ImageDraw.Draw(page)
     title = f"the {len(worst)} smallest and blurriest of {len(seen)} ears"
     draw.text((gap, 8), title, fill=(24, 28, 36), font=ImageFont.load_default(16))
     for place, (number, index) in enumerate(worst):
         x, y = gap + place % columns * (side + gap), head + place // columns * (side + foot + gap)
         manifest, look = manifests[number], seen[(number, index)]
-        crop = cut(read_picture(manifest.file(index)).image, manifest.boxes[index], _PREVIEW)
+        crop = cut(read_picture(manifest.file(index)).image, manifest.boxes[index], PREVIEW)
         page.paste(crop.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        label = f"{Path(manifest.source).stem[:16]} {manifest.rows[index]}\n{look.size:.0f} px, sharp {look.sharpness:.0f}"
+        label = (
+            f"{Path(manifest.source).stem[:16]} {manifest.rows[index]}\n{look.size:.0f} px, sharp {look.sharpness:.0f}"
+        )
         draw.text((x, y + side + 2), label, fill=(90, 96, 108), font=ImageFont.load_default(11))
     with whole_file(path) as temporary:
         page.save(temporary, format="PNG")

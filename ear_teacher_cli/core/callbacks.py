@@ -44,10 +44,13 @@ class PortableCheckpoint(ModelCheckpoint):
 
 def checkpoint_callbacks(folder: Path) -> list[PortableCheckpoint]:
     """The seed's policy: the best three by validation loss, the last, and one every five epochs."""
-    common: dict[str, Any] = dict(dirpath=str(folder), save_on_train_epoch_end=True, enable_version_counter=False,
-                                  auto_insert_metric_name=False)  # fmt: skip
+    common: dict[str, Any] = dict(
+        dirpath=str(folder), save_on_train_epoch_end=True, enable_version_counter=False, auto_insert_metric_name=False
+    )
     return [
-        PortableCheckpoint(filename="best-epoch_{epoch:04d}-val_loss_{val/loss:.4f}", monitor="val/loss", save_top_k=3, **common),
+        PortableCheckpoint(
+            filename="best-epoch_{epoch:04d}-val_loss_{val/loss:.4f}", monitor="val/loss", save_top_k=3, **common
+        ),
         PortableCheckpoint(filename="epoch_{epoch:04d}", every_n_epochs=5, save_top_k=-1, **common),
         PortableCheckpoint(filename="last", every_n_epochs=1, save_top_k=1, **common),
     ]
@@ -156,7 +159,9 @@ class BadPictureList(Callback):
             writer.writerow(["split", "row", "image_path", "reason", "detail"])
             for (split, index), error in sorted(module.bad.items(), key=lambda entry: entry[0]):
                 manifest = sets[split].manifest
-                writer.writerow([split, manifest.rows[index], printable(manifest.paths[index]), error.reason, error.detail])
+                writer.writerow(
+                    [split, manifest.rows[index], printable(manifest.paths[index]), error.reason, error.detail]
+                )
 
 
 class Reporter(Callback):
@@ -175,7 +180,9 @@ class Reporter(Callback):
         self.epoch_start, self.pictures = time.monotonic(), 0
         self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.pictures += len(batch["index"]) * trainer.world_size
         self.train_seconds = time.monotonic() - self.epoch_start
         self.steps.advance()
@@ -184,8 +191,10 @@ class Reporter(Callback):
         epoch = trainer.current_epoch + 1
         done = epoch - self.first_epoch
         left = (time.monotonic() - self.start) / done * (trainer.max_epochs - epoch)
-        self.talk.say(f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
-                      f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left")  # fmt: skip
+        self.talk.say(
+            f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
+            f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left"
+        )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._progress.__exit__(None, None, None)
@@ -199,8 +208,11 @@ def epoch_figures(metrics: dict[str, torch.Tensor]) -> str:
     """`train 3.21 (recon 0.120, metric 30.9), val 3.40 (recon 0.13, metric 32.7), PSNR 15.1 dB`."""
     parts = []
     for split in ("train", "val"):
-        terms = [f"{name} {metrics[key]:.4g}" for name, key in (("recon", f"{split}/recon_loss"), ("metric", f"{split}/metric_loss"))
-                 if key in metrics]  # fmt: skip
+        terms = [
+            f"{name} {metrics[key]:.4g}"
+            for name, key in (("recon", f"{split}/recon_loss"), ("metric", f"{split}/metric_loss"))
+            if key in metrics
+        ]
         if f"{split}/loss" in metrics:
             parts.append(f"{split} {metrics[f'{split}/loss']:.4g} ({', '.join(terms)})")
     if "val/psnr" in metrics:
@@ -214,8 +226,10 @@ class StopOnNaN(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None and not torch.isfinite(loss):
-            raise EarTeachError(f"epoch {trainer.current_epoch + 1}: the training loss is {float(loss)}; the checkpoints "
-                                "before it stand. Start again with a lower --learning-rate or --precision 32-true")  # fmt: skip
+            raise EarTeachError(
+                f"epoch {trainer.current_epoch + 1}: the training loss is {float(loss)}; the checkpoints "
+                "before it stand. Start again with a lower --learning-rate or --precision 32-true"
+            )
 
 
 def _name(path: str) -> str:

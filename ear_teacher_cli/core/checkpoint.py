@@ -50,9 +50,13 @@ class Checkpoint:
 def describe(config: TrainConfig, preprocessing: Preprocessing, embedding_dim: int, epochs: int) -> dict[str, Any]:
     """The `earteach` part of a checkpoint: what inference needs, in plain values."""
     return {
-        "format": FORMAT, "version": __version__, "backbone": config.backbone, "embedding_dim": embedding_dim,
-        "epochs_completed": epochs, "preprocessing": preprocessing.as_dict(),
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": __version__,
+        "backbone": config.backbone,
+        "embedding_dim": embedding_dim,
+        "epochs_completed": epochs,
+        "preprocessing": preprocessing.as_dict(),
+    }
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -63,13 +67,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise WeightsError(f"{where}: is no checkpoint of earteach train; give one from a run's checkpoints folder")
     about = content["earteach"]
     if about.get("format") != FORMAT:
-        raise WeightsError(f"{where}: checkpoint format {about.get('format')} of earteach {about.get('version')} "
-                           f"is not {FORMAT}; use the earteach that wrote it")  # fmt: skip
+        raise WeightsError(
+            f"{where}: checkpoint format {about.get('format')} of earteach {about.get('version')} "
+            f"is not {FORMAT}; use the earteach that wrote it"
+        )
     return Checkpoint(
-        path=Path(path), config=from_dict(content["hyper_parameters"], where),
+        path=Path(path),
+        config=from_dict(content["hyper_parameters"], where),
         preprocessing=Preprocessing.from_dict(about["preprocessing"], where),
-        embedding_dim=about["embedding_dim"], epoch=about["epochs_completed"], content=content,
-    )  # fmt: skip
+        embedding_dim=about["embedding_dim"],
+        epoch=about["epochs_completed"],
+        content=content,
+    )
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -95,7 +104,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{printable(path)}: damaged or no safetensors file ({_short(error)}); fetch it again") from error
+        raise WeightsError(
+            f"{printable(path)}: damaged or no safetensors file ({_short(error)}); fetch it again"
+        ) from error
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -118,16 +129,29 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[: ]+([\w.]+)", str(error))
         if culprit:
-            raise WeightsError(f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
-                               "nothing was run. Give a file of plain tensors (.safetensors)") from error  # fmt: skip
+            raise WeightsError(
+                f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
+                "nothing was run. Give a file of plain tensors (.safetensors)"
+            ) from error
         raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
     except _DAMAGE as error:
         raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
 
 
 # What torch.load raises on truncated, flipped or foreign bytes.
-_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
-           MemoryError, OverflowError, zipfile.BadZipFile)  # fmt: skip
+_DAMAGE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+)
 
 
 def _require_file(path: Path) -> None:

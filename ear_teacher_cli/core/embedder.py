@@ -61,7 +61,9 @@ def load_embedder(weights: str | None, backbone: str | None = None, image_size: 
     return _from_checkpoint(path)
 
 
-def export_header(architecture: str, embedding_dim: int, preprocessing: Preprocessing, source_sha256: str) -> dict[str, str]:
+def export_header(
+    architecture: str, embedding_dim: int, preprocessing: Preprocessing, source_sha256: str
+) -> dict[str, str]:
     """Metadata of an exported .safetensors: everything inference needs, as text."""
     about = {"architecture": architecture, "embedding_dim": embedding_dim, **preprocessing.as_dict()}
     about |= {"source_sha256": source_sha256, "earteach": __version__, "earteach_export": EXPORT_FORMAT}
@@ -71,10 +73,14 @@ def export_header(architecture: str, embedding_dim: int, preprocessing: Preproce
 def _from_export(path: Path) -> Embedder:
     state, header = read_safetensors(path)
     if header.get("earteach_export") != EXPORT_FORMAT:
-        raise WeightsError(f"{printable(path)}: was not written by earteach export-backbone; say what it is with --backbone NAME")
+        raise WeightsError(
+            f"{printable(path)}: was not written by earteach export-backbone; say what it is with --backbone NAME"
+        )
     try:
-        about = {name: header[name] if name == "interpolation" else json.loads(header[name])
-                 for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std")}  # fmt: skip
+        about = {
+            name: header[name] if name == "interpolation" else json.loads(header[name])
+            for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std")
+        }
         preprocessing = Preprocessing.from_dict(about, printable(path))
         return _filled(header["architecture"], preprocessing, state, path, sha256_of(path))
     except (KeyError, ValueError) as error:
@@ -86,10 +92,14 @@ def _from_checkpoint(path: Path) -> Embedder:
         checkpoint = read_checkpoint(path)
     except WeightsError as error:
         if "is no checkpoint of earteach" in str(error):
-            raise WeightsError(f"{printable(path)}: is no checkpoint of earteach; if it is a plain state dict, say of "
-                               "which model with --backbone NAME") from error  # fmt: skip
+            raise WeightsError(
+                f"{printable(path)}: is no checkpoint of earteach; if it is a plain state dict, say of "
+                "which model with --backbone NAME"
+            ) from error
         raise
-    return _filled(checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state, path, sha256_of(path))
+    return _filled(
+        checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state, path, sha256_of(path)
+    )
 
 
 def _from_state_dict(path: Path, backbone: str, image_size: int | None) -> Embedder:
@@ -105,7 +115,9 @@ def _from_timm(name: str, image_size: int | None) -> Embedder:
     try:
         receipt = load_from_hub(backbone, name)
     except WeightsError as error:
-        raise WeightsError(f"timm:{name}: not in the cache and the hub is out of reach; give --weights FILE with --backbone {name}") from error
+        raise WeightsError(
+            f"timm:{name}: not in the cache and the hub is out of reach; give --weights FILE with --backbone {name}"
+        ) from error
     return _ready(backbone, name, preprocessing, receipt)
 
 
@@ -130,6 +142,8 @@ def _newest() -> str:
     output_dir = Path(TrainConfig.output_dir)
     run = runs.newest_run(output_dir)
     if run is None:
-        raise EarTeachError(f"weights: none given, EARTEACH_WEIGHTS is not set and there is no run under {output_dir}/; "
-                            "pass --weights (a run, a checkpoint, an export, or timm:NAME)")  # fmt: skip
+        raise EarTeachError(
+            f"weights: none given, EARTEACH_WEIGHTS is not set and there is no run under {output_dir}/; "
+            "pass --weights (a run, a checkpoint, an export, or timm:NAME)"
+        )
     return str(run)

@@ -101,6 +101,7 @@ class EarTeacherLightningModule(pl.LightningModule):
                 labels = classes.fixed_labels(len(train_set), len(self.prototypes), config.seed)
             mark = classes.fingerprint(train_set.manifest)
             self.classes = classes.PseudoClasses(labels, len(self.prototypes), 0, mark)
+        self.classes.labels = self.classes.labels.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Stochastic depth draws from the global generator: tie it to the step, so that resuming is exact.
@@ -118,7 +119,13 @@ class EarTeacherLightningModule(pl.LightningModule):
             figures["metric_loss"] = self._metric_loss(embedding, batch["index"])
             metric = self.config.metric_weight * figures["metric_loss"]
             if batch_idx == 0 and self.config.reconstruction_weight:
-                self.log("train/grad_ratio", _gradient_ratio(metric, loss, embedding), on_step=False, on_epoch=True, batch_size=1)
+                self.log(
+                    "train/grad_ratio",
+                    _gradient_ratio(metric, loss, embedding),
+                    on_step=False,
+                    on_epoch=True,
+                    batch_size=1,
+                )
             loss = loss + metric
         self._log("train", loss, figures, len(pixels))
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
@@ -155,14 +162,15 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.classes = classes.PseudoClasses.from_dict(state, expected)
 
     def _metric_loss(self, embedding: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        labels = self.classes.labels[index.cpu()].to(embedding.device)
+        labels = self.classes.labels[index]
         known = labels >= 0  # a picture that was unreadable when the classes were made has none
         features = self.model.predict(embedding)
         if not known.any():
             return features.sum() * 0
         margin = losses.margin_at(self.current_epoch, self.config.arcface_margin, self.config.margin_warmup_epochs)
-        return losses.metric_loss(self.config.metric_loss, features[known], self.prototypes, labels[known],
-                                  margin, self.config.arcface_scale)  # fmt: skip
+        return losses.metric_loss(
+            self.config.metric_loss, features[known], self.prototypes, labels[known], margin, self.config.arcface_scale
+        )
 
     def _held_out_metric(self, embedding: torch.Tensor, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out pictures take the class of the prototype nearest to the clean picture; the loss (whole margin)
@@ -170,8 +178,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         labels = losses.cosines(self.model.predict(embedding), self.prototypes).argmax(1)
         features = self.model.predict(self(view))
         agreement = (losses.cosines(features, self.prototypes).argmax(1) == labels).float().mean()
-        loss = losses.metric_loss(self.config.metric_loss, features, self.prototypes, labels,
-                                  self.config.arcface_margin, self.config.arcface_scale)  # fmt: skip
+        loss = losses.metric_loss(
+            self.config.metric_loss,
+            features,
+            self.prototypes,
+            labels,
+            self.config.arcface_margin,
+            self.config.arcface_scale,
+        )
         return loss, agreement
 
     def _cluster(self) -> None:
@@ -209,14 +223,17 @@ class EarTeacherLightningModule(pl.LightningModule):
         """int64 labels of all N training pictures, -1 where unreadable."""
         manifest = self._train_set().manifest
         if len(rows) < len(self.prototypes):
-            raise EarTeachError(f"{manifest.source}: {len(rows)} readable pictures cannot fill {len(self.prototypes)} "
-                                "pseudo-classes; mend the pictures or lower --num-pseudo-classes")  # fmt: skip
+            raise EarTeachError(
+                f"{manifest.source}: {len(rows)} readable pictures cannot fill {len(self.prototypes)} "
+                "pseudo-classes; mend the pictures or lower --num-pseudo-classes"
+            )
         place = {row: i for i, row in enumerate(rows.tolist())}
         apart = [[place[r] for r in group if r in place] for group in classes.same_photo(manifest)]
         labels = torch.full((len(manifest),), -1)
-        start = self.classes.labels[rows] if warm else None
-        labels[rows] = classes.kmeans(classes.directions(embeddings), len(self.prototypes), self.config.seed,
-                                      start=start, apart=apart)  # fmt: skip
+        start = self.classes.labels.cpu()[rows] if warm else None
+        labels[rows] = classes.kmeans(
+            classes.directions(embeddings), len(self.prototypes), self.config.seed, start=start, apart=apart
+        )
         return labels
 
     @torch.no_grad()
@@ -226,13 +243,17 @@ class EarTeacherLightningModule(pl.LightningModule):
         return classes.class_means(F.normalize(torch.cat(outputs), dim=1), labels, len(self.prototypes))
 
     def _allocate(self, count: int) -> None:
-        start = torch.randn(count, self.config.projection_dim, generator=torch.Generator().manual_seed(self.config.seed))
+        start = torch.randn(
+            count, self.config.projection_dim, generator=torch.Generator().manual_seed(self.config.seed)
+        )
         self.prototypes = nn.Parameter(F.normalize(start, dim=1))
 
     def _train_set(self):
         datamodule = self.trainer.datamodule
         if datamodule is None or getattr(datamodule, "train_set", None) is None:
-            raise EarTeachError("pseudo-classes: belong to a data set; fit with trainer.fit(model, datamodule=EarDataModule(...))")
+            raise EarTeachError(
+                "pseudo-classes: belong to a data set; fit with trainer.fit(model, datamodule=EarDataModule(...))"
+            )
         return datamodule.train_set
 
     def _note_bad(self, split: str, batch: Batch) -> None:
@@ -261,8 +282,10 @@ class EarTeacherLightningModule(pl.LightningModule):
 
 def _gradient_ratio(metric: torch.Tensor, reconstruction: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     """Norm of the gradient the metric term sends into the embedding, over that of the reconstruction term."""
-    norms = [torch.autograd.grad(term * _GRADIENT_SCALE, embedding, retain_graph=True)[0].float().norm()
-             for term in (metric, reconstruction)]  # fmt: skip
+    norms = [
+        torch.autograd.grad(term * _GRADIENT_SCALE, embedding, retain_graph=True)[0].float().norm()
+        for term in (metric, reconstruction)
+    ]
     return norms[0] / norms[1].clamp_min(1e-12)
 
 

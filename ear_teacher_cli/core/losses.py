@@ -38,8 +38,9 @@ def cosface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, sc
 LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 
 
-def metric_loss(kind: str, features: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor,
-                margin: float, scale: float) -> torch.Tensor:  # fmt: skip
+def metric_loss(
+    kind: str, features: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor, margin: float, scale: float
+) -> torch.Tensor:
     """Mean cross-entropy of the margin softmax. `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K)."""
     with torch.autocast(features.device.type, enabled=False):
         return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)

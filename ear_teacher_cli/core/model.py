@@ -15,8 +15,11 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     """A timm model without classifier, random weights: B,3,H,W -> B,D. Raises ConfigError if timm has no such model."""
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        raise ConfigError("backbone", f"timm has no model {name!r}",
-                          f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")  # fmt: skip
+        raise ConfigError(
+            "backbone",
+            f"timm has no model {name!r}",
+            f"did you mean {', '.join(near)}?" if near else "see timm.list_models()",
+        )
     sized = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     return timm.create_model(name, pretrained=False, num_classes=0, **sized)
 
@@ -45,8 +48,11 @@ class TeacherModel(nn.Module):
         self.backbone = build_backbone(config.backbone, config.image_size)
         self.embedding_dim = embedding_size(self.backbone, config.image_size)
         if config.embedding_dim not in (None, self.embedding_dim):
-            raise ConfigError("embedding_dim", f"{config.embedding_dim} given, but {config.backbone} has {self.embedding_dim}",
-                              "leave the option out")  # fmt: skip
+            raise ConfigError(
+                "embedding_dim",
+                f"{config.embedding_dim} given, but {config.backbone} has {self.embedding_dim}",
+                "leave the option out",
+            )
         self.projection = projection_head(self.embedding_dim, config.projection_dim) if config.learns_classes else None
         self.prediction = prediction_head(config.projection_dim) if config.learns_classes else None
         self.decoder = Decoder(self.embedding_dim, config.image_size)
@@ -64,18 +70,23 @@ class TeacherModel(nn.Module):
 def projection_head(embedding_dim: int, projection_dim: int) -> nn.Sequential:
     """B,D -> B,D' (SimSiam's projector, Chen and He 2021, sec. 3, with two layers; its end is centred by batch norm)."""
     return nn.Sequential(
-        nn.Linear(embedding_dim, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim), nn.ReLU(inplace=True),
-        nn.Linear(embedding_dim, projection_dim, bias=False), nn.BatchNorm1d(projection_dim),
-    )  # fmt: skip
+        nn.Linear(embedding_dim, embedding_dim, bias=False),
+        nn.BatchNorm1d(embedding_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(embedding_dim, projection_dim, bias=False),
+        nn.BatchNorm1d(projection_dim),
+    )
 
 
 def prediction_head(projection_dim: int) -> nn.Sequential:
     """B,D' -> B,D' through a bottleneck of a quarter (SimSiam's predictor)."""
     hidden = max(1, projection_dim // 4)
     return nn.Sequential(
-        nn.Linear(projection_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+        nn.Linear(projection_dim, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
         nn.Linear(hidden, projection_dim),
-    )  # fmt: skip
+    )
 
 
 class Decoder(nn.Module):
@@ -89,7 +100,11 @@ class Decoder(nn.Module):
         steps: list[nn.Module] = []
         for wide, narrow in zip(widths, widths[1:], strict=False):
             # kernel 4, stride 2: kernel a multiple of the stride, so no checkerboard (Odena et al. 2016)
-            steps += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)]
+            steps += [
+                nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(narrow),
+                nn.ReLU(inplace=True),
+            ]
         self.steps = nn.Sequential(*steps, nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1))
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,10 @@ def collage(originals: torch.Tensor, reconstructions: torch.Tensor, title: str) 
         y = top + row * (side + gap)
         draw.text((12, y + side // 2), name, fill=_FAINT, font=_font(14), anchor="lm")
         for column in range(count):
-            page.paste(to_image(pictures[column]).resize((side, side), Image.Resampling.BICUBIC), (left + column * (side + gap), y))
+            page.paste(
+                to_image(pictures[column]).resize((side, side), Image.Resampling.BICUBIC),
+                (left + column * (side + gap), y),
+            )
     for column, decibel in enumerate(psnr_of_bytes(originals, reconstructions)):
         x = left + column * (side + gap) + side // 2
         draw.text((x, top + 2 * (side + gap) + 8), f"{decibel:.1f} dB", fill=_FAINT, font=_font(13), anchor="mm")
@@ -55,11 +58,15 @@ def save_gif(frames: Sequence[Path], path: Path, most: int = 60) -> None:
     """An endless GIF of at most `most` of the frames, evenly chosen, half size, the last one held."""
     if len(frames) < 2:
         return
-    chosen = sorted({round(i * (len(frames) - 1) / (min(most, len(frames)) - 1)) for i in range(min(most, len(frames)))})
+    chosen = sorted(
+        {round(i * (len(frames) - 1) / (min(most, len(frames)) - 1)) for i in range(min(most, len(frames)))}
+    )
     pictures = []
     for i in chosen:
         with Image.open(frames[i]) as frame:
-            pictures.append(frame.convert("RGB").resize((frame.width // 2, frame.height // 2), Image.Resampling.LANCZOS))
+            pictures.append(
+                frame.convert("RGB").resize((frame.width // 2, frame.height // 2), Image.Resampling.LANCZOS)
+            )
     pause = [max(80, 3000 // len(pictures))] * (len(pictures) - 1) + [2500]
     with whole_file(path) as temporary:
         pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)

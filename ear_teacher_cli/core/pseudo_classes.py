@@ -33,15 +33,21 @@ class PseudoClasses:
     fingerprint: str
 
     def as_dict(self) -> dict[str, Any]:
-        return {"labels": self.labels.to(torch.int32), "count": self.count, "round": self.round,
-                "fingerprint": self.fingerprint}  # fmt: skip
+        return {
+            "labels": self.labels.to("cpu", torch.int32),
+            "count": self.count,
+            "round": self.round,
+            "fingerprint": self.fingerprint,
+        }
 
     @staticmethod
     def from_dict(state: dict[str, Any], fingerprint: str | None) -> "PseudoClasses":
         """Raises WeightsError if the training manifest is no longer the one the labels belong to."""
         if fingerprint is not None and state["fingerprint"] != fingerprint:
-            raise WeightsError("checkpoint: the training manifest has changed since, so its pseudo-classes do not "
-                               "fit; restore the manifest or start a new experiment")  # fmt: skip
+            raise WeightsError(
+                "checkpoint: the training manifest has changed since, so its pseudo-classes do not "
+                "fit; restore the manifest or start a new experiment"
+            )
         return PseudoClasses(state["labels"].to(torch.int64), state["count"], state["round"], state["fingerprint"])
 
 
@@ -87,8 +93,15 @@ def directions(embeddings: torch.Tensor) -> torch.Tensor:
     return F.normalize(embeddings - embeddings.mean(0), dim=1)
 
 
-def kmeans(features: torch.Tensor, count: int, seed: int, *, start: torch.Tensor | None = None,
-           apart: list[list[int]] | None = None, iterations: int = 20) -> torch.Tensor:  # fmt: skip
+def kmeans(
+    features: torch.Tensor,
+    count: int,
+    seed: int,
+    *,
+    start: torch.Tensor | None = None,
+    apart: list[list[int]] | None = None,
+    iterations: int = 20,
+) -> torch.Tensor:
     """Spherical k-means of unit vectors (Dhillon and Modha 2001): N,D -> int64 labels N in [0, count).
 
     `start`: labels of the previous round, so that ids stay (a warm start); else k-means++ seeding
@@ -117,15 +130,20 @@ def class_means(features: torch.Tensor, labels: torch.Tensor, count: int) -> tor
 
 
 def _plus_plus(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Seeds drawn with probability proportional to the squared distance to the nearest seed so far."""
+    """Greedy k-means++: of a few candidates, drawn with probability proportional to the squared distance to the
+    nearest seed so far, the one that leaves the least distance becomes the next seed. K,D."""
     draw = np.random.default_rng([seed, 2])
+    candidates = 2 + int(np.log(count))
     chosen = [int(draw.integers(len(features)))]
-    distance = torch.full((len(features),), torch.inf, dtype=torch.float64)
-    for _ in range(count - 1):
-        distance = torch.minimum(distance, (1 - features @ features[chosen[-1]]).clamp_min(0).double())
-        total = distance.cumsum(0)
-        at = torch.searchsorted(total, draw.random() * total[-1].item(), right=True).item()
-        chosen.append(min(int(at), len(features) - 1))
+    distance = (1 - features @ features[chosen[0]]).clamp_min(0)  # half the squared distance of unit vectors
+    while len(chosen) < count:
+        total = distance.double().cumsum(0)
+        at = torch.searchsorted(total, torch.from_numpy(draw.random(candidates)) * total[-1], right=True)
+        rows = at.clamp_max(len(features) - 1)
+        left = torch.minimum(distance[:, None], (1 - features @ features[rows].T).clamp_min(0))  # N,candidates
+        best = int(left.sum(0).argmin())
+        distance = left[:, best]
+        chosen.append(int(rows[best]))
     return features[chosen]
 
 
@@ -174,7 +192,9 @@ def _split_giants(features: torch.Tensor, labels: torch.Tensor, count: int, seed
     return labels
 
 
-def _set_apart(features: torch.Tensor, labels: torch.Tensor, centres: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
+def _set_apart(
+    features: torch.Tensor, labels: torch.Tensor, centres: torch.Tensor, groups: list[list[int]]
+) -> torch.Tensor:
     """Within each group keep one picture (the closest) per class; the others take their next best free class."""
     labels = labels.clone()
     for group in groups:

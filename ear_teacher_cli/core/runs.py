@@ -25,8 +25,11 @@ def last_checkpoint(experiment: Path) -> Path | None:
 
 def best_checkpoint(experiment: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in its name, else the last."""
-    scored = [(float(m[1]), p) for p in (experiment / CHECKPOINTS).glob("best-*.ckpt")
-              if (m := re.search(r"val_loss_(-?[\d.]+)\.ckpt$", p.name))]  # fmt: skip
+    scored = [
+        (float(m[1]), p)
+        for p in (experiment / CHECKPOINTS).glob("best-*.ckpt")
+        if (m := re.search(r"val_loss_(-?[\d.]+)\.ckpt$", p.name))
+    ]
     return min(scored)[1] if scored else last_checkpoint(experiment)
 
 
@@ -44,5 +47,7 @@ def checkpoint_of(path: Path, *, best: bool) -> Path:
         return path
     found = best_checkpoint(path) if best else last_checkpoint(path)
     if found is None:
-        raise EarTeachError(f"{printable(path)}: holds no checkpoint; give an experiment folder that earteach train made")
+        raise EarTeachError(
+            f"{printable(path)}: holds no checkpoint; give an experiment folder that earteach train made"
+        )
     return found

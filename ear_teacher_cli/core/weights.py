@@ -38,8 +38,10 @@ class Receipt:
 
     def __str__(self) -> str:
         rest = f", {self.left_out} classifier tensors left out" if self.left_out else ""
-        return (f"backbone {self.loaded}/{self.loaded} tensors, {self.naming} -> timm names{rest}, "
-                f"sha256 {self.sha256[:12]}, from {self.source}")  # fmt: skip
+        return (
+            f"backbone {self.loaded}/{self.loaded} tensors, {self.naming} -> timm names{rest}, "
+            f"sha256 {self.sha256[:12]}, from {self.source}"
+        )
 
 
 def load_pretrained(backbone: nn.Module, config: TrainConfig) -> Receipt:
@@ -82,7 +84,7 @@ def load_state(backbone: nn.Module, name: str, state: State, source: str, sha256
 
 def load_from_hub(backbone: nn.Module, name: str) -> Receipt:
     """Load timm's published weights, from the local cache or over the network. Raises WeightsError offline."""
-    both_ways = ("give a file with --pretrained-path, or start from random weights with --no-pretrained")
+    both_ways = "give a file with --pretrained-path, or start from random weights with --no-pretrained"
     if not timm.is_model_pretrained(name):
         raise WeightsError(f"{name}: timm has no pretrained weights of it; {both_ways}")
     pretrained = timm.get_pretrained_cfg(name)
@@ -96,7 +98,9 @@ def load_from_hub(backbone: nn.Module, name: str) -> Receipt:
         os_error = error
     if os_error is not None:
         reason = " ".join(str(os_error).split())[:120]
-        raise WeightsError(f"{name}: no weights file here, and timm's hub gave none ({reason}); {both_ways}") from os_error
+        raise WeightsError(
+            f"{name}: no weights file here, and timm's hub gave none ({reason}); {both_ways}"
+        ) from os_error
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode() + state[key].contiguous().numpy().tobytes())

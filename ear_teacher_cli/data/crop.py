@@ -128,8 +128,19 @@ def printable_error(error: BaseException) -> str:
 
 
 # What PIL's decoders raise on damaged bytes: mostly OSError, SyntaxError (broken PNG) and ValueError.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
-                   NotImplementedError, AttributeError, RuntimeError)  # fmt: skip
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    AttributeError,
+    RuntimeError,
+)
 
 
 def _read_bytes(path: str) -> bytes:
@@ -140,7 +151,7 @@ def _read_bytes(path: str) -> bytes:
         raise PictureError("missing", "no such file") from error
     except (OSError, ValueError) as error:
         raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise PictureError("unreadable", "is a folder or a device, not a file")
@@ -148,10 +159,12 @@ def _read_bytes(path: str) -> bytes:
             raise PictureError("too-large", f"{status.st_size / 2**30:.1f} GiB is no photograph")
         if status.st_size == 0:
             raise PictureError("truncated", "the file is empty")
-        try:
+        with open(handle, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
+    except OSError as error:
+        raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
+    finally:
+        os.close(handle)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -34,7 +34,10 @@ class EarDataModule(pl.LightningDataModule):
         config = self.config
         preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
         augment = Augment(preprocessing, config.hflip)
-        train, val = read_manifest(config.train_metadata, config.root_dir), read_manifest(config.val_metadata, config.root_dir)
+        train, val = (
+            read_manifest(config.train_metadata, config.root_dir),
+            read_manifest(config.val_metadata, config.root_dir),
+        )
         for manifest in (train, val):
             _refuse_wrong_root(manifest)
         if len(train) < 2:
@@ -58,10 +61,14 @@ class EarDataModule(pl.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
         workers = min(self.config.num_workers, usable_cores())
         return DataLoader(
-            dataset, batch_size=self.config.batch_size, drop_last=drop_last, collate_fn=collate,
+            dataset,
+            batch_size=self.config.batch_size,
+            drop_last=drop_last,
+            collate_fn=collate,
             sampler=EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world),
-            num_workers=workers, persistent_workers=workers > 0 and not all_ranks,
-        )  # fmt: skip
+            num_workers=workers,
+            persistent_workers=workers > 0 and not all_ranks,
+        )
 
 
 def usable_cores() -> int:

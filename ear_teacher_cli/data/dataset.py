@@ -40,8 +40,14 @@ class EarDataset(Dataset):
     `pixels` is augmented if `augment` is given; with `view` a second, augmented picture comes beside it.
     """
 
-    def __init__(self, manifest: Manifest, preprocessing: Preprocessing, *, augment: Augment | None = None,
-                 view: Augment | None = None):  # fmt: skip
+    def __init__(
+        self,
+        manifest: Manifest,
+        preprocessing: Preprocessing,
+        *,
+        augment: Augment | None = None,
+        view: Augment | None = None,
+    ):
         self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
 
     def __len__(self) -> int:

@@ -30,7 +30,9 @@ from ..errors import ManifestError, PictureError
 from ..files import printable, whole_file
 from .npy import read_npy
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm"})
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm"}
+)
 MANIFEST_SUFFIXES = frozenset({".npy", ".csv", ".jsonl", ".json"})
 Box = tuple[float, float, float, float]
 
@@ -78,9 +80,13 @@ class Manifest:
             return None if column is None else [column[i] for i in indices]
 
         return replace(
-            self, paths=take(self.paths), boxes=take(self.boxes), rows=take(self.rows),
-            identities=take(self.identities), sides=take(self.sides),
-        )  # fmt: skip
+            self,
+            paths=take(self.paths),
+            boxes=take(self.boxes),
+            rows=take(self.rows),
+            identities=take(self.identities),
+            sides=take(self.sides),
+        )
 
 
 def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Manifest:
@@ -101,10 +107,14 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Man
         raise ManifestError(f"{where}: holds no pictures; nothing to do")
     root = Path(root_dir) if root_dir is not None else _find_root(source, columns.paths)
     return Manifest(
-        source=str(source), root=root, paths=columns.paths, boxes=columns.boxes, rows=columns.rows,
+        source=str(source),
+        root=root,
+        paths=columns.paths,
+        boxes=columns.boxes,
+        rows=columns.rows,
         identities=columns.identities if any(columns.identities) else None,
         sides=columns.sides if any(columns.sides) else None,
-    )  # fmt: skip
+    )
 
 
 def pictures_manifest(paths: Iterable[str], source: str) -> Manifest:
@@ -118,7 +128,9 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
     suffix = Path(path).suffix.lower()
     writers = {".npy": _write_seed, ".csv": _write_csv, ".jsonl": _write_jsonl}
     if suffix not in writers:
-        raise ManifestError(f"{printable(path)}: cannot write {suffix or 'no suffix'}; name a .npy, .csv or .jsonl file")
+        raise ManifestError(
+            f"{printable(path)}: cannot write {suffix or 'no suffix'}; name a .npy, .csv or .jsonl file"
+        )
     with whole_file(path) as temporary:
         writers[suffix](manifest, temporary)
 
@@ -187,7 +199,9 @@ def _read_csv(path: Path, where: str) -> _Columns:
                 raise ManifestError(f"{where}: has {_names(with_boxes)} only; a box needs x1, y1, x2, y2")
             for row, line in enumerate(reader):
                 if None in line or None in line.values():
-                    raise ManifestError(f"{where} line {reader.line_num}: not as many cells as the header; mend the line")
+                    raise ManifestError(
+                        f"{where} line {reader.line_num}: not as many cells as the header; mend the line"
+                    )
                 corners = [line[k] for k in ("x1", "y1", "x2", "y2")] if with_boxes else [""]
                 box = _box(corners, where, row) if any(c.strip() for c in corners) else None
                 columns.add(row, line[path_key], box, line.get("identity"), line.get("side"))
@@ -205,7 +219,7 @@ def _read_jsonl(path: Path, where: str) -> _Columns:
                     continue
                 line = json.loads(text)
                 if not isinstance(line, dict):
-                    raise ManifestError(f"{where} line {row + 1}: is no object; write {{\"image_path\": ...}}")
+                    raise ManifestError(f'{where} line {row + 1}: is no object; write {{"image_path": ...}}')
                 name = _path_text(line[_path_key(line, f"{where} line {row + 1}")], where, row)
                 for box in _boxes_of(line.get("bbox", line.get("bboxes")), where, row):
                     columns.add(row, name, box, line.get("identity"), line.get("side"))
@@ -232,7 +246,9 @@ def _read_coco(path: Path, where: str) -> _Columns:
             name = _path_text(names[mark["image_id"]], where, row)
             columns.add(row, name, (x, y, x + width, y + height), mark.get("identity"), mark.get("side"))
     except (KeyError, TypeError) as error:
-        raise ManifestError(f"{where}: is not COCO ({type(error).__name__}: {error}); see cocodataset's format") from error
+        raise ManifestError(
+            f"{where}: is not COCO ({type(error).__name__}: {error}); see cocodataset's format"
+        ) from error
     return columns
 
 

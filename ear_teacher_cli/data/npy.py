@@ -44,9 +44,20 @@ def read_npy(path: str | Path) -> Any:
 
 # What unpickling and numpy's header parser raise on damaged bytes (seen under mutation).
 _DAMAGE = (
-    pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError, MemoryError,
-    OverflowError, ImportError, RecursionError, SyntaxError, AssertionError, NotImplementedError,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    ImportError,
+    RecursionError,
+    SyntaxError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 class _ArrayClass:

@@ -37,10 +37,13 @@ class Preprocessing:
     def from_dict(values: dict[str, Any], where: str) -> "Preprocessing":
         try:
             return Preprocessing(
-                image_size=int(values["image_size"]), bbox_buffer=float(values["bbox_buffer"]),
-                pad=bool(values["pad"]), interpolation=str(values["interpolation"]),
-                mean=tuple(map(float, values["mean"])), std=tuple(map(float, values["std"])),
-            )  # fmt: skip
+                image_size=int(values["image_size"]),
+                bbox_buffer=float(values["bbox_buffer"]),
+                pad=bool(values["pad"]),
+                interpolation=str(values["interpolation"]),
+                mean=tuple(map(float, values["mean"])),
+                std=tuple(map(float, values["std"])),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{where}: its preprocessing is not whole ({error!r}); export it again") from error
 
@@ -54,9 +57,7 @@ def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bo
 
     pretrained = get_pretrained_cfg(backbone)
     interpolation = pretrained.interpolation if pretrained.interpolation in INTERPOLATIONS else "bicubic"
-    return Preprocessing(
-        image_size, bbox_buffer, pad, interpolation, tuple(pretrained.mean), tuple(pretrained.std)
-    )  # fmt: skip
+    return Preprocessing(image_size, bbox_buffer, pad, interpolation, tuple(pretrained.mean), tuple(pretrained.std))
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")

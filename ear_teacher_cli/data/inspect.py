@@ -1,0 +1,184 @@
+"""What one photo and its ears look like to validate-data: oddities, box checks, hashes, sharpness. No torch here.
+
+`inspect` runs in worker processes; the perceptual hash finds near duplicates without comparing all with all.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ..errors import PictureError
+from .crop import Picture, buffered_box, check_box, check_box_inside, cut, read_picture
+from .manifest import Box
+from .pixels import Preprocessing
+
+WARNINGS = {
+    "box-small": "the box is under 32 px on a side",
+    "box-clamped": "the box's buffer reaches beyond the picture and was clamped",
+    "exif-rotated": "EXIF orientation turns the picture; boxes must be drawn on the upright one",
+    "mode-grey": "grey picture",
+    "mode-alpha": "picture with transparency (dropped)",
+    "mode-16-bit": "16-bit picture (scaled to 8 bits)",
+    "mode-cmyk": "CMYK picture (converted)",
+    "mode-palette": "palette picture (converted)",
+    "duplicate-row": "the same picture and box twice in one manifest",
+    "duplicate-picture": "the same pixels under another name, in the same manifest",
+    "near-duplicate": "almost the same ear picture, in the same manifest",
+    "leak-photo": "the same photo in two manifests (training and validation)",
+    "leak-near-duplicate": "almost the same ear picture in two manifests (training and validation)",
+}
+SMALL = 32
+NEAR_BITS = 3  # of 128 hash bits; see near_pairs
+_MODES = {
+    "L": "mode-grey",
+    "1": "mode-grey",
+    "LA": "mode-alpha",
+    "RGBA": "mode-alpha",
+    "PA": "mode-alpha",
+    "RGBa": "mode-alpha",
+    "La": "mode-alpha",
+    "P": "mode-palette",
+    "CMYK": "mode-cmyk",
+}
+# The crop that is hashed and shown: plain, as no backbone is chosen yet.
+PREVIEW = Preprocessing(96, 0.10, True, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo and the rows that are cut out of it."""
+
+    manifest: int
+    path: str | None
+    ears: list[tuple[int, Box | None]]
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one row's ear looks like: hashes and sharpness of its crop. `digest`: sha256 of the file."""
+
+    digest: bytes
+    hash: int
+    sharpness: float  # variance of the crop's Laplacian
+    size: float  # shorter side of the box in pixels
+
+
+def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, Seen]]]:
+    """(findings as (row index, reason, detail), looks as (row index, Seen)) of one photo."""
+    if photo.error is not None:
+        return [(index, *photo.error) for index, _ in photo.ears], []
+    try:
+        picture = read_picture(photo.path)
+    except PictureError as error:
+        return [(index, error.reason, error.detail) for index, _ in photo.ears], []
+    findings, looks = [], []
+    digest = hashlib.sha256(picture.data).digest()
+    for index, box in photo.ears:
+        for reason, detail in _oddities(picture.mode, picture.orientation):
+            findings.append((index, reason, detail))
+        try:
+            region = _check_ear(box, picture.image.size)
+        except PictureError as error:
+            findings.append((index, error.reason, error.detail + _drawn_before_turning(box, picture)))
+            continue
+        findings += [(index, *entry) for entry in _box_warnings(box, region, picture.image.size)]
+        crop = cut(picture.image, box, PREVIEW)
+        looks.append(
+            (
+                index,
+                Seen(
+                    digest, perceptual_hash(crop), sharpness_of(crop), min(region[2] - region[0], region[3] - region[1])
+                ),
+            )
+        )
+    return findings, looks
+
+
+def _check_ear(box: Box | None, size: tuple[int, int]) -> Box:
+    if box is None:
+        return 0.0, 0.0, float(size[0]), float(size[1])
+    check_box(box)
+    check_box_inside(box, size)
+    return box
+
+
+def _drawn_before_turning(box: Box, picture: Picture) -> str:
+    """A hint where the box leaves the upright picture but fits the picture as it is stored."""
+    if picture.orientation not in (5, 6, 7, 8):
+        return ""
+    try:
+        check_box_inside(box, (picture.image.height, picture.image.width))
+    except PictureError:
+        return ""
+    return f" (it fits before EXIF orientation {picture.orientation}: drawn on the unturned picture)"
+
+
+def _oddities(mode: str, orientation: int) -> Iterator[tuple[str, str]]:
+    if orientation not in (0, 1):
+        yield "exif-rotated", f"EXIF orientation {orientation}"
+    if mode in _MODES:
+        yield _MODES[mode], f"mode {mode}"
+    elif mode.startswith(("I", "F")):
+        yield "mode-16-bit", f"mode {mode}"
+
+
+def _box_warnings(box: Box | None, region: Box, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
+    width, height = region[2] - region[0], region[3] - region[1]
+    if min(width, height) < SMALL:
+        yield "box-small", f"{width:.0f} x {height:.0f} px"
+    if box is None:
+        return
+    buffer = PREVIEW.bbox_buffer
+    grown = buffered_box(box, size, buffer)
+    wanted = (1 + 2 * buffer) * width, (1 + 2 * buffer) * height
+    if grown[2] - grown[0] < wanted[0] - 0.5 or grown[3] - grown[1] < wanted[1] - 0.5:
+        if not _is_whole(box, size):  # a box that is the whole picture leaves no room, and asks for none
+            yield "box-clamped", f"box [{', '.join(f'{v:g}' for v in box)}] in {size[0]} x {size[1]}"
+
+
+def _is_whole(box: Box, size: tuple[int, int]) -> bool:
+    return box[0] <= 1 and box[1] <= 1 and box[2] >= size[0] - 1 and box[3] >= size[1] - 1
+
+
+def sharpness_of(crop: Image.Image) -> float:
+    grey = np.asarray(crop.convert("L"), dtype=np.float32)
+    laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
+    return float(laplacian.var())
+
+
+def near_pairs(hashes: Iterable[int], bits: int = NEAR_BITS) -> Iterator[tuple[int, int]]:
+    """Pairs of positions whose 128-bit hashes differ in at most `bits` bits, without comparing all with all.
+
+    Two hashes that differ in at most `bits` bits agree wholly in one of bits + 1 bands (pigeonhole), so only
+    rows that share a band are compared.
+    """
+    hashes = list(hashes)
+    bands = bits + 1
+    width = 128 // bands
+    found = set()
+    for band in range(bands):
+        buckets = defaultdict(list)
+        for position, value in enumerate(hashes):
+            buckets[(value >> band * width) & ((1 << width) - 1)].append(position)
+        for bucket in buckets.values():
+            for i, first in enumerate(bucket):
+                for second in bucket[i + 1 : i + 1 + _BUCKET_REACH]:
+                    if (first, second) not in found and (hashes[first] ^ hashes[second]).bit_count() <= bits:
+                        found.add((first, second))
+                        yield first, second
+
+
+# A band shared by very many rows (blank crops, say) would be quadratic again; neighbours in order are enough to name them.
+_BUCKET_REACH = 200
+
+
+def perceptual_hash(crop: Image.Image) -> int:
+    """128 bits: is each cell of an 8 x 8 grid brighter than its right, and its lower neighbour (dHash, both ways)."""
+    grey = np.asarray(crop.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
+    bits = np.concatenate([(grey[:8, 1:] > grey[:8, :8]).ravel(), (grey[1:, :8] > grey[:8, :8]).ravel()])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")

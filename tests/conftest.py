@@ -1,0 +1,79 @@
+"""Shared by the tests: small drawn ears, a way to say commands, and one small trained run."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
+os.environ.pop("EARTEACH_WEIGHTS", None)
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+BACKBONE = "test_convnext"  # timm's own ConvNeXt for tests: 207,128 parameters
+SMALL = ["--backbone", BACKBONE, "--image-size", "64", "--no-pretrained", "--batch-size", "8", "--num-workers", "0",
+         "--learning-rate", "1e-3", "--num-collage-samples", "4"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: bytes
+    err: str
+
+
+@pytest.fixture
+def earteach(capfdbinary, monkeypatch):
+    """`earteach('embed', 'x', 'y.npy')` -> Said(exit code, stdout, stderr), in this process."""
+    from ear_teacher_cli.cli import main
+
+    def say(*words) -> Said:
+        monkeypatch.setattr(sys, "argv", ["earteach", *map(str, words)])
+        capfdbinary.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        sys.stdout.flush()
+        out, err = capfdbinary.readouterr()
+        assert b"Traceback" not in err, err.decode()
+        return Said(code, out, err.decode())
+
+    return say
+
+
+@pytest.fixture(scope="session")
+def ears(tmp_path_factory) -> Path:
+    """A folder of drawn ears: 11 people x 4 photos; 6 to train on, 2 to validate, 3 to evaluate."""
+    from make_sample_ears import main
+
+    folder = tmp_path_factory.mktemp("ears") / "drawn"
+    words = [str(folder), "--people", "11", "--photos", "4", "--val-people", "2", "--eval-people", "3", "--seed", "1"]
+    assert main(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def manifests(ears) -> list[str]:
+    return ["--train-metadata", str(ears / "train_teacher.npy"), "--val-metadata", str(ears / "val_teacher.npy")]
+
+
+@pytest.fixture(scope="session")
+def run(ears, manifests, tmp_path_factory) -> Path:
+    """An experiment folder of a small run: 6 epochs on the drawn ears. Tests must not change it."""
+    from ear_teacher_cli.commands.train import train
+    from ear_teacher_cli.talk import Talk
+
+    outputs = tmp_path_factory.mktemp("outputs")
+    return train(small_config(manifests, output_dir=str(outputs), max_epochs=6), Talk(quiet=True)).experiment
+
+
+def small_config(manifests: list[str], **changes):
+    from ear_teacher_cli.config import TrainConfig
+
+    options = dict(train_metadata=manifests[1], val_metadata=manifests[3], backbone=BACKBONE, image_size=64,
+                   pretrained=False, batch_size=8, num_workers=0, learning_rate=1e-3, num_collage_samples=4)  # fmt: skip
+    return TrainConfig(**options | changes)

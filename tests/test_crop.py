@@ -1,0 +1,125 @@
+"""Cutting ears out: arithmetic by hand, and pictures of every bad kind."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ear_teacher_cli.data.crop import buffered_box, check_box, check_box_inside, cut, load_crop, read_picture
+from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.errors import PictureError
+
+PLAIN = Preprocessing(64, 0.10, True, "bilinear", (0.5, 0.25, 0.0), (0.5, 0.5, 0.5))
+
+
+def test_buffer_is_a_tenth_of_each_side():
+    assert buffered_box((100, 50, 200, 90), (640, 480), 0.10) == pytest.approx((90, 46, 210, 94))
+
+
+def test_buffer_is_clamped_to_the_picture():
+    assert buffered_box((0, 5, 100, 475), (104, 480), 0.10) == pytest.approx((0, 0, 104, 480))
+
+
+def test_pad_keeps_the_proportions_and_fills_with_the_mean():
+    red = Image.new("RGB", (100, 50), (255, 0, 0))
+    crop = np.asarray(cut(red, None, PLAIN))
+    assert crop.shape == (64, 64, 3)
+    assert (crop[16:48] == [255, 0, 0]).all()  # 100 x 50 -> 64 x 32, centred
+    assert (crop[:16] == [128, 64, 0]).all() and (crop[48:] == [128, 64, 0]).all()
+
+
+def test_no_pad_squashes():
+    picture = Image.new("RGB", (100, 50), (255, 0, 0))
+    squashed = cut(picture, None, Preprocessing(64, 0.1, False, "bilinear", PLAIN.mean, PLAIN.std))
+    assert (np.asarray(squashed) == [255, 0, 0]).all()
+
+
+def test_the_box_is_where_the_ear_is():
+    picture = Image.new("RGB", (200, 200))
+    picture.paste((0, 255, 0), (60, 80, 120, 140))
+    crop = np.asarray(cut(picture, (60, 80, 120, 140), Preprocessing(72, 0.10, True, "nearest", PLAIN.mean, PLAIN.std)))
+    # 60 px box + 2 x 6 px buffer = 72 px: one to one
+    assert (crop[6:66, 6:66] == [0, 255, 0]).all()
+    assert (crop[:6] == 0).all() and (crop[66:] == 0).all()
+
+
+@pytest.mark.parametrize("box, reason", [
+    ((10, 10, 10, 20), "box-empty"), ((10, 20, 20, 10), "box-empty"),
+    ((float("nan"), 0, 5, 5), "box-not-finite"), ((0, 0, float("inf"), 5), "box-not-finite"),
+])  # fmt: skip
+def test_impossible_boxes(box, reason):
+    with pytest.raises(PictureError) as caught:
+        check_box(box)
+    assert caught.value.reason == reason
+
+
+def test_box_outside_with_a_pixel_of_grace():
+    check_box_inside((-1, 0, 101, 50), (100, 50))
+    for box in [(-2, 0, 50, 50), (0, 0, 102, 50), (500, 500, 600, 600)]:
+        with pytest.raises(PictureError) as caught:
+            check_box_inside(box, (100, 50))
+        assert caught.value.reason == "box-outside"
+
+
+def test_a_box_wholly_outside_is_not_cut():
+    with pytest.raises(PictureError):
+        cut(Image.new("RGB", (100, 100)), (300, 300, 400, 400), PLAIN)
+
+
+def test_exif_orientation_turns_the_picture_upright(tmp_path):
+    picture = Image.new("RGB", (40, 20), (0, 0, 255))
+    picture.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    picture.save(tmp_path / "turned.png", exif=exif)
+    upright = read_picture(str(tmp_path / "turned.png"))
+    assert upright.orientation == 6 and upright.image.size == (20, 40)
+    assert upright.image.getpixel((10, 5)) == (255, 0, 0)
+
+
+def bad_pictures(folder):
+    """{name: (path, reason)} of files that are no whole picture."""
+    whole = folder / "whole.jpg"
+    Image.effect_noise((300, 200), 60).convert("RGB").save(whole)
+    half = folder / "half.jpg"
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "fifo.jpg")
+    (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    return {
+        "half": (half, "truncated"), "empty": (folder / "empty.jpg", "truncated"),
+        "text": (folder / "text.jpg", "not-a-picture"), "folder": (folder / "folder.jpg", "unreadable"),
+        "fifo": (folder / "fifo.jpg", "unreadable"), "bomb": (folder / "bomb.png", "too-large"),
+        "missing": (folder / "nowhere.jpg", "missing"),
+    }  # fmt: skip
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("name", ["half", "empty", "text", "folder", "fifo", "bomb", "missing"])
+def test_bad_pictures_have_their_reason(tmp_path, name):
+    path, reason = bad_pictures(tmp_path)[name]
+    with pytest.raises(PictureError) as caught:
+        load_crop(str(path), None, PLAIN)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("L", 100, (100, 100, 100)), ("RGBA", (10, 20, 30, 0), (10, 20, 30)), ("I;16", 257 * 50, (50, 50, 50)),
+    ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+])  # fmt: skip
+def test_unusual_modes_become_rgb(tmp_path, mode, colour, expected):
+    path = tmp_path / "x.tif"
+    Image.new(mode, (32, 32), colour).save(path)
+    assert (load_crop(str(path), None, PLAIN).transpose(1, 2, 0) == expected).all()
