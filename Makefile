@@ -12,7 +12,8 @@ help:
 	@grep '^# make' Makefile | tr -s ' ' | sed 's/^# //'
 
 demo: $(READY)
-	examples/demo.sh
+	rm -rf demo
+	examples/demo.sh demo
 
 test: $(READY)
 	ruff check .

@@ -24,18 +24,41 @@ GRID = np.meshgrid(np.arange(X0, X1, STEP, np.float32), np.arange(Y0, Y1, STEP, 
 
 # name: (mean, spread between people).  The two ears of a person differ by a tenth of the spread.
 TRAITS = {
-    "width": (1.0, 0.095), "tilt": (0.12, 0.08), "stand_off": (0.20, 0.07),
-    "rim_front": (0, 0.016), "rim_top": (0, 0.020), "rim_top_back": (0, 0.026),
-    "rim_back": (0, 0.026), "rim_low": (0, 0.022), "darwin": (0, 0.006),
-    "helix_width": (0.082, 0.016), "helix_taper": (0.75, 0.16), "helix_curl": (0.115, 0.022),
-    "helix_run": (0.80, 0.085), "crus_length": (0, 0.026), "crus_height": (0, 0.016),
-    "anti_x": (0, 0.025), "anti_bend": (0, 0.020), "anti_height": (0.104, 0.020),
-    "anti_width": (0.048, 0.008), "fork_y": (0, 0.032), "superior_x": (0, 0.026),
-    "superior_height": (0.95, 0.15), "inferior_y": (0, 0.022), "inferior_height": (0.9, 0.15),
-    "concha_depth": (0.17, 0.028), "concha_front": (0, 0.012), "tragus_size": (0.075, 0.018),
-    "tragus_y": (0, 0.020), "tragus_point": (0, 0.013), "antitragus_size": (0.075, 0.022),
-    "notch_width": (0, 0.013), "lobe_length": (0, 0.045), "lobe_width": (0, 0.024),
-    "lobe_hang": (0.5, 0.40), "melanin": (0.40, 0.12),
+    "width": (1.0, 0.095),
+    "tilt": (0.12, 0.08),
+    "stand_off": (0.20, 0.07),
+    "rim_front": (0, 0.016),
+    "rim_top": (0, 0.020),
+    "rim_top_back": (0, 0.026),
+    "rim_back": (0, 0.026),
+    "rim_low": (0, 0.022),
+    "darwin": (0, 0.006),
+    "helix_width": (0.082, 0.016),
+    "helix_taper": (0.75, 0.16),
+    "helix_curl": (0.115, 0.022),
+    "helix_run": (0.80, 0.085),
+    "crus_length": (0, 0.026),
+    "crus_height": (0, 0.016),
+    "anti_x": (0, 0.025),
+    "anti_bend": (0, 0.020),
+    "anti_height": (0.104, 0.020),
+    "anti_width": (0.048, 0.008),
+    "fork_y": (0, 0.032),
+    "superior_x": (0, 0.026),
+    "superior_height": (0.95, 0.15),
+    "inferior_y": (0, 0.022),
+    "inferior_height": (0.9, 0.15),
+    "concha_depth": (0.17, 0.028),
+    "concha_front": (0, 0.012),
+    "tragus_size": (0.075, 0.018),
+    "tragus_y": (0, 0.020),
+    "tragus_point": (0, 0.013),
+    "antitragus_size": (0.075, 0.022),
+    "notch_width": (0, 0.013),
+    "lobe_length": (0, 0.045),
+    "lobe_width": (0, 0.024),
+    "lobe_hang": (0.5, 0.40),
+    "melanin": (0.40, 0.12),
 }
 
 
@@ -64,8 +87,14 @@ def build_ear(seed, person, side):
     alpha = smooth_step(-0.004, 0.006 + 0.075 * grown, margin)
     height = relief(t, lines, margin) * (1 - grown * (1 - smooth_step(0.0, 0.12, margin)))
     soft = blur(height * alpha, 0.03) / np.maximum(blur(alpha, 0.03), 0.05)
-    landmarks = np.concatenate([even(lines["helix"], 20), even(lines["antihelix"], 15),
-                                even(lines["concha_strip"], 15), even(lines["tragus"], 5)])
+    landmarks = np.concatenate(
+        [
+            even(lines["helix"], 20),
+            even(lines["antihelix"], 15),
+            even(lines["concha_strip"], 15),
+            even(lines["tragus"], 5),
+        ]
+    )
     return Ear(height, alpha, soft, lines["outline"], landmarks, lines["lobe"], t)
 
 
@@ -75,7 +104,7 @@ def shade_ear(rng, ear, look, scale):
     bumps = blur(rng.standard_normal(raised.shape, np.float32), 0.006)
     surface = ear.height + 0.0022 * bumps
     slope_y, slope_x = np.gradient(surface, STEP)
-    long = 1 / np.sqrt(slope_x ** 2 + slope_y ** 2 + 1)
+    long = 1 / np.sqrt(slope_x**2 + slope_y**2 + 1)
     light = look.light
     cosine = (light[2] - slope_x * light[0] - slope_y * light[1]) * long
     half = np.array(light) + [0, 0, 1]
@@ -92,9 +121,9 @@ def shade_ear(rng, ear, look, scale):
         # Blood shows where skin is thin or shaded: the green and blue are taken back there.
         flush = look.redness * red * (0.10 + 0.16 * hollow[2] + 0.03 * blotch) * (0.35 + 0.65 * ear.alpha)
         soft = lit if channel else 0.12 + 0.88 * blur(lit, 0.014)
-        tone = look.ambient[channel] * open_sky + look.key * wrap(cosine, around) * soft * open_sky ** 0.4
+        tone = look.ambient[channel] * open_sky + look.key * wrap(cosine, around) * soft * open_sky**0.4
         patch[..., channel] = look.albedo[channel] * tone * np.exp(-np.clip(flush - 0.08, -0.1, 0.6))
-    patch[..., :3] += (look.gloss * look.key * shine ** 16 * lit * np.exp(-cavity))[..., None]
+    patch[..., :3] += (look.gloss * look.key * shine**16 * lit * np.exp(-cavity))[..., None]
     patch[..., 3] = ear.alpha
     if scale < 170:  # shrinking needs smoothing first, or the fine folds break up
         patch = np.stack([blur(patch[..., i], 0.35 / scale) for i in range(4)], -1)
@@ -106,7 +135,7 @@ def paste_ear(scene, patch, pose, ear):
     corners = pose.flat([[X0, Y0], [X1, Y0], [X0, Y1], [X1, Y1]])
     low = np.clip(np.floor(corners.min(0)).astype(int), 0, pose.size)
     high = np.clip(np.ceil(corners.max(0)).astype(int), 0, pose.size)
-    window = np.s_[low[1]:high[1], low[0]:high[0]]
+    window = np.s_[low[1] : high[1], low[0] : high[0]]
     x, y = pose.to_ear(pose.columns[window], pose.rows[window], ear)
     found = lookup(patch, x, y)
     cover = found[..., 3:] * ((x > X0) & (x < X1 - STEP) & (y > Y0) & (y < Y1 - STEP))[..., None]
@@ -119,67 +148,139 @@ def draw_traits(seed, person, side):
     one = np.random.default_rng([seed, person, 3, int(side == "right")])
     shared = both.normal(size=len(TRAITS)).clip(-1.9, 1.9)
     own = 0.1 * one.normal(size=len(TRAITS))
-    return {name: float(mean + spread * value)
-            for (name, (mean, spread)), value in zip(TRAITS.items(), shared + own, strict=True)}
+    return {
+        name: float(mean + spread * value)
+        for (name, (mean, spread)), value in zip(TRAITS.items(), shared + own, strict=True)
+    }
 
 
 def draw_lines(t):
     """The anatomy of one ear as named rows of points: splines, and a few places on their own."""
     crus = np.array([t["crus_length"], t["crus_height"]])
-    helix = np.array([[0.270, 0.480], [0.195, 0.455], [0.130, 0.395], [0.098, 0.300], [0.112, 0.185],
-                      [0.178, 0.085], [0.290, 0.040], [0.415, 0.062], [0.505, 0.145], [0.548, 0.270],
-                      [0.540, 0.400], [0.508, 0.520], [0.466, 0.630], [0.432, 0.720], [0.412, 0.790]])
+    helix = np.array(
+        [
+            [0.270, 0.480],
+            [0.195, 0.455],
+            [0.130, 0.395],
+            [0.098, 0.300],
+            [0.112, 0.185],
+            [0.178, 0.085],
+            [0.290, 0.040],
+            [0.415, 0.062],
+            [0.505, 0.145],
+            [0.548, 0.270],
+            [0.540, 0.400],
+            [0.508, 0.520],
+            [0.466, 0.630],
+            [0.432, 0.720],
+            [0.412, 0.790],
+        ]
+    )
     helix[0] += crus
     helix[1] += crus * [0.4, 0.8]
     rim = spline(helix, 160)
     along = np.linspace(0, 1, 160)
-    push = sum(t[name] * np.exp(-((along - at) / reach) ** 2) for name, at, reach in (
-        ("rim_front", 0.30, 0.07), ("rim_top", 0.43, 0.09), ("rim_top_back", 0.56, 0.08),
-        ("rim_back", 0.69, 0.09), ("rim_low", 0.83, 0.09), ("darwin", 0.61, 0.025)))
+    push = sum(
+        t[name] * np.exp(-(((along - at) / reach) ** 2))
+        for name, at, reach in (
+            ("rim_front", 0.30, 0.07),
+            ("rim_top", 0.43, 0.09),
+            ("rim_top_back", 0.56, 0.08),
+            ("rim_back", 0.69, 0.09),
+            ("rim_low", 0.83, 0.09),
+            ("darwin", 0.61, 0.025),
+        )
+    )
     rim = rim + normals(rim) * push[:, None]
     outer = rim + normals(rim) * rim_width(t, along)[:, None] * 0.5
     hang, long, wide = np.clip(t["lobe_hang"], 0, 1), t["lobe_length"], t["lobe_width"]
     tail = outer[-1, 0]
-    lobe = np.array([[tail - 0.005 + wide * 0.6, 0.865 + long * 0.4],
-                     [tail - 0.045 + wide, 0.940 + long * 0.8],
-                     [0.310 + wide * 0.7, 0.988 + long], [0.228 + wide * 0.3, 0.982 + long * 0.9],
-                     [0.165, 0.920 + long * 0.45 + 0.02 * hang],
-                     [0.128 + 0.022 * hang, 0.855 + 0.012 * hang], [0.095, 0.795]])
+    lobe = np.array(
+        [
+            [tail - 0.005 + wide * 0.6, 0.865 + long * 0.4],
+            [tail - 0.045 + wide, 0.940 + long * 0.8],
+            [0.310 + wide * 0.7, 0.988 + long],
+            [0.228 + wide * 0.3, 0.982 + long * 0.9],
+            [0.165, 0.920 + long * 0.45 + 0.02 * hang],
+            [0.128 + 0.022 * hang, 0.855 + 0.012 * hang],
+            [0.095, 0.795],
+        ]
+    )
     front = np.array([[0.040, 0.700], [0.015, 0.580], [0.020, 0.450], [0.045, 0.360]])
     seen = np.concatenate([outer[38:-3:6], lobe])
-    lines = {"helix": rim, "edge": spline(np.concatenate([seen, front]), 200, closed=True),
-             "outline": spline(seen[:-1], 120),
-             "lobe": np.array([[0.275, 0.900 + long * 0.5], [0.275, 0.985 + long * 0.95]]) + [wide * 0.4, 0],
-             **inner_lines(t)}
+    lines = {
+        "helix": rim,
+        "edge": spline(np.concatenate([seen, front]), 200, closed=True),
+        "outline": spline(seen[:-1], 120),
+        "lobe": np.array([[0.275, 0.900 + long * 0.5], [0.275, 0.985 + long * 0.95]]) + [wide * 0.4, 0],
+        **inner_lines(t),
+    }
     return {name: (line * [t["width"], 1]).astype(np.float32) for name, line in lines.items()}
 
 
 def inner_lines(t):
     """What lies inside the rim: antihelix and crura, concha, tragus, antitragus, fossa triangularis."""
     ax, bend, fork = t["anti_x"], t["anti_bend"], 0.315 + t["fork_y"]
-    stem = np.array([[0.322 + ax * 0.3, 0.700], [0.378 + ax * 0.7, 0.640], [0.418 + ax + bend * 0.5, 0.560],
-                     [0.430 + ax + bend, 0.470], [0.412 + ax + bend * 0.5, 0.385]])
+    stem = np.array(
+        [
+            [0.322 + ax * 0.3, 0.700],
+            [0.378 + ax * 0.7, 0.640],
+            [0.418 + ax + bend * 0.5, 0.560],
+            [0.430 + ax + bend, 0.470],
+            [0.412 + ax + bend * 0.5, 0.385],
+        ]
+    )
     joint = np.array([0.378 + ax * 0.8, fork])
-    superior = np.array([[0.348 + ax * 0.5 + t["superior_x"] * 0.5, (fork + 0.13) / 2 + 0.01],
-                         [0.335 + t["superior_x"], 0.135]])
+    superior = np.array(
+        [[0.348 + ax * 0.5 + t["superior_x"] * 0.5, (fork + 0.13) / 2 + 0.01], [0.335 + t["superior_x"], 0.135]]
+    )
     down = t["inferior_y"]
-    inferior = np.array([stem[4], joint + [-0.025, 0.002], [0.290, 0.262 + down * 0.7 + t["fork_y"] * 0.5],
-                         [0.215, 0.248 + down], [0.150, 0.258 + down]])
+    inferior = np.array(
+        [
+            stem[4],
+            joint + [-0.025, 0.002],
+            [0.290, 0.262 + down * 0.7 + t["fork_y"] * 0.5],
+            [0.215, 0.248 + down],
+            [0.150, 0.258 + down],
+        ]
+    )
     antihelix = spline(np.concatenate([superior[::-1], joint[None], stem[::-1]]), 90)
     ty, point, notch = t["tragus_y"], t["tragus_point"], t["notch_width"]
-    tragus = np.array([[0.150, 0.485 + ty], [0.180 + point * 0.6, 0.525 + ty], [0.202 + point, 0.575 + ty],
-                       [0.190 + point * 0.4, 0.630 + ty], [0.196 - notch, 0.680]])
+    tragus = np.array(
+        [
+            [0.150, 0.485 + ty],
+            [0.180 + point * 0.6, 0.525 + ty],
+            [0.202 + point, 0.575 + ty],
+            [0.190 + point * 0.4, 0.630 + ty],
+            [0.196 - notch, 0.680],
+        ]
+    )
     top = inferior[3][1] + 0.075
     front = 0.140 + t["concha_front"]
-    wall = np.array([[front, 0.400], [front + 0.020, top + 0.010], [0.235, top], [0.310, top + 0.020],
-                     [stem[4][0] - 0.052, stem[4][1] + 0.015], [stem[3][0] - 0.054, stem[3][1]],
-                     [stem[2][0] - 0.056, stem[2][1] + 0.005], [stem[1][0] - 0.050, stem[1][1] - 0.005],
-                     [0.290 + notch, 0.675], [0.245, 0.722]])
+    wall = np.array(
+        [
+            [front, 0.400],
+            [front + 0.020, top + 0.010],
+            [0.235, top],
+            [0.310, top + 0.020],
+            [stem[4][0] - 0.052, stem[4][1] + 0.015],
+            [stem[3][0] - 0.054, stem[3][1]],
+            [stem[2][0] - 0.056, stem[2][1] + 0.005],
+            [stem[1][0] - 0.050, stem[1][1] - 0.005],
+            [0.290 + notch, 0.675],
+            [0.245, 0.722],
+        ]
+    )
     concha = np.concatenate([wall, tragus[::-1], [[front, 0.440]]])
-    return {"antihelix": antihelix, "inferior": spline(inferior, 56), "tragus": spline(tragus, 40),
-            "concha": spline(concha, 150, closed=True), "concha_strip": spline(wall, 80),
-            "antitragus": np.array([[0.300 + notch, 0.712]]),
-            "fossa": np.array([[0.235, (inferior[3][1] + 0.135) / 2 + 0.01]])}
+    return {
+        "antihelix": antihelix,
+        "inferior": spline(inferior, 56),
+        "tragus": spline(tragus, 40),
+        "concha": spline(concha, 150, closed=True),
+        "concha_strip": spline(wall, 80),
+        "antitragus": np.array([[0.300 + notch, 0.712]]),
+        "fossa": np.array([[0.235, (inferior[3][1] + 0.135) / 2 + 0.01]]),
+    }
 
 
 def rim_width(t, along):
@@ -202,15 +303,15 @@ def relief(t, lines, margin):
     # Outwards the rim rolls off round, inwards it overhangs the scapha and so ends steeply.
     tube = np.clip(1 - np.abs(place) ** np.where(place < 0, 3.0, 2.2), 0, 1) ** 0.6
     aside = 0.10 * np.clip(np.abs(place) - 1, 0, 3) + 0.20 * np.clip(helix.past / half - 1, 0, 3)
-    gutter = 0.035 * np.exp(-((place + 1.7) / 0.8) ** 2) * rise * curl * smooth_step(0.03, 0, helix.past)
+    gutter = 0.035 * np.exp(-(((place + 1.7) / 0.8) ** 2)) * rise * curl * smooth_step(0.03, 0, helix.past)
     body = plate + inner_relief(t, lines, margin) - gutter
     rim = plate - 0.9 * t["concha_depth"] * (1 - rise) + t["helix_curl"] * curl * tube
-    rim = rim - aside - 0.06 * tail ** 2
+    rim = rim - aside - 0.06 * tail**2
     merge = (0.012 + 0.035 * (1 - rise)) * smooth_step(0.18, 0.02, aside)
-    height = 0.5 * (body + rim + np.sqrt((body - rim) ** 2 + merge ** 2))  # the higher, smoothly
+    height = 0.5 * (body + rim + np.sqrt((body - rim) ** 2 + merge**2))  # the higher, smoothly
     flap = Stroke(lines["tragus"])
-    swell = np.sin(np.pi * np.clip(flap.along, 0.02, 0.98)) ** 0.7 * np.exp(-(flap.past / 0.03) ** 2)
-    front = np.exp(-(flap.across / np.where(flap.across < 0, 0.075, 0.012)) ** 2)
+    swell = np.sin(np.pi * np.clip(flap.along, 0.02, 0.98)) ** 0.7 * np.exp(-((flap.past / 0.03) ** 2))
+    front = np.exp(-((flap.across / np.where(flap.across < 0, 0.075, 0.012)) ** 2))
     return blur(height + t["tragus_size"] * swell * front, 0.0055)
 
 
@@ -224,12 +325,12 @@ def inner_relief(t, lines, margin):
     spread = t["anti_width"] * (1 + 0.25 * smooth_step(0.35, 0.0, stem.along))
     strength = t["superior_height"] + (1 - t["superior_height"]) * smooth_step(0.30, 0.55, stem.along)
     strength = strength * (0.35 + 0.65 * smooth_step(0.0, 0.16, stem.along))
-    ridge = t["anti_height"] * strength * np.exp(-(stem.away / spread) ** 2)
+    ridge = t["anti_height"] * strength * np.exp(-((stem.away / spread) ** 2))
     branch = Stroke(lines["inferior"])
-    arm = t["anti_height"] * t["inferior_height"] * np.exp(-(branch.away / (0.75 * t["anti_width"])) ** 2)
+    arm = t["anti_height"] * t["inferior_height"] * np.exp(-((branch.away / (0.75 * t["anti_width"])) ** 2))
     arm = arm * smooth_step(0.0, 0.35, branch.along)
     knob = t["antitragus_size"] * dome(lines["antitragus"][0], 0.052, 0.038)
-    folds = (ridge ** 4 + arm ** 4 + knob ** 4) ** 0.25 * (1 - 0.85 * bowl)
+    folds = (ridge**4 + arm**4 + knob**4) ** 0.25 * (1 - 0.85 * bowl)
     pillow = 0.085 * (1 - np.exp(-np.clip(margin, 0, 1) / 0.045)) * smooth_step(0.70, 0.84, GRID[1])
     fossa = 0.05 * dome(lines["fossa"][0], 0.055, 0.045)
     return folds + pillow - fossa - bowl * (t["concha_depth"] + 0.13 * canal)
@@ -252,7 +353,7 @@ class Stroke:
         away = np.hypot(offset[..., 0], offset[..., 1])
         across = (offset * normal).sum(2)
         end = ((nearest == 0) | (nearest == len(line) - 1)) & (np.hypot(*(line[0] - line[-1])) > 0.05)
-        past = np.where(end, np.sqrt(np.clip(away ** 2 - across ** 2, 0, None)), 0)
+        past = np.where(end, np.sqrt(np.clip(away**2 - across**2, 0, None)), 0)
         along = nearest / np.float32(len(line) - 1)
         fields = away, across, past, along
         self.away, self.across, self.past, self.along = map(double, fields) if every == 2 else fields
@@ -273,7 +374,7 @@ def double(coarse):
 
 def dome(centre, wide, high):
     x, y = centre
-    return np.exp(-((GRID[0] - x) / wide) ** 2 - ((GRID[1] - y) / high) ** 2)
+    return np.exp(-(((GRID[0] - x) / wide) ** 2) - ((GRID[1] - y) / high) ** 2)
 
 
 def spline(points, count, closed=False):
@@ -284,9 +385,9 @@ def spline(points, count, closed=False):
     else:
         padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     u = np.linspace(0, 1, 16, endpoint=False)[None, :, None]
-    a, b, c, d = (padded[i:len(padded) - 3 + i, None] for i in range(4))
+    a, b, c, d = (padded[i : len(padded) - 3 + i, None] for i in range(4))
     cubic, square = 3 * b - 3 * c + d - a, 2 * a - 5 * b + 4 * c - d
-    curve = 0.5 * (2 * b + (c - a) * u + square * u ** 2 + cubic * u ** 3)
+    curve = 0.5 * (2 * b + (c - a) * u + square * u**2 + cubic * u**3)
     curve = np.concatenate([curve.reshape(-1, 2), padded[-2:-1]])
     return even(curve, count + 1)[:-1] if closed else even(curve, count)
 
@@ -318,7 +419,7 @@ def blur(field, sigma):
 @functools.lru_cache(maxsize=16)
 def blur_gain(sigma):
     fy, fx = np.fft.fftfreq(GRID[0].shape[0])[:, None], np.fft.rfftfreq(GRID[0].shape[1])[None]
-    return np.exp(-2 * (math.pi * sigma / STEP) ** 2 * (fx ** 2 + fy ** 2)).astype(np.float32)
+    return np.exp(-2 * (math.pi * sigma / STEP) ** 2 * (fx**2 + fy**2)).astype(np.float32)
 
 
 def cast_shadow(raised, light):

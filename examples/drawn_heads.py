@@ -17,23 +17,40 @@ from PIL import Image, ImageDraw, ImageFilter
 
 PIVOT = 0.29, 0.5  # the middle of an ear, about which the head turns
 
-CROWN = spline([[-1.3, -1.5], [-0.7, -1.9], [0.2, -2.05], [1.1, -1.7], [1.75, -0.95], [1.95, -0.2],
-                [1.75, 0.5]], 40)
+CROWN = spline([[-1.3, -1.5], [-0.7, -1.9], [0.2, -2.05], [1.1, -1.7], [1.75, -0.95], [1.95, -0.2], [1.75, 0.5]], 40)
 SKULL = [*CROWN, [1.22, 1.1], [1.08, 1.6], [1.2, 2.2]]
 # soft: how gradually the hair begins, in ear heights; whorl: where on the head its strands run away from
 # (buzzed hair is too short to run); line: the hairline behind the ear, from the ear's top down and round
 # to the back of the head.
 STYLES = {
-    "short": {"soft": 0.06, "whorl": (1.4, -2.6),
-              "line": [[0.54, 0.08], [0.66, 0.28], [0.74, 0.60], [0.80, 0.95], [1.00, 1.28], [1.18, 1.38],
-                       [1.62, 0.95]]},
-    "buzz": {"soft": 0.09,
-             "line": [[0.55, 0.10], [0.72, 0.30], [0.76, 0.60], [0.84, 0.90], [0.98, 1.12], [1.15, 1.16]]},
-    "long": {"soft": 0.03, "whorl": (0.4, -3.4),
-             "line": [[0.44, 0.08], [0.49, 0.30], [0.43, 0.65], [0.36, 1.00], [0.34, 1.60], [0.45, 4.0],
-                      [1.9, 4.0], [1.95, 1.5]]},
-    "tied": {"soft": 0.05, "whorl": (3.6, -0.5),
-             "line": [[0.56, 0.08], [0.74, 0.35], [0.90, 0.70], [1.15, 0.95], [1.45, 0.95]]},
+    "short": {
+        "soft": 0.06,
+        "whorl": (1.4, -2.6),
+        "line": [[0.54, 0.08], [0.66, 0.28], [0.74, 0.60], [0.80, 0.95], [1.00, 1.28], [1.18, 1.38], [1.62, 0.95]],
+    },
+    "buzz": {
+        "soft": 0.09,
+        "line": [[0.55, 0.10], [0.72, 0.30], [0.76, 0.60], [0.84, 0.90], [0.98, 1.12], [1.15, 1.16]],
+    },
+    "long": {
+        "soft": 0.03,
+        "whorl": (0.4, -3.4),
+        "line": [
+            [0.44, 0.08],
+            [0.49, 0.30],
+            [0.43, 0.65],
+            [0.36, 1.00],
+            [0.34, 1.60],
+            [0.45, 4.0],
+            [1.9, 4.0],
+            [1.95, 1.5],
+        ],
+    },
+    "tied": {
+        "soft": 0.05,
+        "whorl": (3.6, -0.5),
+        "line": [[0.56, 0.08], [0.74, 0.35], [0.90, 0.70], [1.15, 0.95], [1.45, 0.95]],
+    },
 }
 
 
@@ -50,16 +67,23 @@ def choose_look(rng, ear):
     black, brown, fair, grey = [0.012, 0.010, 0.009], [0.060, 0.032, 0.018], [0.28, 0.17, 0.085], [0.26] * 3
     hair = rng.choice([black, brown, fair, grey], p=[0.36, 0.34, 0.18, 0.12])
     look = SimpleNamespace(
-        light=light, albedo=albedo, key=key, ambient=ambient * np.array([1.0, 0.98, 1.02]),
-        gloss=rng.uniform(0.01, 0.12), redness=rng.uniform(0.5, 1.6),
-        gain=np.exp([warmth, rng.normal(0, 0.025), -warmth]), exposure=math.exp(rng.normal(0, 0.20)),
+        light=light,
+        albedo=albedo,
+        key=key,
+        ambient=ambient * np.array([1.0, 0.98, 1.02]),
+        gloss=rng.uniform(0.01, 0.12),
+        redness=rng.uniform(0.5, 1.6),
+        gain=np.exp([warmth, rng.normal(0, 0.025), -warmth]),
+        exposure=math.exp(rng.normal(0, 0.20)),
         hair=hair * np.exp(rng.normal(0, 0.25)) * np.exp(rng.normal(0, 0.06, 3)),
         style=rng.choice(["short", "long", "tied", "buzz"], p=[0.36, 0.22, 0.26, 0.16]),
         over=rng.random() < 0.18,  # whether hair falls over the ear
         earring=rng.choice(["", "stud", "ring"], p=[0.72, 0.16, 0.12]),
         metal=rng.choice([[0.85, 0.62, 0.25], [0.75, 0.76, 0.80]]),
         blur=rng.choice([0.3, 0.6, 1.0, 1.6], p=[0.35, 0.35, 0.2, 0.1]),
-        noise=rng.uniform(0.003, 0.014), quality=int(rng.integers(62, 95)))
+        noise=rng.uniform(0.003, 0.014),
+        quality=int(rng.integers(62, 95)),
+    )
     look.flat = albedo * (look.ambient + key * wrap(light[2]))  # skin that faces the camera
     for name in ("albedo", "ambient", "gain", "hair", "metal", "flat"):  # doubles would slow all down
         setattr(look, name, getattr(look, name).astype(np.float32))
@@ -122,8 +146,7 @@ def draw_head(rng, pose, look):
     scene = np.stack([enlarge(small[..., i].astype(np.float32), pose.size) for i in range(3)], -1)
     grain = enlarge(rng.standard_normal((height // 2, width // 2), np.float32), pose.size)
     light = look.light
-    round_off = (1 + 0.10 * light[0] * np.clip(pose.x, -2, 1.2)
-                 + 0.10 * light[1] * np.clip(pose.y - 0.4, -1.5, 1.5))
+    round_off = 1 + 0.10 * light[0] * np.clip(pose.x, -2, 1.2) + 0.10 * light[1] * np.clip(pose.y - 0.4, -1.5, 1.5)
     jaw = [[0.02, 0.86], [-0.06, 1.22], [-0.45, 1.62], [-1.6, 2.1], [-6, 4], [3, 4], [3, 0.6], [0.5, 0.6]]
     below = polygon_mask(pose, jaw, 0.10)[..., None] * np.float32([0.34, 0.42, 0.45])
     face = look.flat * (round_off * (1 + 0.012 * grain))[..., None] * (1 - below)
@@ -138,8 +161,18 @@ def draw_hair(scene, rng, pose, look, ear):
     """Hair on the head: from the temple down the sideburn, round the ear, and over the crown."""
     style, buzz = STYLES[look.style], look.style == "buzz"
     burn = rng.uniform(0.15, 0.55) if look.style in ("short", "buzz") else rng.uniform(0.0, 0.3)
-    front = [[-1.2, -1.3], [-0.95, -0.9], [-0.62, -0.50], [-0.33, -0.12], [-0.26, burn * 0.6], [-0.17, burn],
-             [-0.05, burn - 0.04], [0.02, 0.16], [0.13, 0.05], [0.32, 0.02]]
+    front = [
+        [-1.2, -1.3],
+        [-0.95, -0.9],
+        [-0.62, -0.50],
+        [-0.33, -0.12],
+        [-0.26, burn * 0.6],
+        [-0.17, burn],
+        [-0.05, burn - 0.04],
+        [0.02, 0.16],
+        [0.13, 0.05],
+        [0.32, 0.02],
+    ]
     line = np.array(front + style["line"])
     line[:, 0] *= np.where(line[:, 0] > 0, ear.traits["width"], 1)
     crown = CROWN[::-1] * (1.0 if buzz else rng.uniform(1.01, 1.07))
@@ -149,8 +182,8 @@ def draw_hair(scene, rng, pose, look, ear):
     dense = smooth_step(0.22, 0.88, mask + 0.55 * (strand - 0.5) * (mask < 0.97))
     if buzz:  # the skin shows through
         dense = dense * rng.uniform(0.45, 0.85)
-    bright = look.key * (0.25 + 1.1 * strand ** 1.6) + 0.25
-    shine = (0.25 * look.key * glint * strand ** 2)[..., None] * look.hair ** 0.5
+    bright = look.key * (0.25 + 1.1 * strand**1.6) + 0.25
+    shine = (0.25 * look.key * glint * strand**2)[..., None] * look.hair**0.5
     return blend(scene, look.hair * bright[..., None] + shine, dense)
 
 
@@ -171,10 +204,10 @@ def draw_earring(scene, rng, pose, look, ear):
     if look.earring == "stud":
         radius = pose.scale * rng.uniform(0.022, 0.040)
         near = np.hypot(across, down - 0.5 * radius) / (1.3 * radius)
-        scene = scene * (1 - 0.5 * np.exp(-near ** 2))[..., None]
+        scene = scene * (1 - 0.5 * np.exp(-(near**2)))[..., None]
         away = np.hypot(across, down) / radius
         spot = np.exp(-((across + 0.35 * radius) ** 2 + (down + 0.4 * radius) ** 2) / (0.3 * radius) ** 2)
-        bright = 0.25 + 0.6 * np.clip(1 - away ** 2, 0, 1) + spot
+        bright = 0.25 + 0.6 * np.clip(1 - away**2, 0, 1) + spot
         cover = np.clip((1 - away) * radius + 0.5, 0, 1)
     else:
         radius, narrow = pose.scale * rng.uniform(0.09, 0.17), rng.uniform(0.35, 0.8)
@@ -202,7 +235,7 @@ def draw_loose_hair(scene, rng, pose, look):
         for _ in range(count):
             a, c = start + rng.normal(0, 0.07, 2), end + rng.normal(0, 0.08, 2)
             b = (a + c) / 2 + rng.normal([0.06, -0.08], 0.05)
-            line = pose.flat((1 - u) ** 2 * a + 2 * u * (1 - u) * b + u ** 2 * c) * 2
+            line = pose.flat((1 - u) ** 2 * a + 2 * u * (1 - u) * b + u**2 * c) * 2
             fill, width = rng.integers([120, 1], [230, 4]).tolist()
             pen.line([tuple(p) for p in line], fill=fill, width=width)
         cover = np.asarray(sheet.reduce(2), np.float32) / 255
@@ -215,8 +248,8 @@ def develop(rng, scene, look):
     height, width = scene.shape[:2]
     middle = float(look.flat.mean())
     scene = scene * (look.gain * np.float32(look.exposure * 0.47 / (0.55 * middle + 0.45 * 0.42)))
-    rows, columns = np.ogrid[-1:1:height * 1j, -1:1:width * 1j]
-    scene *= (1 - rng.uniform(0, 0.16) * (rows ** 2 + columns ** 2)).astype(np.float32)[..., None]
+    rows, columns = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    scene *= (1 - rng.uniform(0, 0.16) * (rows**2 + columns**2)).astype(np.float32)[..., None]
     curve = np.clip(scene, 0, None)
     curve = curve / (0.9 + 0.22 * curve)  # highlights roll off instead of clipping
     picture = np.sqrt(np.clip(curve, 0, 1)) * 255  # near enough to the usual gamma of 2.2, and quicker
@@ -255,7 +288,7 @@ def strands(rng, pose, whorl):
     fine = 0.38 * pose.scale * math.hypot(cx - 0.3, cy - 0.3)  # two or three pixels a strand
     value = 0.5 * streaks(rng, angle * fine, away * 2.5) + 0.5 * streaks(rng, angle * fine / 4, away * 1.5)
     ring = away - math.hypot(cx, cy) - rng.uniform(-0.5, 0.8) + 0.2 * np.sin(9 * angle)
-    return smooth_step(0.18, 0.82, value), np.exp(-(ring / 0.25) ** 2)
+    return smooth_step(0.18, 0.82, value), np.exp(-((ring / 0.25) ** 2))
 
 
 def streaks(rng, across, along):

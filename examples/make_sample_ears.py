@@ -70,8 +70,12 @@ def parse_options(argv):
     add("--people", type=int, default=60, help="number of people (default: %(default)s)")
     add("--photos", type=int, default=8, help="photos of each person (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1,
-        help="processes; the result does not depend on it (default: one per core)")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes; the result does not depend on it (default: one per core)",
+    )
     add("--eval-people", type=int, default=12, help="people kept for eval.csv (default: %(default)s)")
     add("--val-people", type=int, default=6, help="people kept for validation (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace an earlier set in OUT")
@@ -109,9 +113,16 @@ def save_person(out, seed, person, photos, split):
     for photo in range(photos):
         image, box, side, landmarks = draw_photo(seed, person, photo)
         image.save(folder / f"{photo:02d}.jpg", quality=image.info["quality"])
-        rows.append({"image_path": f"images/{identity}/{photo:02d}.jpg",
-                     "bbox": [round(v, 2) for v in box], "identity": identity, "side": side,
-                     "split": split, "landmarks": np.round(landmarks, 2).tolist()})
+        rows.append(
+            {
+                "image_path": f"images/{identity}/{photo:02d}.jpg",
+                "bbox": [round(v, 2) for v in box],
+                "identity": identity,
+                "side": side,
+                "split": split,
+                "landmarks": np.round(landmarks, 2).tolist(),
+            }
+        )
     return rows
 
 
@@ -140,15 +151,19 @@ def draw_photo(seed, person, photo):
         points[:, 0] = image.width - 1 - points[:, 0]
     image.info["quality"] = look.quality
     box = np.clip([points.min(0), points.max(0)], 0, np.array(image.size) - 1)
-    return image, tuple(box.ravel().tolist()), side, points[:len(ear.landmarks)]
+    return image, tuple(box.ravel().tolist()), side, points[: len(ear.landmarks)]
 
 
 def write_tables(out, rows):
     for split in ("train", "val"):
         chosen = [row for row in rows if row["split"] == split]
-        np.save(out / f"{split}_teacher.npy", {
-            "image_paths": np.array([row["image_path"] for row in chosen], dtype=str),
-            "bboxes": np.array([row["bbox"] for row in chosen], np.float32).reshape(-1, 4)})
+        np.save(
+            out / f"{split}_teacher.npy",
+            {
+                "image_paths": np.array([row["image_path"] for row in chosen], dtype=str),
+                "bboxes": np.array([row["bbox"] for row in chosen], np.float32).reshape(-1, 4),
+            },
+        )
     with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image_path", "identity", "side", "x1", "y1", "x2", "y2"])

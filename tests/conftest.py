@@ -13,8 +13,21 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 BACKBONE = "test_convnext"  # timm's own ConvNeXt for tests: 207,128 parameters
-SMALL = ["--backbone", BACKBONE, "--image-size", "64", "--no-pretrained", "--batch-size", "8", "--num-workers", "0",
-         "--learning-rate", "1e-3", "--num-collage-samples", "4"]  # fmt: skip
+SMALL = [
+    "--backbone",
+    BACKBONE,
+    "--image-size",
+    "64",
+    "--no-pretrained",
+    "--batch-size",
+    "8",
+    "--num-workers",
+    "0",
+    "--learning-rate",
+    "1e-3",
+    "--num-collage-samples",
+    "4",
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,15 @@ def run(ears, manifests, tmp_path_factory) -> Path:
 def small_config(manifests: list[str], **changes):
     from ear_teacher_cli.config import TrainConfig
 
-    options = dict(train_metadata=manifests[1], val_metadata=manifests[3], backbone=BACKBONE, image_size=64,
-                   pretrained=False, batch_size=8, num_workers=0, learning_rate=1e-3, num_collage_samples=4)  # fmt: skip
+    options = dict(
+        train_metadata=manifests[1],
+        val_metadata=manifests[3],
+        backbone=BACKBONE,
+        image_size=64,
+        pretrained=False,
+        batch_size=8,
+        num_workers=0,
+        learning_rate=1e-3,
+        num_collage_samples=4,
+    )
     return TrainConfig(**options | changes)

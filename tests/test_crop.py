@@ -46,10 +46,15 @@ def test_the_box_is_where_the_ear_is():
     assert (crop[:6] == 0).all() and (crop[66:] == 0).all()
 
 
-@pytest.mark.parametrize("box, reason", [
-    ((10, 10, 10, 20), "box-empty"), ((10, 20, 20, 10), "box-empty"),
-    ((float("nan"), 0, 5, 5), "box-not-finite"), ((0, 0, float("inf"), 5), "box-not-finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "box, reason",
+    [
+        ((10, 10, 10, 20), "box-empty"),
+        ((10, 20, 20, 10), "box-empty"),
+        ((float("nan"), 0, 5, 5), "box-not-finite"),
+        ((0, 0, float("inf"), 5), "box-not-finite"),
+    ],
+)
 def test_impossible_boxes(box, reason):
     with pytest.raises(PictureError) as caught:
         check_box(box)
@@ -92,11 +97,14 @@ def bad_pictures(folder):
     os.mkfifo(folder / "fifo.jpg")
     (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
     return {
-        "half": (half, "truncated"), "empty": (folder / "empty.jpg", "truncated"),
-        "text": (folder / "text.jpg", "not-a-picture"), "folder": (folder / "folder.jpg", "unreadable"),
-        "fifo": (folder / "fifo.jpg", "unreadable"), "bomb": (folder / "bomb.png", "too-large"),
+        "half": (half, "truncated"),
+        "empty": (folder / "empty.jpg", "truncated"),
+        "text": (folder / "text.jpg", "not-a-picture"),
+        "folder": (folder / "folder.jpg", "unreadable"),
+        "fifo": (folder / "fifo.jpg", "unreadable"),
+        "bomb": (folder / "bomb.png", "too-large"),
         "missing": (folder / "nowhere.jpg", "missing"),
-    }  # fmt: skip
+    }
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -115,10 +123,15 @@ def test_bad_pictures_have_their_reason(tmp_path, name):
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("L", 100, (100, 100, 100)), ("RGBA", (10, 20, 30, 0), (10, 20, 30)), ("I;16", 257 * 50, (50, 50, 50)),
-    ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("L", 100, (100, 100, 100)),
+        ("RGBA", (10, 20, 30, 0), (10, 20, 30)),
+        ("I;16", 257 * 50, (50, 50, 50)),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+    ],
+)
 def test_unusual_modes_become_rgb(tmp_path, mode, colour, expected):
     path = tmp_path / "x.tif"
     Image.new(mode, (32, 32), colour).save(path)

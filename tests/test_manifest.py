@@ -29,7 +29,9 @@ BOXES = [(0.0, 0.0, 10.0, 20.0), (1.0, 2.0, 30.0, 40.0), (5.0, 5.0, 35.0, 55.0)]
 
 
 @pytest.mark.parametrize("paths", [PATHS, np.array(PATHS), np.array(PATHS, dtype=object), [p.encode() for p in PATHS]])
-@pytest.mark.parametrize("boxes", [BOXES, np.array(BOXES), np.array(BOXES, dtype=np.float32), [np.array(b) for b in BOXES]])
+@pytest.mark.parametrize(
+    "boxes", [BOXES, np.array(BOXES), np.array(BOXES, dtype=np.float32), [np.array(b) for b in BOXES]]
+)
 def test_seed_files_in_all_their_shapes(root, paths, boxes):
     manifest = read_manifest(save(root / "m.npy", image_paths=paths, bboxes=boxes))
     assert list(manifest.paths) == PATHS and list(manifest.boxes) == BOXES
@@ -51,12 +53,16 @@ def test_backslashes_of_windows_are_slashes(root):
 
 def test_csv_jsonl_coco_and_folder_agree(root):
     csv = "image_path,x1,y1,x2,y2,identity,side\n" + "".join(
-        f"{p},{','.join(map(str, b))},{p[:3]},left\n" for p, b in zip(PATHS, BOXES, strict=True))  # fmt: skip
+        f"{p},{','.join(map(str, b))},{p[:3]},left\n" for p, b in zip(PATHS, BOXES, strict=True)
+    )
     (root / "m.csv").write_text(csv)
     lines = [{"image_path": p, "bbox": b, "identity": p[:3], "side": "left"} for p, b in zip(PATHS, BOXES, strict=True)]
     (root / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    coco = {"images": [{"id": i, "file_name": p} for i, p in enumerate(PATHS)], "categories": [],
-            "annotations": [{"image_id": i, "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]]} for i, b in enumerate(BOXES)]}  # fmt: skip
+    coco = {
+        "images": [{"id": i, "file_name": p} for i, p in enumerate(PATHS)],
+        "categories": [],
+        "annotations": [{"image_id": i, "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]]} for i, b in enumerate(BOXES)],
+    }
     (root / "m.json").write_text(json.dumps(coco))
     from_csv, from_jsonl, from_coco = (read_manifest(root / f"m.{kind}") for kind in ("csv", "jsonl", "json"))
     for manifest in (from_csv, from_jsonl, from_coco):
@@ -90,33 +96,39 @@ def test_paths_that_leave_the_root_are_refused(root, path):
     assert caught.value.reason == "outside-root"
 
 
-@pytest.mark.parametrize("content, words", [
-    (dict(image_paths=PATHS, bboxes=BOXES[:2]), "3 image_paths, 2 bboxes"),
-    (dict(image_paths=PATHS, bboxes=BOXES, identities=["x"]), "1 identities"),
-    (dict(bboxes=BOXES), "no 'image_paths'"),
-    (dict(image_paths=PATHS, bboxes=[(1, 2, 3)] * 3), "row 0: box"),
-    (dict(image_paths=PATHS, bboxes=["x"] * 3), "row 0: box"),
-    (dict(image_paths=[1, 2, 3], bboxes=BOXES), "row 0: path"),
-    (dict(image_paths=[], bboxes=[]), "no pictures"),
-    (dict(image_paths=5, bboxes=BOXES), "'image_paths' is int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (dict(image_paths=PATHS, bboxes=BOXES[:2]), "3 image_paths, 2 bboxes"),
+        (dict(image_paths=PATHS, bboxes=BOXES, identities=["x"]), "1 identities"),
+        (dict(bboxes=BOXES), "no 'image_paths'"),
+        (dict(image_paths=PATHS, bboxes=[(1, 2, 3)] * 3), "row 0: box"),
+        (dict(image_paths=PATHS, bboxes=["x"] * 3), "row 0: box"),
+        (dict(image_paths=[1, 2, 3], bboxes=BOXES), "row 0: path"),
+        (dict(image_paths=[], bboxes=[]), "no pictures"),
+        (dict(image_paths=5, bboxes=BOXES), "'image_paths' is int"),
+    ],
+)
 def test_unreadable_seed_files_say_why(root, content, words):
     with pytest.raises(ManifestError, match=words):
         read_manifest(save(root / "m.npy", **content))
 
 
-@pytest.mark.parametrize("name, text, words", [
-    ("m.csv", "foo,bar\n1,2\n", "no image_path"),
-    ("m.csv", "image_path,x1,y1\na.png,1,2\n", "a box needs"),
-    ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3\n", "line 2"),
-    ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3,four\n", "row 0: box"),
-    ("m.jsonl", "{not json}\n", "JSON Lines"),
-    ("m.jsonl", "[1]\n", "line 1"),
-    ("m.jsonl", '{"bbox": [1, 2, 3, 4]}\n', "no image_path"),
-    ("m.json", '{"a": 1}', "COCO"),
-    ("m.json", '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}', "image_id 7"),
-    ("m.txt", "x", "no manifest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("m.csv", "foo,bar\n1,2\n", "no image_path"),
+        ("m.csv", "image_path,x1,y1\na.png,1,2\n", "a box needs"),
+        ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3\n", "line 2"),
+        ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3,four\n", "row 0: box"),
+        ("m.jsonl", "{not json}\n", "JSON Lines"),
+        ("m.jsonl", "[1]\n", "line 1"),
+        ("m.jsonl", '{"bbox": [1, 2, 3, 4]}\n', "no image_path"),
+        ("m.json", '{"a": 1}', "COCO"),
+        ("m.json", '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}', "image_id 7"),
+        ("m.txt", "x", "no manifest"),
+    ],
+)
 def test_unreadable_text_manifests_say_why(root, name, text, words):
     (root / name).write_text(text)
     with pytest.raises(ManifestError, match=words):

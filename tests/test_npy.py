@@ -21,11 +21,14 @@ class Command:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("content", [
-    {"image_paths": ["a", "b"], "bboxes": np.arange(8, dtype=np.float32).reshape(2, 4)},
-    {"image_paths": np.array(["a", "b"]), "bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]]},
-    {"image_paths": np.array(["a", "b"], dtype=object), "bboxes": np.arange(8.0).reshape(2, 4), "n": np.float64(3)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"image_paths": ["a", "b"], "bboxes": np.arange(8, dtype=np.float32).reshape(2, 4)},
+        {"image_paths": np.array(["a", "b"]), "bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]]},
+        {"image_paths": np.array(["a", "b"], dtype=object), "bboxes": np.arange(8.0).reshape(2, 4), "n": np.float64(3)},
+    ],
+)
 def test_what_the_seed_saves_reads_back(tmp_path, content, protocol):
     path = tmp_path / "x.npy"
     with open(path, "wb") as file:

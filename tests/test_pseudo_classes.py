@@ -53,8 +53,9 @@ def test_no_class_is_empty_even_among_equal_pictures():
 
 
 def test_giants_are_split():
-    lump = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0, 0]]) + 0.01 * torch.randn(
-        300, 4, generator=torch.Generator().manual_seed(0)), dim=1)  # fmt: skip
+    lump = torch.nn.functional.normalize(
+        torch.tensor([[1.0, 0, 0, 0]]) + 0.01 * torch.randn(300, 4, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     strays = -torch.eye(4).repeat(5, 1) - 0.3
     points = torch.cat([lump, torch.nn.functional.normalize(strays, dim=1)])
     start = torch.cat([torch.zeros(300, dtype=torch.int64), 1 + torch.arange(20) % 19])
@@ -84,10 +85,17 @@ def test_directions_are_centred_and_of_unit_length():
     assert points.mean(0).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("kind, pictures, most, count", [
-    ("kmeans", 5400, 512, 512), ("kmeans", 336, 512, 84), ("kmeans", 5400, 0, 1350), ("kmeans", 3, 512, 2),
-    ("instance", 336, 512, 336), ("fixed", 336, 512, 84),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, pictures, most, count",
+    [
+        ("kmeans", 5400, 512, 512),
+        ("kmeans", 336, 512, 84),
+        ("kmeans", 5400, 0, 1350),
+        ("kmeans", 3, 512, 2),
+        ("instance", 336, 512, 336),
+        ("fixed", 336, 512, 84),
+    ],
+)
 def test_how_many_classes(kind, pictures, most, count):
     assert class_count(kind, pictures, most) == count
 
@@ -108,5 +116,3 @@ def test_labels_of_another_manifest_are_refused():
     assert torch.equal(PseudoClasses.from_dict(state, fingerprint(first)).labels, torch.tensor([0, 1]))
     with pytest.raises(WeightsError, match="manifest has changed"):
         PseudoClasses.from_dict(state, fingerprint(second))
-
-

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerStatus
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ..config import TrainConfig, read_toml
 from ..core import callbacks, runs
@@ -27,7 +28,7 @@ from ..core.losses import metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
-from ..errors import EarTeachError, WordsError
+from ..errors import ConfigError, EarTeachError, WordsError
 from ..files import printable, whole_file
 from ..talk import Talk, clock
 
@@ -135,10 +136,29 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
         config = replace(config, precision="32-true")
     if config.warmup != config.warmup_epochs:
         say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup}")
+    _check_machine(config)
     data = EarDataModule(config)
     data.setup("fit")
     say(_data_summary(config, data))
     return config, data
+
+
+def _check_machine(config: TrainConfig) -> None:
+    """Let Lightning refuse an accelerator or a number of devices before anything is read or written."""
+    try:
+        with _quiet_lightning():
+            pl.Trainer(
+                accelerator=config.accelerator,
+                devices=config.devices,
+                precision=config.precision,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        found = f"{config.accelerator!r} with {config.devices} device(s) is not to be had here ({' '.join(str(error).split())[:160]})"
+        raise ConfigError("accelerator", found, "choose another --accelerator or --devices") from error
 
 
 def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:

@@ -1,0 +1,238 @@
+"""Words: what is typed, what is answered, and with which exit code."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ear_teacher_cli import __version__
+from ear_teacher_cli.cli import _train
+from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.errors import ConfigError
+
+COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "embed"]
+# As the seed prints it in "Custom Configuration", with its underscores.
+SEED_COMMAND = """--batch_size 64 --learning_rate 1e-3 --max_epochs 200 --reconstruction_weight 1.0 --metric_weight 0.1
+    --metric_loss arcface --num_pseudo_classes 512 --arcface_margin 0.5 --precision bf16-mixed --devices 1
+    --experiment_name my_experiment"""
+SEED_DEFAULTS = dict(
+    train_metadata="data/preprocessed/train_teacher.npy",
+    val_metadata="data/preprocessed/val_teacher.npy",
+    batch_size=32,
+    num_workers=8,
+    image_size=224,
+    bbox_buffer=0.10,
+    augment=False,
+    pretrained_path="models/convnext_tiny_22k_224.pth",
+    projection_dim=256,
+    learning_rate=1e-4,
+    weight_decay=1e-4,
+    warmup_epochs=10,
+    max_epochs=100,
+    reconstruction_weight=1.0,
+    metric_weight=0.1,
+    metric_loss="arcface",
+    num_pseudo_classes=512,
+    arcface_margin=0.5,
+    arcface_scale=64.0,
+    num_collage_samples=10,
+    precision="16-mixed",
+    output_dir="ear_teacher/outputs/",
+    experiment_name="ear_teacher",
+)
+
+
+def test_the_seeds_defaults_are_the_defaults():
+    config = TrainConfig()
+    assert {name: getattr(config, name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
+    assert config.hflip == 0.0 and config.backbone == "convnext_tiny"
+
+
+def test_the_seeds_command_is_accepted_with_its_underscores(manifests, earteach):
+    small = "--no-pretrained --backbone test_convnext --image_size 64 --num_workers 0 --dry-run"
+    said = earteach("train", *manifests, *shlex.split(SEED_COMMAND), *small.split())
+    assert said.code == 0, said.err
+    for line in (
+        "batch_size = 64",
+        "learning_rate = 0.001",
+        "max_epochs = 200",
+        'precision = "bf16-mixed"',
+        "devices = 1",
+        'experiment_name = "my_experiment"',
+    ):
+        assert line in said.out.decode()
+
+
+@pytest.mark.parametrize("option", sorted({*SEED_DEFAULTS, "embedding_dim"} - {"augment"}))
+def test_every_option_of_the_seed_takes_its_underscores(option, earteach):
+    # a value that none of them takes: the complaint is about the value, so the name was understood
+    said = earteach("train", f"--{option}", "")
+    assert said.code in (1, 2) and "No such option" not in said.err
+
+
+def test_options_and_config_fields_are_the_same():
+    own = {"context", "config", "dry_run", "overwrite", "quiet"}
+    assert set(_train.__signature__.parameters) - own == {f.name for f in dataclasses.fields(TrainConfig)}
+    for field in dataclasses.fields(TrainConfig):
+        assert _train.__signature__.parameters[field.name].default == field.default
+        assert field.metadata["help"].endswith((".", "again."))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_page_ends_in_an_example(command, earteach):
+    said = earteach(command, "--help")
+    assert said.code == 0 and f"earteach {command}" in said.out.decode() and b"Example:" in said.out
+
+
+def test_help_loads_neither_torch_nor_numpy_nor_pillow():
+    code = (
+        "import sys; sys.argv = ['earteach', '--help']\nfrom ear_teacher_cli.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'PIL', 'timm', 'pytorch_lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_validate_data_loads_no_torch(ears):
+    code = (
+        f"import sys; sys.argv = ['earteach', 'validate-data', {str(ears / 'val_teacher.npy')!r}]\n"
+        "from ear_teacher_cli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_version(earteach):
+    said = earteach("--version")
+    assert said.code == 0 and said.out.decode() == f"earteach {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["trian"], "train"),
+        (["train", "--batch-sise", "3"], "--batch-size"),
+        (["embed", "x"], "OUT"),
+        (["resume"], "RUN"),
+    ],
+)
+def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
+    said = earteach(*words)
+    assert said.code == 2 and hint in said.err and said.out == b""
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["train", "--batch-size", "0"], "--batch-size: 0 is too small; use at least 2"),
+        (["train", "--image-size", "100"], "--image-size: 100 does not fit the decoder; use a multiple of 32"),
+        (["train", "--learning-rate", "nan"], "--learning-rate: nan is not a finite number"),
+        (
+            ["train", "--metric-loss", "triplet"],
+            "--metric-loss: 'triplet' is not known; choose one of arcface, cosface, none",
+        ),
+        (["train", "--backbone", "convnext_tinny", "--no-pretrained"], "--backbone: timm has no model"),
+        (["train", "--metric-loss", "none", "--reconstruction-weight", "0"], "nothing to learn"),
+        (["train", "--experiment-name", "a/b"], "--experiment-name"),
+        (
+            ["train", "--no-pretrained", "--accelerator", "abacus"],
+            "--accelerator: 'abacus' with 1 device(s) is not to be had here",
+        ),
+    ],
+)
+def test_impossible_values_name_the_flag_and_the_range(words, named, manifests, earteach):
+    said = earteach(*words, *manifests)
+    assert said.code == 2 and named in said.err and len(said.err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["validate-data", "nope.npy"],
+        ["train", "--train-metadata", "nope.npy"],
+        ["resume", "nope"],
+        ["collage", "nope", "-o", "c.png"],
+        ["export-backbone", "nope", "x.safetensors"],
+        ["embed", "nope", "x.npy"],
+        ["train", "--config", "nope.toml"],
+        ["embed", "nope.jpg", "x.npy"],
+    ],
+)
+def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, earteach):
+    monkeypatch.chdir(tmp_path)
+    said = earteach(*words)
+    assert said.code == 1 and ("nope" in said.err or b"nope" in said.out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("batch_sise = 3", "unknown option 'batch_sise'"),
+        ("batch_size = ", "not readable as TOML"),
+        ("batch_size = 'many'", "--batch-size: 'many' is not a whole number"),
+        ("augment = 1", "is not true or false"),
+        ("batch-size = 2.5", "2.5 is not a whole number"),
+    ],
+)
+def test_config_files_are_checked(text, named, tmp_path, earteach):
+    (tmp_path / "c.toml").write_text(text + "\n")
+    said = earteach("train", "--config", tmp_path / "c.toml")
+    assert said.code in (1, 2) and named in said.err
+
+
+def test_config_holds_plain_values_only():
+    import numpy as np
+
+    config = TrainConfig(batch_size=np.int64(4), learning_rate=np.float32(0.5), root_dir=Path("/tmp"))
+    assert {type(v) for v in config.as_dict().values()} <= {str, int, float, bool, type(None)}
+
+
+def test_cosface_has_its_own_margin():
+    assert TrainConfig(metric_loss="cosface").arcface_margin == 0.35
+    assert TrainConfig(metric_loss="cosface", arcface_margin=0.2).arcface_margin == 0.2
+    with pytest.raises(ConfigError):
+        TrainConfig(arcface_margin=-0.1)
+
+
+def test_16_mixed_falls_back_in_one_line(manifests, earteach):
+    said = earteach(
+        "train",
+        *manifests,
+        "--no-pretrained",
+        "--backbone",
+        "test_convnext",
+        "--image-size",
+        "64",
+        "--num-workers",
+        "0",
+        "--dry-run",
+        "--accelerator",
+        "cpu",
+    )
+    assert said.err.count("precision: 16-mixed needs a GPU; training in full precision (32-true)") == 1
+    assert b'precision = "32-true"' in said.out
+
+
+def test_no_pretrained_weights_and_no_network_name_both_ways_out(manifests, tmp_path, monkeypatch, earteach):
+    monkeypatch.chdir(tmp_path)
+    said = earteach("train", *manifests)
+    assert said.code == 1 and "--pretrained-path" in said.err and "--no-pretrained" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_and_commands_agree():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert {c for c in re.findall(r"earteach ([a-z][a-z-]+)", readme)} == set(COMMANDS)
+    for field in dataclasses.fields(TrainConfig):
+        row = re.search(rf"^\| `--{field.name.replace('_', '-')}` \| (.*) \| (.*) \|$", readme, re.MULTILINE)
+        assert row and row[2].startswith(field.metadata["help"]), field.name
+        shown = {None: "", True: "on", False: "off"}.get(field.default, f"`{field.default}`")
+        assert row[1].strip() == (
+            shown if field.default is None or isinstance(field.default, bool) else f"`{field.default}`"
+        )

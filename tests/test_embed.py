@@ -1,0 +1,228 @@
+"""embed: rows and names side by side, from anything, to anything."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ear_teacher_cli.core import runs
+from ear_teacher_cli.core.embedder import load_embedder
+from ear_teacher_cli.data.crop import load_crop
+from ear_teacher_cli.data.manifest import read_manifest
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def embedded(run, ears, tmp_path, earteach):
+    said = earteach("embed", ears / "eval.csv", tmp_path / "out.npy", "--weights", run)
+    assert said.code == 0, said.err
+    return tmp_path / "out.npy"
+
+
+def load(path_or_bytes) -> np.ndarray:
+    return np.load(path_or_bytes, allow_pickle=False)  # noqa: TID251  (what our users will call)
+
+
+def test_rows_names_and_provenance(embedded, run, ears):
+    rows, names, about = (
+        load(embedded),
+        rows_of(embedded.with_suffix(".csv")),
+        json.loads(embedded.with_suffix(".json").read_text()),
+    )
+    assert rows.shape == (12, 64) and rows.dtype == np.float32
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert [entry["row"] for entry in names] == [str(i) for i in range(12)]
+    assert [entry["path"] for entry in names] == list(read_manifest(ears / "eval.csv").paths)
+    assert {entry["status"] for entry in names} == {"ok"}
+    assert about["rows"] == 12 and about["normalized"] is True and about["preprocessing"]["image_size"] == 64
+    best = runs.best_checkpoint(run)
+    import hashlib
+
+    assert about["weights_sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+    assert about["weights"] == best.name and str(run.parent) not in json.dumps(about)
+
+
+def test_a_row_is_the_backbone_on_the_crop(embedded, run, ears):
+    manifest = read_manifest(ears / "eval.csv")
+    embedder = load_embedder(str(run))
+    crop = load_crop(manifest.file(5), manifest.boxes[5], embedder.preprocessing)
+    alone = embedder(torch.from_numpy(crop)[None])[0].numpy()
+    assert np.allclose(load(embedded)[5], alone / np.linalg.norm(alone), atol=1e-5)
+
+
+def test_no_normalize_keeps_the_lengths(run, ears, tmp_path, earteach, embedded):
+    earteach("embed", ears / "eval.csv", tmp_path / "raw.npy", "--weights", run, "--no-normalize")
+    raw = load(tmp_path / "raw.npy")
+    assert not np.allclose(np.linalg.norm(raw, axis=1), 1, atol=0.01)
+    assert np.allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), load(embedded), atol=1e-5)
+    assert json.loads((tmp_path / "raw.json").read_text())["normalized"] is False
+
+
+def test_batches_and_workers_do_not_matter(run, ears, tmp_path, earteach, embedded):
+    earteach("embed", ears / "eval.csv", tmp_path / "b.npy", "--weights", run, "--batch-size", 5, "--num-workers", 2)
+    assert np.allclose(load(tmp_path / "b.npy"), load(embedded), atol=1e-6)
+
+
+def test_formats_agree(run, ears, tmp_path, earteach, embedded):
+    for kind in ("npz", "csv"):
+        assert earteach("embed", ears / "eval.csv", tmp_path / f"x.{kind}", "--weights", run).code == 0
+    archive = load(tmp_path / "x.npz")
+    assert np.array_equal(archive["embeddings"], load(embedded)) and archive["boxes"].shape == (12, 4)
+    table = rows_of(tmp_path / "x.csv")
+    numbers = np.array([[float(row[f"e{i}"]) for i in range(64)] for row in table], dtype=np.float32)
+    assert np.array_equal(numbers, load(embedded))
+    assert [row["path"] for row in table] == archive["paths"].tolist()
+
+
+def test_folder_picture_and_stdin(run, ears, tmp_path, earteach, monkeypatch):
+    picture = str(ears / "images" / "p008" / "00.jpg")
+    assert earteach("embed", ears / "images" / "p008", tmp_path / "f.npy", "--weights", run).code == 0
+    assert earteach("embed", picture, tmp_path / "p.npy", "--weights", run).code == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{picture}\n\n{picture}\n"))
+    said = earteach("embed", "-", "-", "--weights", run)
+    assert said.code == 0, said.err
+    rows = load(io.BytesIO(said.out))
+    assert load(tmp_path / "f.npy").shape == (4, 64)
+    assert np.allclose(rows[0], load(tmp_path / "p.npy")[0], atol=1e-6) and np.array_equal(rows[0], rows[1])
+
+
+def damaged(ears: Path, into: Path) -> Path:
+    copy = shutil.copytree(ears, into / "ears")
+    manifest = read_manifest(copy / "eval.csv")
+    Path(manifest.file(3)).write_bytes(b"\xff\xd8 no more")
+    Path(manifest.file(7)).unlink()
+    return copy
+
+
+def test_unreadable_pictures_are_skipped_listed_and_rows_stay_aligned(run, ears, tmp_path, earteach, embedded):
+    copy = damaged(ears, tmp_path)
+    said = earteach("embed", copy / "eval.csv", tmp_path / "d.npy", "--weights", run, "--batch-size", 4)
+    assert said.code == 0 and said.err.count("skipped") == 3 and "10 rows of 64, 2 skipped" in said.err
+    names, rows = rows_of(tmp_path / "d.csv"), load(tmp_path / "d.npy")
+    assert len(names) == 12 and rows.shape == (10, 64)
+    assert [i for i, entry in enumerate(names) if entry["row"] == ""] == [3, 7]
+    assert names[7]["status"].startswith("missing")
+    for position, entry in enumerate(names):
+        if entry["row"]:
+            assert np.allclose(rows[int(entry["row"])], load(embedded)[position], atol=1e-6)
+
+
+def test_zero_pictures_is_an_error_and_leaves_nothing(run, tmp_path, earteach, monkeypatch):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"no picture")
+    said = earteach("embed", folder, tmp_path / "x.npy", "--weights", run)
+    assert said.code == 1 and "not one of 1 pictures" in said.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
+
+
+def test_nothing_is_overwritten_unasked(run, ears, embedded, earteach):
+    before = embedded.read_bytes()
+    said = earteach("embed", ears / "images" / "p008", embedded, "--weights", run)
+    assert said.code == 2 and embedded.read_bytes() == before
+    embedded.unlink()
+    said = earteach("embed", ears / "images" / "p008", embedded, "--weights", run)
+    assert said.code == 2 and "out.csv" in said.err and not embedded.exists()
+    assert earteach("embed", ears / "images" / "p008", embedded, "--weights", run, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["x.parquet"],
+        ["x"],
+        ["x.npy", "--format", "csv"],
+        ["-", "--format", "parquet"],
+        ["nowhere/x.npy"],
+    ],
+)
+def test_impossible_outputs_are_known_at_once(words, run, ears, tmp_path, monkeypatch, earteach):
+    monkeypatch.chdir(tmp_path)
+    said = earteach("embed", ears / "eval.csv", *words, "--weights", run)
+    assert said.code in (1, 2) and list(tmp_path.iterdir()) == []
+
+
+def test_every_kind_of_weights_gives_the_same_rows(run, ears, tmp_path, earteach, embedded, monkeypatch):
+    best = runs.best_checkpoint(run)
+    assert earteach("export-backbone", run, tmp_path / "e.safetensors").code == 0
+    plain = {
+        k.removeprefix("model.backbone."): v
+        for k, v in torch.load(best, weights_only=True)["state_dict"].items()  # noqa: TID251
+        if k.startswith("model.backbone.")
+    }
+    save_file(plain, tmp_path / "plain.safetensors")
+    torch.save(plain, tmp_path / "plain.pth")
+    bare = ["--backbone", "test_convnext", "--image-size", "64"]
+    cases = [
+        [best],
+        [tmp_path / "e.safetensors"],
+        [tmp_path / "plain.safetensors", *bare],
+        [tmp_path / "plain.pth", *bare],
+        [best, *bare],
+    ]
+    for number, words in enumerate(cases):
+        said = earteach("embed", ears / "eval.csv", tmp_path / f"{number}.npy", "--weights", *words)
+        assert said.code == 0, said.err
+        assert "backbone 99/99 tensors" in said.err
+        assert np.array_equal(load(tmp_path / f"{number}.npy"), load(embedded)), words
+    monkeypatch.setenv("EARTEACH_WEIGHTS", str(tmp_path / "e.safetensors"))
+    assert "e.safetensors" in earteach("embed", ears / "eval.csv", tmp_path / "env.npy").err
+
+
+def test_without_weights_the_newest_run_is_taken_and_named(run, ears, tmp_path, monkeypatch, earteach):
+    monkeypatch.chdir(tmp_path)
+    said = earteach("embed", ears / "eval.csv", "x.npy")
+    assert said.code == 1 and "EARTEACH_WEIGHTS" in said.err and "--weights" in said.err
+    shutil.copytree(run, tmp_path / "ear_teacher" / "outputs" / "mine")
+    said = earteach("embed", ears / "eval.csv", "x.npy")
+    assert said.code == 0 and "ear_teacher/outputs/mine/checkpoints/best-" in said.err
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("plain.safetensors", "--backbone"),
+        ("plain.pth", "--backbone"),
+        ("garbage.ckpt", "damaged"),
+        ("timm:nope", "no such model"),
+        ("timm:convnext_tiny.fb_in22k", "out of reach"),
+    ],
+)
+def test_weights_that_cannot_be_used_say_what_to_do(name, words, ears, tmp_path, earteach):
+    state = timm.create_model("test_convnext", num_classes=0).state_dict()
+    save_file(state, tmp_path / "plain.safetensors")
+    torch.save(state, tmp_path / "plain.pth")
+    (tmp_path / "garbage.ckpt").write_bytes(os.urandom(3000))
+    said = earteach(
+        "embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", name if ":" in name else tmp_path / name
+    )
+    assert said.code in (1, 2) and words in said.err and not (tmp_path / "x.npy").exists()
+
+
+def test_a_pipe_of_paths_and_a_closed_pipe(run, ears, tmp_path):
+    command = f"{sys.executable} -m ear_teacher_cli embed - - --format csv --weights {run} -q"
+    find = f"find {ears / 'images'} -name '*.jpg' | sort"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {find} | {command} | wc -l"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "45" and done.stderr == ""
+    # far more output than a pipe holds, and a reader that leaves after a line
+    many = f"for i in $(seq 12); do {find}; done"
+    done = subprocess.run(["bash", "-c", f"({many}) | {command} | head -1"], capture_output=True, text=True)
+    assert done.stdout.startswith("row,path") and done.stderr == ""

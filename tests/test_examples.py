@@ -1,0 +1,82 @@
+"""The walk-through of the README runs, as it stands, on a small set."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rank1 import chance, rank1_hits
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, words in (("earteach", "-m ear_teacher_cli"), ("python", "")):
+        (bin_dir / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (bin_dir / name).chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PEOPLE": "20",
+        "EPOCHS": "2",
+        "BACKBONE": "test_convnext",
+        "SIZE": "64",
+        "INTERRUPT_AFTER": "15",
+    }
+    done = subprocess.run(
+        [ROOT / "examples" / "demo.sh", "demo"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    demo = tmp_path / "demo"
+    assert {"worst.png", "collage.png", "teacher.safetensors", "teacher.npy", "teacher.csv", "teacher.json"} <= {
+        p.name for p in demo.iterdir()
+    }
+    assert "timm alone: (1, 64)" in done.stdout
+    assert re.search(r"^start +rank-1 .*\nteacher +rank-1 ", done.stdout, re.MULTILINE)
+
+
+def test_the_readmes_walk_through_is_the_demo():
+    readme, demo = (ROOT / "README.md").read_text(), (ROOT / "examples" / "demo.sh").read_text()
+    said = set(re.findall(r"earteach (\S+) ", readme.split("## Walk-through")[1].split("\n## ")[0]))
+    assert said == set(re.findall(r"earteach (\S+) ", demo))
+
+
+def test_rank1_by_hand():
+    rows = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0.8, 0.2]])
+    assert rank1_hits(rows, ["a", "a", "b", "b", "c"]) == [True, True, True, True, False]
+    assert chance(["a", "a", "b", "b"]) == 1 / 3
+
+
+def test_drawn_ears_know_their_boxes_sides_and_landmarks():
+    from make_sample_ears import draw_photo
+
+    for photo in range(4):
+        image, box, side, landmarks = draw_photo(0, 3, photo)
+        again = draw_photo(0, 3, photo)
+        assert isinstance(image, Image.Image) and image.tobytes() == again[0].tobytes()
+        points = np.asarray(landmarks)
+        assert points.shape == (55, 2) and side in ("left", "right")
+        x1, y1, x2, y2 = box
+        assert 0 <= x1 < x2 <= image.width and 0 <= y1 < y2 <= image.height
+        assert (points >= [x1 - 1, y1 - 1]).all() and (points <= [x2 + 1, y2 + 1]).all()
+        helix_top, lobe = points[:20, 1].min(), points[:20, 1].max()
+        assert helix_top - y1 < 0.1 * (y2 - y1) and lobe > y1 + 0.6 * (y2 - y1)
+
+
+def test_left_and_right_ears_face_opposite_ways():
+    from make_sample_ears import draw_photo
+
+    facing = {}
+    for photo in range(4):
+        _, _, side, landmarks = draw_photo(0, 5, photo)
+        points = np.asarray(landmarks)
+        tragus, helix = points[50:, 0].mean(), points[:20, 0].mean()
+        facing.setdefault(side, set()).add(bool(tragus < helix))
+    assert len(facing) == 2 and all(len(ways) == 1 for ways in facing.values())
+    assert facing["left"] != facing["right"]

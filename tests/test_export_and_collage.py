@@ -1,0 +1,124 @@
+"""What leaves the project: a backbone that timm opens alone, and a picture."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from ear_teacher_cli.commands import export_backbone as verb
+from ear_teacher_cli.core import runs
+from ear_teacher_cli.core.weights import sha256_of
+from ear_teacher_cli.errors import WeightsError
+
+
+def test_export_opens_in_timm_without_this_package(run, tmp_path, earteach):
+    said = earteach("export-backbone", run / "checkpoints" / "last.ckpt", tmp_path / "e.safetensors")
+    assert said.code == 0 and "largest difference 0" in said.err
+    from ear_teacher_cli.core.embedder import load_embedder
+
+    batch = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    teacher = load_embedder(str(run / "checkpoints" / "last.ckpt"))
+    with torch.inference_mode():
+        torch.save(teacher.backbone(batch), tmp_path / "expected.pt")
+    torch.save(batch, tmp_path / "batch.pt")
+    code = f"""
+import sys; sys.modules["ear_teacher_cli"] = None
+import timm, torch
+model = timm.create_model("test_convnext", num_classes=0, checkpoint_path={str(tmp_path / "e.safetensors")!r}).eval()
+with torch.inference_mode():
+    got = model(torch.load({str(tmp_path / "batch.pt")!r}))
+assert torch.equal(got, torch.load({str(tmp_path / "expected.pt")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_header_says_all_that_inference_needs(run, tmp_path, earteach):
+    earteach("export-backbone", run, tmp_path / "e.safetensors")
+    with safe_open(tmp_path / "e.safetensors", "pt") as file:
+        header, names = file.metadata(), list(file.keys())
+    assert header["architecture"] == "test_convnext" and header["embedding_dim"] == "64"
+    assert json.loads(header["mean"]) == json.loads(header["std"]) == [0.5, 0.5, 0.5]
+    assert (header["image_size"], header["bbox_buffer"], header["pad"], header["interpolation"]) == (
+        "64",
+        "0.1",
+        "true",
+        "bicubic",
+    )
+    assert header["source_sha256"] == sha256_of(runs.best_checkpoint(run))
+    assert len(names) == 99 and "head.norm.weight" in names and not any("head.fc" in name for name in names)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(run, tmp_path, earteach):
+    for name in ("a", "b"):
+        earteach("export-backbone", run, tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_failed_proof_leaves_no_file(run, tmp_path, monkeypatch):
+    def spoil(state, path, metadata):
+        from safetensors.torch import save_file
+
+        save_file({**state, "stem.0.bias": state["stem.0.bias"] + 1}, path, metadata=metadata)
+
+    monkeypatch.setattr(verb, "save_file", spoil)
+    with pytest.raises(WeightsError, match="differ"):
+        verb.export_backbone(run, tmp_path / "e.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out, code", [("e.pth", 2), ("nowhere/e.safetensors", 1)])
+def test_other_names_are_refused(run, tmp_path, earteach, out, code):
+    assert earteach("export-backbone", run, tmp_path / out).code == code
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, earteach):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    said = earteach("export-backbone", tmp_path / "x.ckpt", tmp_path / "e.safetensors")
+    assert said.code == 1 and "no checkpoint of earteach" in said.err
+
+
+def test_an_existing_export_stays(run, tmp_path, earteach):
+    (tmp_path / "e.safetensors").write_text("mine")
+    assert earteach("export-backbone", run, tmp_path / "e.safetensors").code == 2
+    assert (tmp_path / "e.safetensors").read_text() == "mine"
+
+
+def test_collage_of_the_runs_own_validation_pictures(run, tmp_path, earteach):
+    said = earteach("collage", run, "-o", tmp_path / "c.png", "--num-samples", 5)
+    assert said.code == 0 and "5 pictures of" in said.err and "mean PSNR" in said.err
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width > 5 * 96 and picture.height > 2 * 96
+    assert earteach("collage", run, "-o", tmp_path / "c.png").code == 2
+
+
+def test_collage_is_seeded_and_takes_other_pictures(run, ears, tmp_path, earteach):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        words = ["--metadata", ears / "train_teacher.npy", "--num-samples", 6, "--seed", seed]
+        assert earteach("collage", run, "-o", tmp_path / f"{name}.png", *words).code == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b and a != c
+    assert earteach("collage", run, "-o", tmp_path / "f.png", "--metadata", ears / "images").code == 0
+
+
+def test_collage_is_what_training_drew(run, tmp_path, earteach):
+    """The last epoch's picture again, from the last checkpoint: same sample, same reconstruction."""
+    earteach("collage", run / "checkpoints" / "last.ckpt", "-o", tmp_path / "c.png", "--num-samples", 4)
+    with (
+        Image.open(tmp_path / "c.png") as mine,
+        Image.open(run / "version_0/reconstruction_collages/epoch_0006.png") as theirs,
+    ):
+        assert mine.size == theirs.size
+        area = (0, 40, mine.width, mine.height)  # below the title
+        assert mine.crop(area).tobytes() == theirs.crop(area).tobytes()
+
+
+def test_collage_from_another_folder_says_what_is_missing(run, tmp_path, monkeypatch, earteach):
+    moved = shutil.copytree(run, tmp_path / "moved")
+    said = earteach("collage", moved, "-o", tmp_path / "c.png", "--metadata", tmp_path / "gone.npy")
+    assert said.code == 1 and "gone.npy" in said.err
