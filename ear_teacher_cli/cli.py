@@ -56,9 +56,17 @@ def main() -> None:
         sys.exit(0)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"earteach {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def earteach(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Learn ear features from unlabelled photographs, and hand them on.
 
@@ -66,9 +74,6 @@ def earteach(
 
     Example: `earteach train --metric-loss arcface`
     """
-    if version:
-        typer.echo(f"earteach {__version__}")
-        raise typer.Exit()
 
 
 @app.command("validate-data")
@@ -193,7 +198,7 @@ app.command("train")(_train)
 
 @app.command()
 def resume(
-    run: Annotated[str, typer.Argument(help="An experiment folder, or one of its checkpoints.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An experiment folder, or one of its checkpoints.")],
     max_epochs: Annotated[
         int | None, typer.Option(help="Train to this many epochs instead.", min=1, show_default=False)
     ] = None,
@@ -217,7 +222,9 @@ def resume(
 
 @app.command()
 def collage(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or an experiment folder (its best).")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint, or an experiment folder (its best).")
+    ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE.png", help="Where to draw.")],
     metadata: Annotated[
         str | None,
@@ -249,7 +256,9 @@ def collage(
 
 @app.command("export-backbone")
 def export_backbone(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or an experiment folder (its best).")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint, or an experiment folder (its best).")
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="Where to write the weights.")],
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -269,8 +278,10 @@ def export_backbone(
 
 @app.command()
 def embed(
-    input: Annotated[str, typer.Argument(help="A folder, a manifest, a picture, or - for paths on stdin.")],
-    out: Annotated[str, typer.Argument(help="A .npy, .npz or .csv file, or - for stdout.")],
+    input: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A folder, a manifest, a picture, or - for paths on stdin.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A .npy, .npz or .csv file, or - for stdout.")],
     weights: Annotated[
         str | None,
         typer.Option(

@@ -79,10 +79,10 @@ def test_batches_and_workers_do_not_matter(run, ears, tmp_path, earteach, embedd
 
 def test_formats_agree(run, ears, tmp_path, earteach, embedded):
     for kind in ("npz", "csv"):
-        assert earteach("embed", ears / "eval.csv", tmp_path / f"x.{kind}", "--weights", run).code == 0
-    archive = load(tmp_path / "x.npz")
+        assert earteach("embed", ears / "eval.csv", tmp_path / f"{kind}.{kind}", "--weights", run).code == 0
+    archive = load(tmp_path / "npz.npz")
     assert np.array_equal(archive["embeddings"], load(embedded)) and archive["boxes"].shape == (12, 4)
-    table = rows_of(tmp_path / "x.csv")
+    table = rows_of(tmp_path / "csv.csv")
     numbers = np.array([[float(row[f"e{i}"]) for i in range(64)] for row in table], dtype=np.float32)
     assert np.array_equal(numbers, load(embedded))
     assert [row["path"] for row in table] == archive["paths"].tolist()
@@ -138,7 +138,7 @@ def test_nothing_is_overwritten_unasked(run, ears, embedded, earteach):
     assert said.code == 2 and embedded.read_bytes() == before
     embedded.unlink()
     said = earteach("embed", ears / "images" / "p008", embedded, "--weights", run)
-    assert said.code == 2 and "out.csv" in said.err and not embedded.exists()
+    assert said.code == 2 and "out.json: exists already" in said.err and not embedded.exists()
     assert earteach("embed", ears / "images" / "p008", embedded, "--weights", run, "--overwrite").code == 0
 
 
@@ -200,7 +200,7 @@ def test_without_weights_the_newest_run_is_taken_and_named(run, ears, tmp_path, 
         ("plain.safetensors", "--backbone"),
         ("plain.pth", "--backbone"),
         ("garbage.ckpt", "damaged"),
-        ("timm:nope", "no such model"),
+        ("timm:nope", "timm has no model"),
         ("timm:convnext_tiny.fb_in22k", "out of reach"),
     ],
 )

@@ -43,8 +43,10 @@ def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
 
 def test_the_readmes_walk_through_is_the_demo():
     readme, demo = (ROOT / "README.md").read_text(), (ROOT / "examples" / "demo.sh").read_text()
-    said = set(re.findall(r"earteach (\S+) ", readme.split("## Walk-through")[1].split("\n## ")[0]))
-    assert said == set(re.findall(r"earteach (\S+) ", demo))
+    walk_through = readme.split("## Walk-through")[1].split("\n## ")[0]
+    assert set(re.findall(r"^earteach (\S+)", walk_through, re.MULTILINE)) == set(
+        re.findall(r"^run .*?earteach (\S+)", demo, re.MULTILINE)
+    )
 
 
 def test_rank1_by_hand():

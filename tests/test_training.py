@@ -95,7 +95,7 @@ def test_the_loss_is_what_the_weights_say(run):
 
 def test_it_learns_to_reconstruct(run):
     rows = read_table(run / "metrics.csv")
-    assert float(rows[-1]["val/psnr"]) > float(rows[0]["val/psnr"]) + 1
+    assert float(rows[-1]["val/psnr"]) > float(rows[0]["val/psnr"]) + 0.5
 
 
 def test_the_best_checkpoints_are_the_three_lowest_validation_losses(run):

@@ -1,5 +1,6 @@
 """`export-backbone`: the teacher's backbone alone, under timm's names, proven before it is called done."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,25 @@ def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False
     header = export_header(teacher.architecture, teacher.embedding_dim, teacher.preprocessing, sha256_of(path))
     with whole_file(out) as temporary:
         save_file(state, temporary, metadata=header)
+        _sort_header(temporary)
         difference = _prove(temporary, teacher)
     return Export(out, teacher.architecture, teacher.embedding_dim, len(state), difference)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header's metadata in order: safetensors writes it in a random one, and equal exports shall be equal files.
+
+    A .safetensors file begins with the header's length (8 bytes, little-endian), then the header as JSON,
+    padded with spaces.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length
+        file.seek(8)
+        file.write(text)
 
 
 def _prove(path: Path, teacher: Embedder) -> float:

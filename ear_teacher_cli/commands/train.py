@@ -28,7 +28,7 @@ from ..core.losses import metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
-from ..errors import ConfigError, EarTeachError, WordsError
+from ..errors import ConfigError, EarTeachError, ManifestError, WordsError
 from ..files import printable, whole_file
 from ..talk import Talk, clock
 
@@ -57,7 +57,7 @@ class Estimate:
 def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
-    if _is_first_process() and folder.exists() and any(folder.iterdir()) and not overwrite:
+    if _is_first_process() and folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise WordsError(
             f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
             "choose another --experiment-name, or pass --overwrite"
@@ -96,7 +96,10 @@ def resume(
             f"{printable(run)}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on"
         )
         return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
-    config, data = _prepare(config, talk)
+    try:
+        config, data = _prepare(config, talk)
+    except ManifestError as error:
+        raise ManifestError(f"{error} (the run's paths start from the folder where it was trained)") from error
     module = EarTeacherLightningModule(config)
     talk.say(_restored(checkpoint))
     if max_epochs not in (None, checkpoint.config.max_epochs):

@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
@@ -108,8 +107,6 @@ def _from_state_dict(path: Path, backbone: str, image_size: int | None) -> Embed
 
 
 def _from_timm(name: str, image_size: int | None) -> Embedder:
-    if not timm.is_model(name):
-        raise WordsError(f"timm:{printable(name)}: timm has no such model; see timm.list_models()")
     preprocessing = _default_preprocessing(name, image_size)
     backbone = build_backbone(name, preprocessing.image_size)
     try:

@@ -91,16 +91,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         config = self.config
         if not config.learns_classes:
             return
-        if config.pseudo_classes == "kmeans":
-            if classes.is_round(self.current_epoch, config.cluster_every, config.max_epochs):
-                self._cluster()
-        elif self.classes is None:
-            train_set = self._train_set()
-            labels = torch.arange(len(train_set))
-            if config.pseudo_classes == "fixed":
-                labels = classes.fixed_labels(len(train_set), len(self.prototypes), config.seed)
-            mark = classes.fingerprint(train_set.manifest)
-            self.classes = classes.PseudoClasses(labels, len(self.prototypes), 0, mark)
+        again = config.pseudo_classes == "kmeans" and classes.is_round(
+            self.current_epoch, config.cluster_every, config.max_epochs
+        )
+        if self.classes is None or again:
+            self._make_classes()
         self.classes.labels = self.classes.labels.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -188,13 +183,13 @@ class EarTeacherLightningModule(pl.LightningModule):
         )
         return loss, agreement
 
-    def _cluster(self) -> None:
-        """A round of k-means on rank 0, told to all: labels, and class means as prototypes."""
+    def _make_classes(self) -> None:
+        """A round of pseudo-classes on rank 0, told to all: labels, and class means as prototypes."""
         result = None
         if self.trainer.is_global_zero:
             mark = classes.fingerprint(self._train_set().manifest)
             embeddings, rows = self._embed_train_set()
-            labels = self._kmeans(embeddings, rows, warm=self.classes is not None)
+            labels = self._label(embeddings, rows)
             means = self._class_means(embeddings, labels[rows])
             past = self.classes.round + 1 if self.classes else 0
             result = classes.PseudoClasses(labels, len(self.prototypes), past, mark).as_dict(), means
@@ -219,21 +214,23 @@ class EarTeacherLightningModule(pl.LightningModule):
             raise EarTeachError("training pictures: not one could be read; run earteach validate-data")
         return torch.cat(found), torch.cat(rows)
 
-    def _kmeans(self, embeddings: torch.Tensor, rows: torch.Tensor, warm: bool) -> torch.Tensor:
-        """int64 labels of all N training pictures, -1 where unreadable."""
-        manifest = self._train_set().manifest
-        if len(rows) < len(self.prototypes):
+    def _label(self, embeddings: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """int64 labels of all N training pictures, of whatever kind; -1 for kmeans where unreadable."""
+        manifest, count, seed = self._train_set().manifest, len(self.prototypes), self.config.seed
+        if self.config.pseudo_classes == "instance":
+            return torch.arange(len(manifest))
+        if self.config.pseudo_classes == "fixed":
+            return classes.fixed_labels(len(manifest), count, seed)
+        if len(rows) < count:
             raise EarTeachError(
-                f"{manifest.source}: {len(rows)} readable pictures cannot fill {len(self.prototypes)} "
-                "pseudo-classes; mend the pictures or lower --num-pseudo-classes"
+                f"{manifest.source}: {len(rows)} readable pictures cannot fill {count} pseudo-classes; "
+                "mend the pictures or lower --num-pseudo-classes"
             )
         place = {row: i for i, row in enumerate(rows.tolist())}
         apart = [[place[r] for r in group if r in place] for group in classes.same_photo(manifest)]
+        start = self.classes.labels.cpu()[rows] if self.classes else None
         labels = torch.full((len(manifest),), -1)
-        start = self.classes.labels.cpu()[rows] if warm else None
-        labels[rows] = classes.kmeans(
-            classes.directions(embeddings), len(self.prototypes), self.config.seed, start=start, apart=apart
-        )
+        labels[rows] = classes.kmeans(classes.directions(embeddings), count, seed, start=start, apart=apart)
         return labels
 
     @torch.no_grad()

@@ -8,19 +8,13 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
+from ..data.pixels import pretrained_cfg_of
 from ..errors import ConfigError
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:
     """A timm model without classifier, random weights: B,3,H,W -> B,D. Raises ConfigError if timm has no such model."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        raise ConfigError(
-            "backbone",
-            f"timm has no model {name!r}",
-            f"did you mean {', '.join(near)}?" if near else "see timm.list_models()",
-        )
-    sized = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    sized = {"img_size": image_size} if pretrained_cfg_of(name).fixed_input_size else {}
     return timm.create_model(name, pretrained=False, num_classes=0, **sized)
 
 

@@ -5,10 +5,11 @@ did. Shapes: B images, H = W = image_size pixels. Pixels cross process borders a
 after the transfer.
 """
 
+import difflib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:  # validate-data cuts crops without torch
     import torch
@@ -53,11 +54,20 @@ def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bo
 
     timm's `crop_pct` is deliberately not used: a centre crop would cut the helix off.
     """
-    from timm.models import get_pretrained_cfg
-
-    pretrained = get_pretrained_cfg(backbone)
+    pretrained = pretrained_cfg_of(backbone)
     interpolation = pretrained.interpolation if pretrained.interpolation in INTERPOLATIONS else "bicubic"
     return Preprocessing(image_size, bbox_buffer, pad, interpolation, tuple(pretrained.mean), tuple(pretrained.std))
+
+
+def pretrained_cfg_of(backbone: str) -> Any:
+    """timm's pretrained configuration of a model. Raises ConfigError, with near names, if timm has no such model."""
+    import timm
+
+    if not timm.is_model(backbone):
+        near = difflib.get_close_matches(backbone, timm.list_models(), n=3)
+        mend = f"did you mean {', '.join(near)}?" if near else "python -c 'import timm; print(timm.list_models())'"
+        raise ConfigError("backbone", f"timm has no model {backbone!r}", mend)
+    return timm.get_pretrained_cfg(backbone)
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
