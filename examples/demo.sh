@@ -8,9 +8,9 @@ set -euo pipefail
 
 examples=$(cd "$(dirname "$0")" && pwd)
 people=${PEOPLE:-60}
-epochs=${EPOCHS:-24}
+epochs=${EPOCHS:-30}
 backbone=${BACKBONE:-convnext_atto}
-size=${SIZE:-96}
+size=${SIZE:-64}
 interrupt_after=${INTERRUPT_AFTER:-40}
 
 step() { printf '\n== %s\n' "$1" >&2; }
@@ -34,7 +34,7 @@ step "Train without labels; Ctrl-C after $interrupt_after seconds."
 run timeout --foreground -s INT "$interrupt_after" earteach train \
     --train-metadata ears/train_teacher.npy --val-metadata ears/val_teacher.npy \
     --backbone "$backbone" --pretrained-path start.safetensors --image-size "$size" --augment \
-    --learning-rate 1e-3 --max-epochs "$epochs" --warmup-epochs 2 --output-dir outputs --experiment-name first ||
+    --batch-size 16 --learning-rate 1e-3 --max-epochs "$epochs" --warmup-epochs 3 --output-dir outputs --experiment-name first ||
     echo "(stopped: exit code $?)" >&2
 
 step "Go on; nothing is typed again."
@@ -54,5 +54,5 @@ step "Embed people that training never saw, before and after."
 run earteach embed ears/eval.csv start.npy --weights start.safetensors --backbone "$backbone" --image-size "$size"
 run earteach embed ears/eval.csv teacher.npy --weights teacher.safetensors
 
-step "Is the nearest photo the same ear?"
+step "Is the nearest photo the same ear? (Minutes from random weights teach reconstruction first; see README.)"
 run python "$examples/rank1.py" ears/eval.csv start.npy teacher.npy

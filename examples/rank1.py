@@ -1,7 +1,8 @@
 """Leave-one-out rank-1: for how many photos is the nearest other photo the same ear of the same person?
 
 Reads what `earteach embed eval.csv X.npy` wrote (X.npy, and X.csv for the names) and the identities and sides
-of eval.csv. Left and right ears of a person count as two.
+of eval.csv. Left and right ears of a person count as two. The +- is the standard error over photos; photos of one
+ear are not independent, so the true one is larger.
 
     python rank1.py eval.csv start.npy teacher.npy
 """
@@ -20,8 +21,9 @@ def main(labels: str, *embeddings: str) -> None:
         with open(Path(path).with_suffix(".csv"), newline="") as file:
             ears = [ear_of[row["path"]] for row in csv.DictReader(file) if row["row"]]
         hits = rank1_hits(np.load(path), ears)
+        share, spread = np.mean(hits), np.std(hits) / np.sqrt(len(hits))
         print(
-            f"{Path(path).stem:12} rank-1 {100 * np.mean(hits):5.1f} %  ({sum(hits)} of {len(hits)} photos, "
+            f"{Path(path).stem:12} rank-1 {100 * share:5.1f} % +- {100 * spread:.1f}  ({sum(hits)} of {len(hits)} photos, "
             f"{len(set(ears))} ears; by chance {100 * chance(ears):.1f} %)"
         )
 

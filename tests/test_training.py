@@ -225,6 +225,21 @@ def test_ctrl_c_before_the_first_epoch_is_done_loses_nothing(run, manifests, tmp
     assert_same_weights(run, folder)
 
 
+def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, tmp_path, earteach):
+    """DistributedDataParallel over gloo on the CPU: the code path of several GPUs."""
+    words = ["train", *manifests, *SMALL, "--batch-size", 4, "--max-epochs", 1, "--output-dir", tmp_path]
+    words += ["--devices", 2, "--accelerator", "cpu"]
+    command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("epoch 1/1: train") == 1
+    one, two = (read_checkpoint(p / "checkpoints" / "last.ckpt").content for p in (run, tmp_path / "ear_teacher"))
+    assert torch.equal(one["pseudo_classes"]["labels"], two["pseudo_classes"]["labels"])
+    assert two["global_step"] == 3  # 24 pictures, 2 x 4 at a time
+    said = earteach("resume", tmp_path / "ear_teacher", "--devices", 1, "--max-epochs", 2)
+    assert said.code == 0 and "2 epochs" in said.err, said.err
+
+
 def test_an_existing_experiment_is_refused_naming_three_ways_out(run, manifests, earteach):
     said = earteach("train", *manifests, *SMALL, "--output-dir", run.parent)
     assert said.code == 2

@@ -82,7 +82,7 @@ class Collages(Callback):
     def _make(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         if self.pixels is None:
             return
-        folder = Path(trainer.log_dir) / COLLAGES
+        folder = _collages(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         remade = module.reconstruct(self.pixels.to(module.device)).cpu()
         picture = collage(self.pixels, remade, f"epoch {epoch}" if epoch else "before training")
@@ -92,9 +92,14 @@ class Collages(Callback):
                 logger.experiment.add_image("reconstruction_collage", np.asarray(picture), epoch, dataformats="HWC")
 
     def _gif(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero and trainer.log_dir:
-            folder = Path(trainer.log_dir) / COLLAGES
+        if trainer.is_global_zero and trainer.logger:
+            folder = _collages(trainer)
             save_gif(sorted(folder.glob("epoch_*.png")), folder / "progress.gif")
+
+
+def _collages(trainer: pl.Trainer) -> Path:
+    # the logger's own folder: asking `trainer.log_dir` is a broadcast, and this is rank 0 alone
+    return Path(trainer.logger.log_dir) / COLLAGES
 
 
 def sample_pixels(dataset: EarDataset, count: int, seed: int) -> torch.Tensor | None:
