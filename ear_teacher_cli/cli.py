@@ -5,7 +5,6 @@ imported when called, so that `--help` loads neither torch nor numpy.
 """
 
 import inspect
-import os
 import sys
 from dataclasses import fields
 from typing import Annotated, Any, get_args, get_type_hints
@@ -51,9 +50,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone: so do we, quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
+    except OSError as error:  # a name too long, a disk that is full: the system's words are clear enough
+        typer.echo(
+            f"earteach: {printable(error.filename or 'output')}: {error.strerror or error}; check the path", err=True
+        )
+        sys.exit(1)
 
 
 def _print_version(asked: bool) -> None:
@@ -62,7 +63,7 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(epilog="Example: `earteach train --metric-loss arcface`")
 def earteach(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
@@ -71,12 +72,10 @@ def earteach(
     """Learn ear features from unlabelled photographs, and hand them on.
 
     validate-data -> train (resume) -> collage -> export-backbone -> embed
-
-    Example: `earteach train --metric-loss arcface`
     """
 
 
-@app.command("validate-data")
+@app.command("validate-data", epilog="Example: `earteach validate-data train.npy val.npy --contact-sheet worst.png`")
 def validate_data(
     manifests: Annotated[
         list[str] | None,
@@ -99,10 +98,7 @@ def validate_data(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Decode every picture and check every box; exit 1 if anything is wrong.
-
-    Example: `earteach validate-data train.npy val.npy --contact-sheet worst.png`
-    """
+    """Decode every picture and check every box; exit 1 if anything is wrong."""
     from .commands import validate_data as verb
 
     sources = manifests or [TrainConfig.train_metadata, TrainConfig.val_metadata]
@@ -174,8 +170,6 @@ def _train(
 
     Writes checkpoints, TensorBoard events, metrics.csv, the configuration and a collage per epoch under
     OUTPUT_DIR/EXPERIMENT_NAME.
-
-    Example: `earteach train --train-metadata train.npy --val-metadata val.npy --metric-loss arcface`
     """
     from_file = read_toml(config) if config else {}
     typed = {name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"}
@@ -193,10 +187,12 @@ def _train(
 
 
 _train.__signature__ = _train_signature()
-app.command("train")(_train)
+app.command(
+    "train", epilog="Example: `earteach train --train-metadata train.npy --val-metadata val.npy --metric-loss arcface`"
+)(_train)
 
 
-@app.command()
+@app.command("resume", epilog="Example: `earteach resume ear_teacher/outputs/ear_teacher`")
 def resume(
     run: Annotated[str, typer.Argument(metavar="RUN", help="An experiment folder, or one of its checkpoints.")],
     max_epochs: Annotated[
@@ -210,17 +206,14 @@ def resume(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with a run that was interrupted; nothing has to be typed again.
-
-    Example: `earteach resume ear_teacher/outputs/ear_teacher`
-    """
+    """Go on with a run that was interrupted; nothing has to be typed again."""
     from .commands import train as verb
 
     talk = Talk(quiet)
     _finish(verb.resume(run, talk, max_epochs=max_epochs, devices=devices, num_workers=num_workers), talk)
 
 
-@app.command()
+@app.command("collage", epilog="Example: `earteach collage ear_teacher/outputs/ear_teacher -o collage.png`")
 def collage(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint, or an experiment folder (its best).")
@@ -240,10 +233,7 @@ def collage(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw originals above, reconstructions below.
-
-    Example: `earteach collage ear_teacher/outputs/ear_teacher -o collage.png`
-    """
+    """Draw originals above, reconstructions below."""
     from .commands import collage as verb
 
     made = verb.collage(
@@ -254,7 +244,9 @@ def collage(
     )
 
 
-@app.command("export-backbone")
+@app.command(
+    "export-backbone", epilog="Example: `earteach export-backbone ear_teacher/outputs/ear_teacher teacher.safetensors`"
+)
 def export_backbone(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint, or an experiment folder (its best).")
@@ -263,10 +255,7 @@ def export_backbone(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the backbone under timm's names, proven by loading it back.
-
-    Example: `earteach export-backbone ear_teacher/outputs/ear_teacher teacher.safetensors`
-    """
+    """Write the backbone under timm's names, proven by loading it back."""
     from .commands import export_backbone as verb
 
     made = verb.export_backbone(checkpoint, out, overwrite)
@@ -276,7 +265,7 @@ def export_backbone(
     )
 
 
-@app.command()
+@app.command("embed", epilog="Example: `find photos -name '*.jpg' | earteach embed - - --format npy > rows.npy`")
 def embed(
     input: Annotated[
         str, typer.Argument(metavar="INPUT", help="A folder, a manifest, a picture, or - for paths on stdin.")
@@ -308,10 +297,7 @@ def embed(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one row of numbers per picture, with names and provenance beside it.
-
-    Example: `find photos -name '*.jpg' | earteach embed - - --format npy > rows.npy`
-    """
+    """Write one row of numbers per picture, with names and provenance beside it."""
     from .commands import embed as verb
 
     talk = Talk(quiet)

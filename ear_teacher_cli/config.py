@@ -6,7 +6,7 @@ these fields; the Python API (`EarDataModule`, `EarTeacherLightningModule`) take
 """
 
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from json import dumps
 from math import isfinite
 from pathlib import Path
@@ -78,8 +78,6 @@ class TrainConfig:
             value = getattr(self, spec.name)
             if value is not None:
                 _check(spec.name, value, spec.metadata)
-        if self.arcface_margin is None:
-            object.__setattr__(self, "arcface_margin", DEFAULT_MARGIN[self.metric_loss])
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
             raise ConfigError(
                 "experiment_name",
@@ -103,9 +101,14 @@ class TrainConfig:
         return Path(self.output_dir) / self.experiment_name
 
     @property
-    def warmup(self) -> int:
+    def margin(self) -> float:
+        """The margin really used: the loss's own unless one is given."""
+        return DEFAULT_MARGIN[self.metric_loss] if self.arcface_margin is None else self.arcface_margin
+
+    @property
+    def warmup(self) -> float:
         """Epochs of warm-up really used: a warm-up that would fill the run is cut to a fifth of it."""
-        return self.warmup_epochs if self.warmup_epochs < self.max_epochs else self.max_epochs // 5
+        return self.warmup_epochs if self.warmup_epochs < self.max_epochs else self.max_epochs / 5
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,6 +132,11 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
     return TrainConfig(**values)
 
 
+def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """A config with the given fields replaced, those that are not None."""
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Options from a TOML file, with hyphens or underscores. Raises EarTeachError naming file and key."""
     try:
@@ -137,6 +145,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise EarTeachError(f"{path}: no such file; give --config a TOML file of options") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line") from error
+    twice = sorted(name for name in values if "-" in name and name.replace("-", "_") in values)
+    if twice:
+        raise EarTeachError(f"{path}: {twice[0]!r} is given twice, with hyphens and with underscores; keep one")
     values = {name.replace("-", "_"): value for name, value in values.items()}
     unknown = sorted(set(values) - set(defaults()))
     if unknown:

@@ -33,6 +33,10 @@ class WeightsError(EarTeachError):
     """A weights file or checkpoint is missing, damaged, hostile, or made for another model."""
 
 
+class ForeignWeightsError(WeightsError):
+    """A whole weights file, but not one that earteach wrote: it does not say what model it is of."""
+
+
 class PictureError(EarTeachError):
     """One picture (or the box on it) is of no use. `reason` is a code from data/crop.py."""
 

@@ -2,19 +2,26 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import EarTeachError, WordsError
 
 
-def refuse_existing(path: str | Path, overwrite: bool) -> Path:
+def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path:
     """Check an output path before any work is done for it.
 
-    Raises WordsError if it exists (without `overwrite`), EarTeachError if its folder cannot be written.
+    Raises WordsError if it exists (without `overwrite`) or is one of the `inputs` (even with), EarTeachError if
+    its folder cannot be written.
     """
     path = Path(path)
+    for source in inputs:
+        if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise WordsError(
+                f"{printable(path)}: is an input and would be replaced; choose another name for the output"
+            )
     if path.is_dir():
         raise EarTeachError(f"{printable(path)}: is a folder; name a file")
     if path.exists() and not overwrite:
@@ -50,7 +57,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 def printable(name: object) -> str:
     """`name` with control characters escaped: file names come from strangers, terminals obey them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSAFE else c for c in str(name))
+
+
+# Control, format (bidirectional overrides), surrogate, line and paragraph separators.
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -40,6 +40,11 @@ class Talk:
             yield steps
             steps.end()
             return
+        if self._bar is not None:  # one live display at a time: a second progress is a second line of it
+            task = self._bar.add_task(doing, total=total)
+            yield _BarSteps(self._bar, task)
+            self._bar.remove_task(task)
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

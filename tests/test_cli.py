@@ -11,7 +11,7 @@ import pytest
 
 from ear_teacher_cli import __version__
 from ear_teacher_cli.cli import _train
-from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.config import TrainConfig, read_toml
 from ear_teacher_cli.errors import ConfigError
 
 COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "embed"]
@@ -48,7 +48,9 @@ SEED_DEFAULTS = dict(
 
 def test_the_seeds_defaults_are_the_defaults():
     config = TrainConfig()
-    assert {name: getattr(config, name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
+    assert {name: getattr(config, name) for name in SEED_DEFAULTS if name != "arcface_margin"} | {
+        "arcface_margin": config.margin
+    } == SEED_DEFAULTS
     assert config.hflip == 0.0 and config.backbone == "convnext_tiny"
 
 
@@ -86,6 +88,7 @@ def test_options_and_config_fields_are_the_same():
 def test_every_help_page_ends_in_an_example(command, earteach):
     said = earteach(command, "--help")
     assert said.code == 0 and f"earteach {command}" in said.out.decode() and b"Example:" in said.out
+    assert said.out.decode().split("Example:")[1].count("--help") == 0  # at the end of the page
 
 
 def test_help_loads_neither_torch_nor_numpy_nor_pillow():
@@ -178,6 +181,7 @@ def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, ear
         ("batch_size = 'many'", "--batch-size: 'many' is not a whole number"),
         ("augment = 1", "is not true or false"),
         ("batch-size = 2.5", "2.5 is not a whole number"),
+        ("batch-size = 2\nbatch_size = 3", "given twice"),
     ],
 )
 def test_config_files_are_checked(text, named, tmp_path, earteach):
@@ -193,11 +197,18 @@ def test_config_holds_plain_values_only():
     assert {type(v) for v in config.as_dict().values()} <= {str, int, float, bool, type(None)}
 
 
-def test_cosface_has_its_own_margin():
-    assert TrainConfig(metric_loss="cosface").arcface_margin == 0.35
-    assert TrainConfig(metric_loss="cosface", arcface_margin=0.2).arcface_margin == 0.2
+def test_cosface_has_its_own_margin_also_through_a_saved_config(tmp_path):
+    assert TrainConfig(metric_loss="cosface").margin == 0.35
+    assert TrainConfig(metric_loss="cosface", arcface_margin=0.2).margin == 0.2
+    (tmp_path / "c.toml").write_text(TrainConfig(metric_loss="arcface").as_toml())
+    assert TrainConfig(**read_toml(tmp_path / "c.toml") | {"metric_loss": "cosface"}).margin == 0.35
     with pytest.raises(ConfigError):
         TrainConfig(arcface_margin=-0.1)
+
+
+def test_a_warmup_that_does_not_fit_is_a_fifth_of_the_run():
+    assert TrainConfig(max_epochs=3).warmup == pytest.approx(0.6)
+    assert TrainConfig(max_epochs=100).warmup == 10
 
 
 def test_16_mixed_falls_back_in_one_line(manifests, earteach):

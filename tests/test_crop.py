@@ -136,3 +136,32 @@ def test_unusual_modes_become_rgb(tmp_path, mode, colour, expected):
     path = tmp_path / "x.tif"
     Image.new(mode, (32, 32), colour).save(path)
     assert (load_crop(str(path), None, PLAIN).transpose(1, 2, 0) == expected).all()
+
+
+@pytest.mark.parametrize("box", [(-0.9, 10, -0.1, 50), (200.2, 10, 200.9, 50), (-40, 0, 30, 50), (150, 0, 260, 50)])
+def test_a_box_off_the_edge_is_a_picture_error_never_a_strip(box):
+    with pytest.raises(PictureError) as caught:
+        cut(Image.new("RGB", (200, 100)), box, PLAIN)
+    assert caught.value.reason == "box-outside"
+
+
+def test_a_malformed_exif_does_not_cost_the_picture(tmp_path):
+    picture = Image.new("RGB", (40, 20), (9, 9, 9))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x829A] = 6, 1.5
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    data = bytearray((tmp_path / "x.jpg").read_bytes())
+    start = data.index(b"Exif")
+    end = start - 2 + int.from_bytes(data[start - 2 : start], "big")
+    for offset in range(start + 6, end):  # every byte of the tags in turn
+        spoilt = data.copy()
+        spoilt[offset] ^= 0xFF
+        (tmp_path / "y.jpg").write_bytes(spoilt)
+        assert read_picture(str(tmp_path / "y.jpg")).image.size in ((40, 20), (20, 40))
+
+
+def test_no_program_is_started_for_a_picture(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(PictureError) as caught:
+        read_picture(str(tmp_path / "x.jpg"))
+    assert caught.value.reason == "not-a-picture"

@@ -92,7 +92,7 @@ def test_folder_picture_and_stdin(run, ears, tmp_path, earteach, monkeypatch):
     picture = str(ears / "images" / "p008" / "00.jpg")
     assert earteach("embed", ears / "images" / "p008", tmp_path / "f.npy", "--weights", run).code == 0
     assert earteach("embed", picture, tmp_path / "p.npy", "--weights", run).code == 0
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{picture}\n\n{picture}\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{picture}\n\n{picture}\n".encode())))
     said = earteach("embed", "-", "-", "--weights", run)
     assert said.code == 0, said.err
     rows = load(io.BytesIO(said.out))
@@ -127,7 +127,7 @@ def test_zero_pictures_is_an_error_and_leaves_nothing(run, tmp_path, earteach, m
     (folder / "a.jpg").write_bytes(b"no picture")
     said = earteach("embed", folder, tmp_path / "x.npy", "--weights", run)
     assert said.code == 1 and "not one of 1 pictures" in said.err
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
 
@@ -201,7 +201,7 @@ def test_without_weights_the_newest_run_is_taken_and_named(run, ears, tmp_path, 
         ("plain.pth", "--backbone"),
         ("garbage.ckpt", "damaged"),
         ("timm:nope", "timm has no model"),
-        ("timm:convnext_tiny.fb_in22k", "out of reach"),
+        ("timm:convnext_tiny.fb_in22k", "no network"),
     ],
 )
 def test_weights_that_cannot_be_used_say_what_to_do(name, words, ears, tmp_path, earteach):
@@ -224,5 +224,48 @@ def test_a_pipe_of_paths_and_a_closed_pipe(run, ears, tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "45" and done.stderr == ""
     # far more output than a pipe holds, and a reader that leaves after a line
     many = f"for i in $(seq 12); do {find}; done"
-    done = subprocess.run(["bash", "-c", f"({many}) | {command} | head -1"], capture_output=True, text=True)
-    assert done.stdout.startswith("row,path") and done.stderr == ""
+    script = f"({many}) | {command} | head -1; echo ${{PIPESTATUS[1]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("row,path") and done.stdout.endswith("\n0\n") and done.stderr == ""
+
+
+def test_an_input_is_never_replaced_not_even_with_overwrite(run, ears, tmp_path, earteach):
+    copy = shutil.copytree(ears, tmp_path / "ears")
+    before = (copy / "eval.csv").read_bytes()
+    said = earteach("embed", copy / "eval.csv", copy / "eval.npy", "--weights", run, "--overwrite")
+    assert said.code == 2 and "is an input" in said.err
+    assert (copy / "eval.csv").read_bytes() == before
+
+
+def test_odd_names_come_back_as_they_are(run, ears, tmp_path, earteach, monkeypatch):
+    source = ears / "images" / "p008" / "00.jpg"
+    odd = [tmp_path / "a\u202fb.jpg", tmp_path / "two\nlines.jpg", tmp_path / "back\\slash, comma.jpg"]
+    raw = os.fsencode(tmp_path) + b"/latin\xe9.jpg"
+    for path in [*odd, raw]:
+        shutil.copy(source, path)
+    listing = b"\n".join([*(os.fsencode(p) for p in odd if "\n" not in p.name), raw])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing)))
+    assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 0
+    with open(tmp_path / "x.csv", newline="", errors="surrogateescape", encoding="utf-8") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == [str(odd[0]), str(odd[2]), os.fsdecode(raw)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(source, folder / "two\nlines.jpg")
+    assert earteach("embed", folder, tmp_path / "y.npy", "--weights", run).code == 0
+    assert [row["path"] for row in rows_of(tmp_path / "y.csv")] == ["two\nlines.jpg"]
+
+
+def test_weights_that_carry_their_preprocessing_keep_it(run, ears, tmp_path, earteach):
+    assert earteach("export-backbone", run, tmp_path / "e.safetensors").code == 0
+    for weights in (run, tmp_path / "e.safetensors"):
+        words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--overwrite", "--weights", weights]
+        said = earteach(*words, "--backbone", "convnext_atto")
+        assert said.code == 2 and "test_convnext at 64 px" in said.err
+        assert earteach(*words, "--image-size", 96).code == 2
+        assert earteach(*words, "--backbone", "test_convnext").code == 0
+        assert json.loads((tmp_path / "x.json").read_text())["preprocessing"]["image_size"] == 64
+
+
+def test_a_name_too_long_is_one_line(run, tmp_path, earteach):
+    said = earteach("embed", "x" * 5000, tmp_path / "x.npy", "--weights", run)
+    assert said.code == 1 and len(said.err.splitlines()) == 1

@@ -9,6 +9,7 @@ FLOORS = {
     "files": 0,
     "config": 0,
     "talk": 0,
+    "machine": 0,
     "__init__": 0,
     "data": 2,
     "core": 3,

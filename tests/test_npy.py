@@ -72,3 +72,39 @@ def test_damaged_files_are_our_error(tmp_path, cut):
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:cut])
     with pytest.raises(ManifestError, match=r"x\.npy"):
         read_npy(tmp_path / "x.npy")
+
+
+class Structured:
+    """A dtype whose state hides an object pointer among eight plain bytes."""
+
+    def __reduce__(self):
+        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+
+
+class HiddenState(Structured):
+    """The same, under the name of a plain type."""
+
+    def __reduce__(self):
+        return np.dtype, ("f8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+
+
+class Pointer:
+    """An array (or scalar) of that type over bytes of the attacker's choice."""
+
+    def __init__(self, kind, scalar: bool):
+        self.kind, self.scalar = kind, scalar
+
+    def __reduce__(self):
+        if self.scalar:
+            return np._core.multiarray.scalar, (self.kind(), b"A" * 8)
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), self.kind(), False, b"A" * 8)
+
+
+@pytest.mark.parametrize("kind", [Structured, HiddenState])
+@pytest.mark.parametrize("scalar", [True, False])
+def test_a_type_that_forges_pointers_is_refused(tmp_path, kind, scalar):
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        pickle.dump({"image_paths": [Pointer(kind, scalar)]}, file, protocol=3)
+    with pytest.raises(ManifestError, match="not plain"):
+        read_npy(tmp_path / "x.npy")

@@ -20,6 +20,7 @@ from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
 from ear_teacher_cli.commands.train import resume, train
 from ear_teacher_cli.core import runs
 from ear_teacher_cli.core.checkpoint import read_checkpoint
+from ear_teacher_cli.core.schedule import rate_at
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.errors import EarTeachError, WordsError
 from ear_teacher_cli.talk import Talk
@@ -115,6 +116,7 @@ def test_every_checkpoint_loads_without_pickle_and_holds_no_absolute_path(run):
             "backbone",
             "embedding_dim",
             "epochs_completed",
+            "steps_per_epoch",
             "preprocessing",
         }
 
@@ -322,7 +324,12 @@ def test_dry_run_writes_nothing_and_prints_a_config_that_config_reads_back(manif
 def test_the_seeds_python_example_works(manifests, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     datamodule = EarDataModule(
-        batch_size=8, num_workers=0, train_metadata=manifests[1], val_metadata=manifests[3], image_size=64
+        backbone="test_convnext",
+        batch_size=8,
+        num_workers=0,
+        train_metadata=manifests[1],
+        val_metadata=manifests[3],
+        image_size=64,
     )
     model = EarTeacherLightningModule(
         learning_rate=1e-4, max_epochs=1, pretrained=False, backbone="test_convnext", image_size=64
@@ -366,3 +373,90 @@ def test_the_sampler_is_a_permutation_shared_among_ranks():
 def test_an_experiment_name_with_a_slash_is_refused(manifests):
     with pytest.raises(WordsError, match="plain folder name"):
         small_config(manifests, experiment_name="../x")
+
+
+def test_a_stray_checkpoint_is_not_resumed_into_the_folder_it_lies_in(run, tmp_path, earteach):
+    (tmp_path / "config.toml").write_text("mine = true\n")
+    shutil.copy(run / "checkpoints" / "epoch_0005.ckpt", tmp_path / "x.ckpt")
+    said = earteach("resume", tmp_path / "x.ckpt")
+    assert said.code == 2 and "give the experiment folder" in said.err
+    assert (tmp_path / "config.toml").read_text() == "mine = true\n" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_earlier_checkpoint_does_not_mix_two_branches(run, tmp_path, earteach):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    said = earteach("resume", copy / "checkpoints" / "epoch_0005.ckpt", "--max-epochs", 8)
+    assert said.code == 2 and "has gone on to 6" in said.err
+
+
+def test_resume_elsewhere_says_where_the_paths_start(run, tmp_path, monkeypatch, earteach):
+    copy = copy_back_to(run, 5, tmp_path)
+    path = copy / "checkpoints" / "epoch_0005.ckpt"
+    content = read_checkpoint(path).content
+    content["hyper_parameters"]["train_metadata"] = "data/gone.npy"
+    torch.save(content, path)
+    said = earteach("resume", copy)
+    assert said.code == 1 and "the folder where it was trained" in said.err
+
+
+def test_hflip_alone_flips_and_does_nothing_else():
+    from ear_teacher_cli.data.augment import Augment
+    from ear_teacher_cli.data.pixels import preprocessing_of
+
+    plain = preprocessing_of("test_convnext", 64, 0.1, True)
+    pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(Augment(plain, policy=False, hflip=1.0)(pixels, 5), pixels.flip(2))
+    assert torch.equal(Augment(plain, policy=False, hflip=0.0)(pixels, 5), pixels)
+    varied = Augment(plain)
+    assert torch.equal(varied(pixels, 5), varied(pixels, 5)) and not torch.equal(varied(pixels, 5), varied(pixels, 6))
+
+
+def test_crops_of_another_kind_than_the_models_are_refused(manifests, tmp_path):
+    datamodule = EarDataModule(
+        train_metadata=manifests[1],
+        val_metadata=manifests[3],
+        image_size=64,
+        num_workers=0,
+        pad=False,
+        backbone="test_convnext",
+    )
+    model = EarTeacherLightningModule(pretrained=False, backbone="test_convnext", image_size=64)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(EarTeachError, match="are not the model's"):
+        trainer.fit(model, datamodule=datamodule)
+
+
+def test_validation_without_a_readable_picture_is_our_error(ears, tmp_path):
+    copy = shutil.copytree(ears, tmp_path / "ears")
+    (copy / "bad.jpg").write_bytes(b"no")
+    (copy / "val.csv").write_text("image_path\nbad.jpg\n")
+    paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val.csv")]
+    with pytest.raises(EarTeachError, match="validation pictures"):
+        train(small_config(paths, output_dir=str(tmp_path), max_epochs=1, max_bad=1.0), QUIET)
+
+
+def test_a_schedule_goes_on_from_the_same_epoch_on_other_devices(run, tmp_path, manifests):
+    """Half the steps an epoch (as on twice the devices): the learning rate follows the epoch, not the step."""
+    copy = copy_back_to(run, 5, tmp_path)
+    path = copy / "checkpoints" / "epoch_0005.ckpt"
+    content = read_checkpoint(path).content
+    content["hyper_parameters"]["batch_size"] = 4  # 6 steps an epoch instead of 3
+    torch.save(content, path)
+    resume(copy, QUIET)
+    rates = [float(row["train/lr"]) for row in read_table(copy / "metrics.csv")]
+    whole = [float(row["train/lr"]) for row in read_table(run / "metrics.csv")]
+    assert rates[-1] == pytest.approx(1e-3 * rate_at(35, 7, 36), rel=1e-3)  # the last of 6 x 6 steps
+    assert whole[-1] == pytest.approx(1e-3 * rate_at(17, 3, 18), rel=1e-3)
+
+
+def test_a_wrapped_sampler_is_left_alone_by_lightning():
+    from torch.utils.data import DistributedSampler
+
+    assert isinstance(EpochSampler(10, seed=1, shuffle=True), DistributedSampler)

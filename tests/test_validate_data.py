@@ -165,3 +165,21 @@ def test_the_hash_survives_jpeg_and_scaling_but_not_another_ear(ears):
     first, sibling, other = map(perceptual_hash, crops)
     assert (first ^ perceptual_hash(crops[0].resize((90, 110)))).bit_count() <= 3
     assert (first ^ sibling).bit_count() > 10 and (first ^ other).bit_count() > 10
+
+
+def test_the_input_is_never_an_output(ears, tmp_path, earteach):
+    copy = tmp_path / "m.csv"
+    shutil.copy(ears / "eval.csv", copy)
+    for option in ("--write-clean", "--json", "--contact-sheet"):
+        said = earteach("validate-data", copy, option, copy, "--overwrite", "--root-dir", ears)
+        assert said.code == 2 and "is an input" in said.err
+    said = earteach(
+        "validate-data", copy, "--root-dir", ears, "--json", tmp_path / "x", "--contact-sheet", tmp_path / "x"
+    )
+    assert said.code == 2 and copy.read_bytes() == (ears / "eval.csv").read_bytes()
+
+
+def test_a_clean_manifest_elsewhere_says_how_to_read_it(ears, tmp_path, earteach):
+    said = earteach("validate-data", ears / "val_teacher.npy", "--write-clean", tmp_path / "clean.npy")
+    assert f"--root-dir {ears}" in said.err
+    assert earteach("validate-data", tmp_path / "clean.npy", "--root-dir", ears).code == 0

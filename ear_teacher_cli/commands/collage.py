@@ -11,8 +11,8 @@ from ..core.pictures import collage as draw_collage
 from ..core.pictures import psnr_of_bytes, save_picture
 from ..data.dataset import EarDataset
 from ..data.manifest import read_manifest
-from ..errors import EarTeachError
-from ..files import refuse_existing
+from ..errors import EarTeachError, ManifestError, WordsError
+from ..files import printable, refuse_existing
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,20 @@ def collage(
     overwrite: bool = False,
 ) -> Collage:
     """Draw `num_samples` pictures of `metadata` (default: what the run was validated on) with their reconstructions."""
-    out = refuse_existing(out, overwrite)
+    if Path(out).suffix.lower() != ".png":
+        raise WordsError(f"{printable(out)}: name a .png file; other pictures are not written")
+    out = refuse_existing(out, overwrite, inputs=(source, metadata))
     checkpoint = read_checkpoint(runs.checkpoint_of(Path(source), best=True))
     config = checkpoint.config
-    manifest = read_manifest(metadata or config.val_metadata, root_dir or (None if metadata else config.root_dir))
+    try:
+        manifest = read_manifest(metadata or config.val_metadata, root_dir or (None if metadata else config.root_dir))
+    except ManifestError as error:
+        where = (
+            ""
+            if metadata
+            else " (the run's paths start from the folder where it was trained; or name pictures with --metadata)"
+        )
+        raise ManifestError(f"{error}{where}") from error
     module = EarTeacherLightningModule(config)
     module.model.load_state_dict(checkpoint.model_state, strict=True)
     pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)

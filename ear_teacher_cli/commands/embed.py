@@ -7,6 +7,7 @@ list beside the embeddings says why.
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -24,11 +25,11 @@ from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..core.embedder import Embedder, load_embedder
-from ..data.datamodule import usable_cores
 from ..data.dataset import BadPicture, EarDataset, collate
 from ..data.manifest import MANIFEST_SUFFIXES, PICTURE_SUFFIXES, Box, Manifest, pictures_manifest, read_manifest
 from ..errors import EarTeachError, ManifestError, WordsError
 from ..files import printable, refuse_existing, whole_file
+from ..machine import usable_cores
 from ..talk import Talk
 
 FORMATS = ("npy", "npz", "csv")
@@ -64,7 +65,7 @@ def embed(
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
     for path in [out, *sidecars.values()] if out != "-" else []:
-        refuse_existing(path, overwrite)
+        refuse_existing(path, overwrite, inputs=(source, weights))
     manifest = read_input(source, root_dir)
     embedder = load_embedder(weights, backbone, image_size)
     talk.say(
@@ -92,7 +93,8 @@ def embed(
 def read_input(source: str, root_dir: str | None = None) -> Manifest:
     """Any INPUT as a manifest. Raises ManifestError."""
     if source == "-":
-        paths = [line.rstrip("\r\n") for line in sys.stdin]
+        # bytes, as file names are: a name need not be text in the terminal's encoding
+        paths = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
         paths = [path for path in paths if path.strip()]
         if not paths:
             raise ManifestError("stdin: holds no paths; give one picture a line, as find prints them")
@@ -188,8 +190,11 @@ def _output(out: str) -> Iterator[BinaryIO]:
         with tempfile.TemporaryFile() as file:
             yield file
             file.seek(0)
-            shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
-            sys.stdout.buffer.flush()
+            try:
+                shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:  # the reader has all it wants; what is left to flush at exit goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         with whole_file(out) as temporary, open(temporary, "w+b") as file:
             yield file
@@ -261,13 +266,16 @@ class _Csv:
     """row, path, x1, y1, x2, y2, then e0 ... e(D-1), each float32 in the fewest digits that give it back."""
 
     def __init__(self, file: BinaryIO, dim: int):
-        self.text, self.count = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True), 0
+        self.text, self.count = (
+            io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True),
+            0,
+        )
         self.writer = csv.writer(self.text)
         self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *(f"e{i}" for i in range(dim))])
 
     def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
         for vector, path, box in zip(vectors, paths, boxes, strict=True):
-            self.writer.writerow([self.count, printable(path), *(box or ("",) * 4), *vector.astype(str)])
+            self.writer.writerow([self.count, path, *(box or ("",) * 4), *vector.astype(str)])
             self.count += 1
 
     def finish(self) -> None:
@@ -281,15 +289,15 @@ class _Names:
     """`out.csv` beside the embeddings: every input in order; `row` is empty where there is no embedding."""
 
     def __init__(self, file: BinaryIO):
-        self.text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        self.text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         self.writer = csv.writer(self.text)
         self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status"])
 
     def add(self, manifest: Manifest, next_row: int, good: list[int], bad: list[BadPicture]) -> None:
         entries = [(index, next_row + i, "ok") for i, index in enumerate(good)]
-        entries += [(entry.index, "", f"{entry.reason}: {printable(entry.detail)}") for entry in bad]
+        entries += [(entry.index, "", f"{entry.reason}: {entry.detail}") for entry in bad]
         for index, row, status in sorted(entries, key=lambda entry: entry[0]):
-            self.writer.writerow([row, printable(manifest.paths[index]), *(manifest.boxes[index] or ("",) * 4), status])
+            self.writer.writerow([row, manifest.paths[index], *(manifest.boxes[index] or ("",) * 4), status])
 
     def finish(self) -> None:
         self.text.detach()

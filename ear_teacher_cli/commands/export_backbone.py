@@ -32,7 +32,7 @@ def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False
     """
     if Path(out).suffix != ".safetensors":
         raise WordsError(f"{printable(out)}: name a .safetensors file; other formats are not written")
-    out = refuse_existing(out, overwrite)
+    out = refuse_existing(out, overwrite, inputs=(source,))
     path = runs.checkpoint_of(Path(source), best=True)
     checkpoint = read_checkpoint(path)
     teacher = load_embedder(str(path))

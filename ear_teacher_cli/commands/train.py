@@ -20,10 +20,10 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ..config import TrainConfig, read_toml
+from ..config import TrainConfig, read_toml, with_changes
 from ..core import callbacks, runs
 from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
-from ..core.lightning_module import EarTeacherLightningModule, with_changes
+from ..core.lightning_module import EarTeacherLightningModule
 from ..core.losses import metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
@@ -86,8 +86,7 @@ def resume(
         return _start_again(run, changes, talk)
     path = runs.checkpoint_of(run, best=False)
     checkpoint = read_checkpoint(path)
-    folder = path.resolve().parent
-    folder = Path(os.path.relpath(folder.parent if folder.name == runs.CHECKPOINTS else folder))
+    folder = _experiment_of(path, checkpoint)
     config = with_changes(_located(checkpoint.config, folder), **changes)
     if max_epochs is not None and max_epochs < checkpoint.epoch:
         raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
@@ -104,8 +103,9 @@ def resume(
     talk.say(_restored(checkpoint))
     if max_epochs not in (None, checkpoint.config.max_epochs):
         talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
-    _open_folder(folder, config)
-    return _fit(config, data, module, talk, path)
+    if _is_first_process():
+        _open_folder(folder, config)
+    return _fit(config, data, module, talk, path, checkpoint.content["global_step"])
 
 
 def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
@@ -138,7 +138,7 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
         say("precision: 16-mixed needs a GPU; training in full precision (32-true)")
         config = replace(config, precision="32-true")
     if config.warmup != config.warmup_epochs:
-        say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup}")
+        say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup:g}")
     _check_machine(config)
     data = EarDataModule(config)
     data.setup("fit")
@@ -177,8 +177,14 @@ def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
 
 
 def _fit(
-    config: TrainConfig, data: EarDataModule, module: EarTeacherLightningModule, talk: Talk, checkpoint: Path | None
+    config: TrainConfig,
+    data: EarDataModule,
+    module: EarTeacherLightningModule,
+    talk: Talk,
+    checkpoint: Path | None,
+    step: int | None = None,
 ) -> Outcome:
+    """Train, from a checkpoint at `step` if one is given; events of later steps are taken out of TensorBoard's view."""
     folder = config.experiment_dir
     found = runs.versions(folder)
     logger = TensorBoardLogger(
@@ -186,7 +192,9 @@ def _fit(
         config.experiment_name,
         default_hp_metric=False,
         version=found[-1].name if found and checkpoint else None,
+        purge_step=step,
     )
+    module.talk = talk = talk if _is_first_process() else Talk(quiet=True)
     steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
     with _quiet_lightning():
         trainer = pl.Trainer(
@@ -201,7 +209,7 @@ def _fit(
                 callbacks.Collages(config.num_collage_samples, config.seed),
                 callbacks.MetricsFile(folder / runs.METRICS),
                 callbacks.BadPictureList(folder / runs.BAD),
-                callbacks.Reporter(talk if _is_first_process() else Talk(quiet=True)),
+                callbacks.Reporter(talk),
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS),
             ],
             plugins=[WholeFileCheckpointIO()],
@@ -225,13 +233,38 @@ def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
         raise EarTeachError(
             f"{printable(folder)}: holds neither a checkpoint nor {runs.CONFIG}; give a folder that earteach train made"
         )
-    config = with_changes(_located(TrainConfig(**read_toml(folder / runs.CONFIG)), folder), **changes)
+    config = TrainConfig(**read_toml(folder / runs.CONFIG))
+    if config.experiment_name != folder.resolve().name:
+        raise EarTeachError(
+            f"{printable(folder)}: its {runs.CONFIG} is of {config.experiment_name!r}; start it with `earteach train --config`"
+        )
+    config = with_changes(_located(config, folder), **changes)
     talk.say(f"{printable(folder)}: no epoch was finished; starting from its configuration")
     config, data = _prepare(config, talk)
     module = _new_module(config, talk)
-    _remove_run(folder)
-    _open_folder(folder, config)
+    if _is_first_process():
+        _remove_run(folder)
+        _open_folder(folder, config)
     return _fit(config, data, module, talk, None)
+
+
+def _experiment_of(path: Path, checkpoint: Checkpoint) -> Path:
+    """The experiment folder a checkpoint lies in, relative to here. Raises WordsError if writing there would do harm."""
+    folder = path.resolve().parent.parent
+    if path.resolve().parent.name != runs.CHECKPOINTS or not (folder / runs.CONFIG).is_file():
+        raise WordsError(
+            f"{printable(path)}: does not lie in the {runs.CHECKPOINTS}/ of an experiment, which resume would go on writing; "
+            "give the experiment folder"
+        )
+    newest = runs.last_checkpoint(folder)
+    if newest is not None and not newest.samefile(path):
+        done = read_checkpoint(newest).epoch
+        if done > checkpoint.epoch:
+            raise WordsError(
+                f"{printable(path)}: is of epoch {checkpoint.epoch}, but this experiment has gone on to {done}; to branch off, "
+                "copy the experiment folder without its later checkpoints and resume the copy"
+            )
+    return Path(os.path.relpath(folder))
 
 
 def _open_folder(folder: Path, config: TrainConfig) -> None:
@@ -298,7 +331,7 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
         labels = torch.arange(len(pixels), device=module.device) % len(prototypes)
         features = module.model.predict(embedding)
         loss = loss + config.metric_weight * metric_loss(
-            config.metric_loss, features, prototypes, labels, config.arcface_margin, config.arcface_scale
+            config.metric_loss, features, prototypes, labels, config.margin, config.arcface_scale
         )
     loss.backward()
     return float(loss.detach())
@@ -307,7 +340,8 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
 def describe_estimate(estimate: Estimate) -> str:
     return (
         f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {estimate.steps_per_epoch} steps "
-        f"an epoch; the run: about {clock(estimate.seconds)} and {estimate.bytes / 2**20:.0f} MiB of disk"
+        f"an epoch; the run: about {clock(estimate.seconds)} of computing (full precision, loading not counted) and "
+        f"{estimate.bytes / 2**20:.0f} MiB of disk"
     )
 
 

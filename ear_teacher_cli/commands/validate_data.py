@@ -24,6 +24,7 @@ from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect, near_
 from ..data.manifest import Box, Manifest, read_manifest, write_manifest
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
+from ..machine import usable_cores
 from ..talk import Talk
 
 ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
@@ -95,7 +96,9 @@ def validate_data(
     """Check manifests; write what was asked for. Raises EarTeachError only if an output cannot be written."""
     outputs = [path for path in (json_file, contact_sheet, write_clean) if path and path != "-"]
     for path in outputs:
-        refuse_existing(path, overwrite)
+        refuse_existing(path, overwrite, inputs=sources)
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise WordsError(f"{printable(outputs[0])}: two outputs have one name; give each its own")
     if write_clean and len(sources) != 1:
         raise WordsError(f"--write-clean: needs one manifest, not {len(sources)}; clean them one at a time")
     manifests, findings = _read_all(sources, root_dir)
@@ -111,16 +114,21 @@ def validate_data(
     if contact_sheet:
         _draw_sheet(manifests, report, seen, contact_sheet)
     if write_clean and manifests:
-        _write_clean(manifests[0], report, write_clean)
+        kept = _write_clean(manifests[0], report, write_clean)
+        talk.say(
+            f"{printable(write_clean)}: {kept} of {len(manifests[0])} rows; read it with --root-dir {printable(manifests[0].root)}"
+        )
     return report
 
 
-def _write_clean(manifest: Manifest, report: Report, path: str) -> None:
+def _write_clean(manifest: Manifest, report: Report, path: str) -> int:
+    """Write the ears without an error; how many."""
     bad = {finding.ear for finding in report.findings if finding.is_error}
     kept = [i for i in range(len(manifest)) if i not in bad]
     if not kept:
         raise EarTeachError(f"{printable(manifest.source)}: no row is without an error; nothing to write")
     write_manifest(manifest.subset(kept), path)
+    return len(kept)
 
 
 def _read_all(sources: list[str], root_dir: str | None) -> tuple[list[Manifest], list[Finding]]:
@@ -159,8 +167,7 @@ def _jobs(number: int, manifest: Manifest) -> Iterator[Photo]:
 
 
 def _in_parallel(jobs: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(num_workers, cores, len(jobs) // 64)
+    workers = min(num_workers, usable_cores(), len(jobs) // 64)
     if workers < 2:
         yield from map(inspect, jobs)
         return

@@ -2,6 +2,7 @@
 
 import csv
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from ..data.dataset import BadPicture, EarDataset, collate
 from ..errors import EarTeachError
-from ..files import printable, whole_file
-from ..talk import Talk, clock
+from ..files import whole_file
+from ..talk import Steps, Talk, clock
 from .pictures import collage, save_gif, save_picture
 
 COLLAGES = "reconstruction_collages"
@@ -159,31 +160,36 @@ class BadPictureList(Callback):
         if not module.bad or not trainer.is_global_zero:
             return
         sets = {"train": trainer.datamodule.train_set, "val": trainer.datamodule.val_set}
-        with whole_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(self.path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["split", "row", "image_path", "reason", "detail"])
             for (split, index), error in sorted(module.bad.items(), key=lambda entry: entry[0]):
                 manifest = sets[split].manifest
-                writer.writerow(
-                    [split, manifest.rows[index], printable(manifest.paths[index]), error.reason, error.detail]
-                )
+                writer.writerow([split, manifest.rows[index], manifest.paths[index], error.reason, error.detail])
 
 
 class Reporter(Callback):
-    """One line per epoch, and progress in between."""
+    """One line per epoch, and progress in between. Rates count from an epoch's first batch: making pseudo-classes
+    before it has its own progress."""
 
     def __init__(self, talk: Talk):
         self.talk = talk
+        self.stack = ExitStack()
+        self.steps: Steps | None = None
+        self.epochs, self.seconds, self.bad = 0, 0.0, 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
-        total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
-        self._progress = self.talk.progress("training", total, "steps")
-        self.steps = self._progress.__enter__()
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.epoch_start, self.pictures = time.monotonic(), 0
-        self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.steps is None:
+            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
+            self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps"))
+        if batch_idx == 0:
+            self.epoch_start, self.pictures = time.monotonic(), 0
+            self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -194,19 +200,21 @@ class Reporter(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        done = epoch - self.first_epoch
-        left = (time.monotonic() - self.start) / done * (trainer.max_epochs - epoch)
+        self.epochs, self.seconds = self.epochs + 1, self.seconds + time.monotonic() - self.epoch_start
+        left = self.seconds / self.epochs * (trainer.max_epochs - epoch)
         self.talk.say(
             f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
             f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left"
         )
+        if len(pl_module.bad) > self.bad:
+            self.bad = len(pl_module.bad)
+            self.talk.warn(f"{self.bad} pictures cannot be read and are left out; bad_images.csv lists them")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._progress.__exit__(None, None, None)
+        self.stack.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_progress"):
-            self._progress.__exit__(None, None, None)
+        self.stack.close()
 
 
 def epoch_figures(metrics: dict[str, torch.Tensor]) -> str:
@@ -226,15 +234,21 @@ def epoch_figures(metrics: dict[str, torch.Tensor]) -> str:
 
 
 class StopOnNaN(Callback):
-    """An epoch whose loss is no number ends the run before it is saved: nothing learned after it would count."""
+    """An epoch without a finite loss ends the run before it is saved: nothing learned after it would count."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None and not torch.isfinite(loss):
-            raise EarTeachError(
-                f"epoch {trainer.current_epoch + 1}: the training loss is {float(loss)}; the checkpoints "
-                "before it stand. Start again with a lower --learning-rate or --precision 32-true"
-            )
+        epoch = trainer.current_epoch + 1
+        for name, pictures in (("train/loss", "training"), ("val/loss", "validation")):
+            loss = trainer.callback_metrics.get(name)
+            if loss is None:
+                raise EarTeachError(
+                    f"epoch {epoch}: too few {pictures} pictures could be read for a loss; run earteach validate-data"
+                )
+            if not torch.isfinite(loss):
+                raise EarTeachError(
+                    f"epoch {epoch}: {name} is {float(loss)}; the checkpoints before it stand. Start again with a lower "
+                    "--learning-rate or --precision 32-true"
+                )
 
 
 def _name(path: str) -> str:

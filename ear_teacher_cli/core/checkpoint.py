@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from .. import __version__
 from ..config import TrainConfig, from_dict
 from ..data.pixels import Preprocessing
-from ..errors import WeightsError
+from ..errors import ForeignWeightsError, WeightsError
 from ..files import printable, whole_file
 
 FORMAT = 1
@@ -47,7 +47,9 @@ class Checkpoint:
         return {k.removeprefix("backbone."): v for k, v in self.model_state.items() if k.startswith("backbone.")}
 
 
-def describe(config: TrainConfig, preprocessing: Preprocessing, embedding_dim: int, epochs: int) -> dict[str, Any]:
+def describe(
+    config: TrainConfig, preprocessing: Preprocessing, embedding_dim: int, epochs: int, steps_per_epoch: int
+) -> dict[str, Any]:
     """The `earteach` part of a checkpoint: what inference needs, in plain values."""
     return {
         "format": FORMAT,
@@ -55,6 +57,7 @@ def describe(config: TrainConfig, preprocessing: Preprocessing, embedding_dim: i
         "backbone": config.backbone,
         "embedding_dim": embedding_dim,
         "epochs_completed": epochs,
+        "steps_per_epoch": steps_per_epoch,
         "preprocessing": preprocessing.as_dict(),
     }
 
@@ -64,21 +67,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     where = printable(path)
     content = _read_torch(Path(path))
     if not isinstance(content, dict) or "earteach" not in content or "hyper_parameters" not in content:
-        raise WeightsError(f"{where}: is no checkpoint of earteach train; give one from a run's checkpoints folder")
-    about = content["earteach"]
-    if about.get("format") != FORMAT:
-        raise WeightsError(
-            f"{where}: checkpoint format {about.get('format')} of earteach {about.get('version')} "
-            f"is not {FORMAT}; use the earteach that wrote it"
+        raise ForeignWeightsError(
+            f"{where}: is no checkpoint of earteach train; give one from a run's checkpoints folder"
         )
-    return Checkpoint(
-        path=Path(path),
-        config=from_dict(content["hyper_parameters"], where),
-        preprocessing=Preprocessing.from_dict(about["preprocessing"], where),
-        embedding_dim=about["embedding_dim"],
-        epoch=about["epochs_completed"],
-        content=content,
-    )
+    about = content["earteach"]
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise WeightsError(f"{where}: its checkpoint format is not {FORMAT}; use the earteach that wrote it")
+    try:
+        return Checkpoint(
+            path=Path(path),
+            config=from_dict(dict(content["hyper_parameters"]), where),
+            preprocessing=Preprocessing.from_dict(about["preprocessing"], where),
+            embedding_dim=int(about["embedding_dim"]),
+            epoch=int(about["epochs_completed"]),
+            content=content,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: what it says of itself is not whole ({error!r}); use another checkpoint"
+        ) from error
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from .. import __version__
 from ..config import TrainConfig
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
-from ..errors import EarTeachError, WeightsError, WordsError
+from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
 from ..files import printable
 from . import runs
 from .checkpoint import read_checkpoint, read_safetensors, read_tensors
@@ -44,20 +44,31 @@ def load_embedder(weights: str | None, backbone: str | None = None, image_size: 
 
     None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. Raises EarTeachError.
     """
-    # A run and an export know their size; only weights that say nothing may be given one.
     weights = weights or os.environ.get("EARTEACH_WEIGHTS") or _newest()
     if weights.startswith("timm:"):
+        if backbone is not None:
+            raise WordsError(
+                f"--backbone {printable(backbone)}: {printable(weights)} says it already; leave the option out"
+            )
         return _from_timm(weights.removeprefix("timm:"), image_size)
     path = Path(weights)
     if path.is_dir():
         path = runs.checkpoint_of(path, best=True)
-    if backbone is not None:
-        return _from_state_dict(path, backbone, image_size)
-    if image_size is not None:
-        raise WordsError(f"--image-size {image_size}: {printable(path)} carries its own; leave the option out")
-    if path.suffix == ".safetensors":
-        return _from_export(path)
-    return _from_checkpoint(path)
+    try:
+        name, preprocessing, state = _own_export(path) if path.suffix == ".safetensors" else _own_checkpoint(path)
+    except ForeignWeightsError as error:
+        if backbone is None:
+            raise WeightsError(
+                f"{printable(path)}: is not of earteach; say of which model it is with --backbone NAME"
+            ) from error
+        name, preprocessing, state = backbone, _default_preprocessing(backbone, image_size), read_tensors(path)
+    else:
+        if backbone not in (None, name) or image_size not in (None, preprocessing.image_size):
+            raise WordsError(
+                f"{printable(path)}: is of {name} at {preprocessing.image_size} px and says so; leave --backbone and --image-size out"
+            )
+    module = build_backbone(name, preprocessing.image_size)
+    return _ready(module, name, preprocessing, load_state(module, name, state, printable(path), sha256_of(path)))
 
 
 def export_header(
@@ -69,62 +80,34 @@ def export_header(
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
-def _from_export(path: Path) -> Embedder:
+def _own_export(path: Path) -> tuple[str, Preprocessing, dict]:
     state, header = read_safetensors(path)
     if header.get("earteach_export") != EXPORT_FORMAT:
-        raise WeightsError(
-            f"{printable(path)}: was not written by earteach export-backbone; say what it is with --backbone NAME"
-        )
+        raise ForeignWeightsError(f"{printable(path)}: was not written by earteach export-backbone")
     try:
         about = {
             name: header[name] if name == "interpolation" else json.loads(header[name])
             for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std")
         }
-        preprocessing = Preprocessing.from_dict(about, printable(path))
-        return _filled(header["architecture"], preprocessing, state, path, sha256_of(path))
+        return header["architecture"], Preprocessing.from_dict(about, printable(path)), state
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{printable(path)}: its header is not whole ({error!r}); export it again") from error
 
 
-def _from_checkpoint(path: Path) -> Embedder:
-    try:
-        checkpoint = read_checkpoint(path)
-    except WeightsError as error:
-        if "is no checkpoint of earteach" in str(error):
-            raise WeightsError(
-                f"{printable(path)}: is no checkpoint of earteach; if it is a plain state dict, say of "
-                "which model with --backbone NAME"
-            ) from error
-        raise
-    return _filled(
-        checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state, path, sha256_of(path)
-    )
-
-
-def _from_state_dict(path: Path, backbone: str, image_size: int | None) -> Embedder:
-    """A plain state dict says nothing of its preprocessing: the defaults of training are used."""
-    return _filled(backbone, _default_preprocessing(backbone, image_size), read_tensors(path), path, sha256_of(path))
+def _own_checkpoint(path: Path) -> tuple[str, Preprocessing, dict]:
+    checkpoint = read_checkpoint(path)
+    return checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state
 
 
 def _from_timm(name: str, image_size: int | None) -> Embedder:
     preprocessing = _default_preprocessing(name, image_size)
     backbone = build_backbone(name, preprocessing.image_size)
-    try:
-        receipt = load_from_hub(backbone, name)
-    except WeightsError as error:
-        raise WeightsError(
-            f"timm:{name}: not in the cache and the hub is out of reach; give --weights FILE with --backbone {name}"
-        ) from error
+    receipt = load_from_hub(backbone, name, f"give --weights FILE with --backbone {name}")
     return _ready(backbone, name, preprocessing, receipt)
 
 
 def _default_preprocessing(backbone: str, image_size: int | None) -> Preprocessing:
     return preprocessing_of(backbone, image_size or TrainConfig.image_size, TrainConfig.bbox_buffer, TrainConfig.pad)
-
-
-def _filled(name: str, preprocessing: Preprocessing, state: dict, path: Path, sha256: str) -> Embedder:
-    backbone = build_backbone(name, preprocessing.image_size)
-    return _ready(backbone, name, preprocessing, load_state(backbone, name, state, printable(path), sha256))
 
 
 def _ready(backbone: nn.Module, name: str, preprocessing: Preprocessing, receipt: Receipt) -> Embedder:

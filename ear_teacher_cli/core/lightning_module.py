@@ -4,7 +4,6 @@ Everything random in a step is a function of (seed, step), every class is kept i
 runs at fixed epochs: a resumed run is the uninterrupted one. B pictures, D embedding, D' projection, K classes.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +16,7 @@ from ..config import TrainConfig
 from ..data.dataset import Batch, derive_seed
 from ..data.pixels import from_unit, normalise, preprocessing_of, to_unit
 from ..errors import EarTeachError, PictureError
+from ..talk import Talk
 from . import losses, weights
 from . import pseudo_classes as classes
 from .checkpoint import describe
@@ -50,6 +50,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.prototypes: nn.Parameter | None = None  # K,D': allocated when the number of pictures is known
         self.classes: classes.PseudoClasses | None = None
         self.receipt: weights.Receipt | None = None
+        self.talk = Talk(quiet=True)  # the verb gives its own
+        self._resumed: dict[str, int] | None = None
         self.bad: dict[tuple[str, int], PictureError] = {}  # (train or val, row index) -> why it was skipped
 
     def load_pretrained(self) -> weights.Receipt:
@@ -60,6 +62,12 @@ class EarTeacherLightningModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        dataset = getattr(self.trainer.datamodule, "val_set", None)
+        if dataset is not None and dataset.preprocessing != self.preprocessing:
+            raise EarTeachError(
+                f"data: its crops ({dataset.preprocessing}) are not the model's ({self.preprocessing}); give EarDataModule "
+                "and EarTeacherLightningModule the same backbone, image_size, bbox_buffer and pad"
+            )
         if self.config.pretrained and self.receipt is None and self.trainer.ckpt_path is None:
             self.load_pretrained()
         if self.config.learns_classes and self.prototypes is None:
@@ -70,8 +78,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         groups = param_groups_weight_decay(self, self.config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = total * self.config.warmup // self.config.max_epochs
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, warmup, total))
+        warmup = int(total * self.config.warmup / self.config.max_epochs)
+        # Resumed on another number of devices an epoch has other steps: go on from the same epoch, not the same step.
+        shift, per_epoch = 0, self.trainer.num_training_batches
+        if self._resumed and self._resumed["steps_per_epoch"] != per_epoch:
+            shift = self._resumed["epochs_completed"] * per_epoch - self._resumed["global_step"]
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_at(max(0, step + shift), warmup, total)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -142,12 +156,13 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["earteach"] = describe(
-            self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed()
+            self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed(), self._steps_per_epoch()
         )
         if self.classes is not None:
             checkpoint["pseudo_classes"] = self.classes.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
         state = checkpoint.get("pseudo_classes")
         if state is None:
             return
@@ -162,7 +177,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         features = self.model.predict(embedding)
         if not known.any():
             return features.sum() * 0
-        margin = losses.margin_at(self.current_epoch, self.config.arcface_margin, self.config.margin_warmup_epochs)
+        margin = losses.margin_at(self.current_epoch, self.config.margin, self.config.margin_warmup_epochs)
         return losses.metric_loss(
             self.config.metric_loss, features[known], self.prototypes, labels[known], margin, self.config.arcface_scale
         )
@@ -178,7 +193,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             features,
             self.prototypes,
             labels,
-            self.config.arcface_margin,
+            self.config.margin,
             self.config.arcface_scale,
         )
         return loss, agreement
@@ -204,11 +219,13 @@ class EarTeacherLightningModule(pl.LightningModule):
         """(embeddings M,D, their rows M) of all readable training pictures, unaugmented, evaluation mode, float32."""
         self.eval()
         found, rows = [], []
-        for batch in self.trainer.datamodule.clean_dataloader():
-            self._note_bad("train", batch)
-            if len(batch["index"]):
-                found.append(self(batch["pixels"].to(self.device)).float().cpu())
-                rows.append(batch["index"])
+        with self.talk.progress("making pseudo-classes", len(self._train_set()), "pictures") as steps:
+            for batch in self.trainer.datamodule.clean_dataloader():
+                self._note_bad("train", batch)
+                if len(batch["index"]):
+                    found.append(self(batch["pixels"].to(self.device)).float().cpu())
+                    rows.append(batch["index"])
+                steps.advance(len(batch["index"]) + len(batch["bad"]))
         self.train()
         if len(found) == 0:
             raise EarTeachError("training pictures: not one could be read; run earteach validate-data")
@@ -236,8 +253,11 @@ class EarTeacherLightningModule(pl.LightningModule):
     @torch.no_grad()
     def _class_means(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Class means of the heads' output, K,D'. In training mode: that is what the loss will compare them with."""
-        outputs = [self.model.predict(part.to(self.device)).float().cpu() for part in embeddings.split(65_536)]
-        return classes.class_means(F.normalize(torch.cat(outputs), dim=1), labels, len(self.prototypes))
+        parts = embeddings.tensor_split(-(-len(embeddings) // 65_536))
+        outputs = [self.model.predict(part.to(self.device)).float().cpu() for part in parts]
+        means = classes.class_means(F.normalize(torch.cat(outputs), dim=1), labels, len(self.prototypes))
+        # a class none of whose pictures could be read keeps the prototype it has
+        return torch.where(means.norm(dim=1, keepdim=True) > 0, means, self.prototypes.detach().cpu())
 
     def _allocate(self, count: int) -> None:
         start = torch.randn(
@@ -276,6 +296,9 @@ class EarTeacherLightningModule(pl.LightningModule):
     def _epochs_completed(self) -> int:
         return self.trainer.fit_loop.epoch_progress.current.processed
 
+    def _steps_per_epoch(self) -> int:
+        return int(self.trainer.num_training_batches)
+
 
 def _gradient_ratio(metric: torch.Tensor, reconstruction: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     """Norm of the gradient the metric term sends into the embedding, over that of the reconstruction term."""
@@ -284,8 +307,3 @@ def _gradient_ratio(metric: torch.Tensor, reconstruction: torch.Tensor, embeddin
         for term in (metric, reconstruction)
     ]
     return norms[0] / norms[1].clamp_min(1e-12)
-
-
-def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """A config with the given (not None) fields replaced."""
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})

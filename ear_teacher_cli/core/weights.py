@@ -51,7 +51,8 @@ def load_pretrained(backbone: nn.Module, config: TrainConfig) -> Receipt:
     if path != default or (config.backbone == TrainConfig.backbone and Path(path).exists()):
         return load_file(backbone, config.backbone, path)
     name = "convnext_tiny.fb_in22k" if config.backbone == TrainConfig.backbone else config.backbone
-    return load_from_hub(backbone, name)
+    ways = "give a file with --pretrained-path, or start from random weights with --no-pretrained"
+    return load_from_hub(backbone, name, ways)
 
 
 def load_file(backbone: nn.Module, name: str, path: str | Path) -> Receipt:
@@ -82,11 +83,13 @@ def load_state(backbone: nn.Module, name: str, state: State, source: str, sha256
     return Receipt(source, naming, len(kept), len(renamed) - len(kept), sha256)
 
 
-def load_from_hub(backbone: nn.Module, name: str) -> Receipt:
-    """Load timm's published weights, from the local cache or over the network. Raises WeightsError offline."""
-    both_ways = "give a file with --pretrained-path, or start from random weights with --no-pretrained"
+def load_from_hub(backbone: nn.Module, name: str, ways: str) -> Receipt:
+    """Load timm's published weights, from the local cache or over the network.
+
+    Raises WeightsError, naming the other `ways`, if there are none or the hub is out of reach.
+    """
     if not timm.is_model_pretrained(name):
-        raise WeightsError(f"{name}: timm has no pretrained weights of it; {both_ways}")
+        raise WeightsError(f"{name}: timm has no pretrained weights of it; {ways}")
     pretrained = timm.get_pretrained_cfg(name)
     try:
         os_error: Exception | None = None
@@ -98,9 +101,7 @@ def load_from_hub(backbone: nn.Module, name: str) -> Receipt:
         os_error = error
     if os_error is not None:
         reason = " ".join(str(os_error).split())[:120]
-        raise WeightsError(
-            f"{name}: no weights file here, and timm's hub gave none ({reason}); {both_ways}"
-        ) from os_error
+        raise WeightsError(f"{name}: no weights file here, and timm's hub gave none ({reason}); {ways}") from os_error
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode() + state[key].contiguous().numpy().tobytes())

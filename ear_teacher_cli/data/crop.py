@@ -7,11 +7,12 @@ orientation, as OpenCV's imread does: boxes are in pixels of the upright picture
 import io
 import os
 import stat
+import struct
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import PictureError
 from .manifest import Box
@@ -31,6 +32,19 @@ REASONS = {
 }
 # PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
 _ORIENTATION = 0x0112
+# EXIF orientation -> what turns the stored picture upright (PIL's own exif_transpose writes the EXIF anew, and
+# fails on odd ones).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Decoders of photographs only: others (EPS, say) start programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _MAX_FILE_BYTES = 2**30
 
 
@@ -51,10 +65,10 @@ def read_picture(path: str) -> Picture:
         with warnings.catch_warnings():
             # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
             mode, orientation = image.mode, image.getexif().get(_ORIENTATION, 1)
             image.load()
-            image = _to_rgb(ImageOps.exif_transpose(image))
+            image = _to_rgb(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
     except UnidentifiedImageError as error:
         raise PictureError("not-a-picture", "the file is no picture") from error
     except Image.DecompressionBombError as error:
@@ -95,7 +109,7 @@ def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:
 def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
     """The ear as an RGB picture of image_size x image_size: buffer, clamp, then pad to a square (or squash).
 
-    `box` None takes the whole picture. Raises PictureError if nothing of the box is inside the picture.
+    `box` None takes the whole picture. Raises PictureError if the box is none, or leaves the picture.
     """
     size = preprocessing.image_size
     resample = Image.Resampling[preprocessing.interpolation.upper()]
@@ -103,9 +117,12 @@ def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Im
         region: Box = (0.0, 0.0, float(image.width), float(image.height))
     else:
         check_box(box)
+        check_box_inside(box, image.size)
         region = buffered_box(box, image.size, preprocessing.bbox_buffer)
-        if region[2] - region[0] <= 0 or region[3] - region[1] <= 0:
-            check_box_inside(box, image.size)
+        if region[2] <= region[0] or region[3] <= region[1]:
+            raise PictureError(
+                "box-outside", f"box {_numbers(box)} leaves the picture of {image.width} x {image.height}"
+            )
     if not preprocessing.pad:
         return image.resize((size, size), resample, box=region)
     width, height = region[2] - region[0], region[3] - region[1]
@@ -140,6 +157,7 @@ _DECODER_ERRORS = (
     NotImplementedError,
     AttributeError,
     RuntimeError,
+    struct.error,
 )
 
 

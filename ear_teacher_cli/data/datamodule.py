@@ -6,7 +6,8 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
-from ..errors import EarTeachError
+from ..errors import EarTeachError, ManifestError
+from ..machine import usable_cores
 from .augment import Augment
 from .dataset import EarDataset, EpochSampler, collate
 from .manifest import Manifest, read_manifest
@@ -33,7 +34,6 @@ class EarDataModule(pl.LightningDataModule):
             return
         config = self.config
         preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
-        augment = Augment(preprocessing, config.hflip)
         train, val = (
             read_manifest(config.train_metadata, config.root_dir),
             read_manifest(config.val_metadata, config.root_dir),
@@ -42,13 +42,14 @@ class EarDataModule(pl.LightningDataModule):
             _refuse_wrong_root(manifest)
         if len(train) < 2:
             raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
-        self.train_set = EarDataset(train, preprocessing, augment=augment if config.augment or config.hflip else None)
+        varied = config.augment or config.hflip
+        augment = Augment(preprocessing, config.augment, config.hflip) if varied else None
+        self.train_set = EarDataset(train, preprocessing, augment=augment)
         self.clean_set = EarDataset(train, preprocessing)
-        self.val_set = EarDataset(val, preprocessing, view=augment)
+        self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing))
 
     def train_dataloader(self) -> DataLoader:
-        # A last batch of one picture has no batch statistics; drop it, unless it is all there is.
-        return self._loader(self.train_set, shuffle=True, drop_last=len(self.train_set) > self.config.batch_size)
+        return self._loader(self.train_set, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set, shuffle=False)
@@ -57,30 +58,27 @@ class EarDataModule(pl.LightningDataModule):
         """All training pictures unaugmented in manifest order, on every rank the same: what k-means clusters."""
         return self._loader(self.clean_set, shuffle=False, all_ranks=True)
 
-    def _loader(self, dataset: EarDataset, *, shuffle: bool, drop_last: bool = False, all_ranks: bool = False):
+    def _loader(self, dataset: EarDataset, *, shuffle: bool, all_ranks: bool = False) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
         workers = min(self.config.num_workers, usable_cores())
+        sampler = EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world)
         return DataLoader(
             dataset,
             batch_size=self.config.batch_size,
-            drop_last=drop_last,
+            # a last training batch may be one picture, which has no batch statistics; but one batch there must be
+            drop_last=shuffle and len(sampler) > self.config.batch_size,
             collate_fn=collate,
-            sampler=EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world),
+            sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
         )
-
-
-def usable_cores() -> int:
-    """CPU cores this process may use (fewer than the machine's in a container)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_wrong_root(manifest: Manifest) -> None:
     """One clear line instead of thousands of missing pictures."""
     sample = range(0, len(manifest), max(1, len(manifest) // 50))
     if not any(os.path.exists(os.path.join(manifest.root, manifest.paths[i])) for i in sample):
-        raise EarTeachError(
+        raise ManifestError(
             f"{manifest.source}: none of its pictures is under {manifest.root}/ (looked for {manifest.paths[0]}); "
             "say where they are with --root-dir"
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from ..errors import PictureError
 from .augment import Augment
@@ -77,15 +77,15 @@ def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
     return batch
 
 
-class EpochSampler(Sampler[Draw]):
+class EpochSampler(DistributedSampler):
     """Every row once an epoch, in an order that depends on (seed, epoch) alone; rank r takes every world-th.
 
-    Lightning calls `set_epoch`. With several ranks the order is padded from its start, so that all have as many.
+    Lightning calls `set_epoch`, and leaves a DistributedSampler as it is. With several ranks the order is padded from its start, so that all have as many.
     """
 
     def __init__(self, length: int, seed: int, *, shuffle: bool, rank: int = 0, world: int = 1):
-        self.length, self.seed, self.shuffle, self.rank, self.world = length, seed, shuffle, rank, world
-        self.epoch = 0
+        super().__init__(range(length), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
+        self.length, self.world = length, world
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch if self.shuffle else 0  # validation is the same every epoch

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PictureError
-from .crop import Picture, buffered_box, check_box, check_box_inside, cut, read_picture
+from .crop import Picture, buffered_box, check_box_inside, cut, read_picture
 from .manifest import Box
 from .pixels import Preprocessing
 
@@ -82,12 +82,12 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, S
         for reason, detail in _oddities(picture.mode, picture.orientation):
             findings.append((index, reason, detail))
         try:
-            region = _check_ear(box, picture.image.size)
+            crop = cut(picture.image, box, PREVIEW)
         except PictureError as error:
             findings.append((index, error.reason, error.detail + _drawn_before_turning(box, picture)))
             continue
+        region = box or (0.0, 0.0, float(picture.image.width), float(picture.image.height))
         findings += [(index, *entry) for entry in _box_warnings(box, region, picture.image.size)]
-        crop = cut(picture.image, box, PREVIEW)
         looks.append(
             (
                 index,
@@ -99,17 +99,9 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, S
     return findings, looks
 
 
-def _check_ear(box: Box | None, size: tuple[int, int]) -> Box:
-    if box is None:
-        return 0.0, 0.0, float(size[0]), float(size[1])
-    check_box(box)
-    check_box_inside(box, size)
-    return box
-
-
-def _drawn_before_turning(box: Box, picture: Picture) -> str:
+def _drawn_before_turning(box: Box | None, picture: Picture) -> str:
     """A hint where the box leaves the upright picture but fits the picture as it is stored."""
-    if picture.orientation not in (5, 6, 7, 8):
+    if box is None or picture.orientation not in (5, 6, 7, 8):
         return ""
     try:
         check_box_inside(box, (picture.image.height, picture.image.width))

@@ -70,7 +70,9 @@ class Manifest:
             return os.path.abspath(path)
         full = os.path.realpath(os.path.join(self._real_root, path))
         if full != self._real_root and not full.startswith(self._real_root.rstrip(os.sep) + os.sep):
-            raise PictureError("outside-root", f"the path leaves {printable(self.root)}")
+            lexically = os.path.normpath(os.path.join(self._real_root, path))
+            link = "is a symbolic link that" if lexically.startswith(self._real_root) else "the path"
+            raise PictureError("outside-root", f"{link} leaves {printable(self.root)}; see --root-dir")
         return full
 
     def subset(self, indices: Iterable[int]) -> "Manifest":

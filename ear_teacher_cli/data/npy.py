@@ -1,12 +1,13 @@
 """Read the seed's `.npy` metadata (a pickled dict) without running a pickle.
 
 A pickle is a program. This reader lets it build numpy arrays, numpy scalars and plain Python values, and
-refuses every other global by name. Even numpy's own reconstruction functions are replaced by ones that
-can only make what a saved array needs. Any outcome is a value or a ManifestError.
+refuses every other global by name. numpy's own reconstruction is replaced by stand-ins that can only make
+what a plain saved array needs. Any outcome is a value or a ManifestError.
 """
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_npy(path: str | Path) -> Any:
             if not dtype.hasobject:
                 file.seek(0)
                 return npy_format.read_array(file, allow_pickle=False)
-            value = _PlainUnpickler(file, where).load()
+            value = _unwrapped(_PlainUnpickler(file, where).load())
     except ManifestError:
         raise
     except OSError as error:
@@ -64,20 +65,88 @@ class _ArrayClass:
     """Stands for `numpy.ndarray` in a pickle: it can be named, and passed to `_reconstruct`, and that is all."""
 
 
-def _reconstruct(kind: Any, shape: Any, typecode: Any) -> np.ndarray:
-    if kind is not _ArrayClass or tuple(shape) != (0,):
+class _Dtype:
+    """Stands for `numpy.dtype`: numbers, booleans, strings and objects, nothing structured.
+
+    numpy's own `__setstate__` would believe a type that hides object pointers among its bytes.
+    """
+
+    def __init__(self, code: str, align: Any = False, copy: Any = False):
+        if not re.fullmatch(r"b1|[iuf]\d{1,2}|[SU]\d{0,9}|O8?", code):
+            raise ValueError(f"type {code!r} is not plain")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        version, order, *structure = state[:5]
+        if version != 3 or order not in ("<", ">", "|", "=") or structure != [None, None, None]:
+            raise ValueError("a structured type is not plain")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """Stands for an array under construction; `_unwrapped` takes the finished one out."""
+
+    def __init__(self, value: np.ndarray | None = None):
+        self.value = value
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, fortran, data = state
+        if not isinstance(kind, _Dtype):
+            raise ValueError("an array without a type")
+        if kind.dtype.hasobject:
+            if not isinstance(data, list):
+                raise ValueError("an object array without a list")
+            flat = np.empty(len(data), dtype=object)
+            flat[:] = data
+        else:
+            flat = np.frombuffer(data.encode("latin1") if isinstance(data, str) else bytes(data), dtype=kind.dtype)
+        self.value = flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
+    if kind is not _ArrayClass:
         raise ValueError("not a plain array")
-    return np.ndarray((0,), dtype=np.uint8)  # __setstate__ gives it its true shape, type and data
+    return _Array()
 
 
-def _frombuffer(buffer: Any, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order).copy()
+def _frombuffer(buffer: Any, kind: _Dtype, shape: tuple, order: str) -> _Array:
+    return _Array(np.frombuffer(bytes(buffer), dtype=_plain(kind)).reshape(shape, order=order))
 
 
-def _scalar(dtype: np.dtype, data: Any = b"") -> Any:
-    if dtype.hasobject:
-        raise ValueError("not a plain scalar")
-    return np.frombuffer(data, dtype=dtype, count=1)[0]
+def _scalar(kind: _Dtype, data: Any = b"") -> Any:
+    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else bytes(data), dtype=_plain(kind), count=1)[
+        0
+    ]
+
+
+def _plain(kind: _Dtype) -> np.dtype:
+    if not isinstance(kind, _Dtype) or kind.dtype.hasobject:
+        raise ValueError("not a plain type")
+    return kind.dtype
+
+
+def _unwrapped(value: Any, depth: int = 0) -> Any:
+    """The value with every stand-in replaced by its array."""
+    if depth > _DEEPEST:
+        raise ValueError("nested too deeply")
+    if isinstance(value, _Array):
+        value = value.value
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        flat = np.empty(value.size, dtype=object)
+        for i, item in enumerate(value.ravel()):
+            flat[i] = _unwrapped(item, depth + 1)
+        return flat.reshape(value.shape)
+    if isinstance(value, dict):
+        return {key: _unwrapped(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unwrapped(item, depth + 1) for item in value]
+    if isinstance(value, _Dtype | type):
+        raise ValueError("holds a type")
+    return value
+
+
+# The seed's dict: array of dict of array of list of box of number.
+_DEEPEST = 8
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -87,7 +156,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 _ALLOWED = {
     ("numpy", "ndarray"): _ArrayClass,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
 }
 for _module in ("numpy.core", "numpy._core"):
