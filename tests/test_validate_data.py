@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_crop import bad_pictures
 
-from ear_teacher_cli.data.inspect import near_pairs, perceptual_hash
+from ear_teacher_cli.data.inspect import NEAR_BITS, near_pairs, perceptual_hash
 from ear_teacher_cli.data.manifest import read_manifest
 
 
@@ -148,14 +148,14 @@ def test_an_unreadable_manifest_is_reported_beside_the_others(ears, tmp_path, ea
     assert said.code == 1 and b"broken.npy: damaged" in said.out and b"8 rows" in said.out
 
 
-def test_near_pairs_are_all_pairs_within_three_bits():
+def test_near_pairs_are_all_pairs_within_the_bound():
     draw = np.random.default_rng(0)
     hashes = [int.from_bytes(draw.bytes(16), "big") for _ in range(60)]
     hashes += [
         h ^ (1 << int(b)) ^ (1 << int(c))
         for h, b, c in zip(hashes, draw.integers(0, 128, 60), draw.integers(0, 128, 60), strict=True)
     ]
-    brute = {(i, j) for i in range(120) for j in range(i + 1, 120) if (hashes[i] ^ hashes[j]).bit_count() <= 3}
+    brute = {(i, j) for i in range(120) for j in range(i + 1, 120) if (hashes[i] ^ hashes[j]).bit_count() <= NEAR_BITS}
     assert set(near_pairs(hashes)) == brute and len(brute) >= 60
 
 

@@ -208,7 +208,9 @@ class Reporter(Callback):
         )
         if len(pl_module.bad) > self.bad:
             self.bad = len(pl_module.bad)
-            self.talk.warn(f"{self.bad} pictures cannot be read and are left out; bad_images.csv lists them")
+            self.talk.warn(
+                f"{self.bad} ears are left out (picture unreadable or box impossible); bad_images.csv lists them"
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stack.close()

@@ -32,7 +32,9 @@ WARNINGS = {
     "leak-near-duplicate": "almost the same ear picture in two manifests (training and validation)",
 }
 SMALL = 32
-NEAR_BITS = 3  # of 128 hash bits; see near_pairs
+# Of 128 hash bits (see near_pairs). Among 16.8 million pairs of 5,800 real crops, the 9 within 6 bits were
+# of one person each; at 7 the first pair of two people came.
+NEAR_BITS = 5
 _MODES = {
     "L": "mode-grey",
     "1": "mode-grey",
