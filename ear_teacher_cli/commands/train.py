@@ -86,8 +86,8 @@ def resume(
         return _start_again(run, changes, talk)
     path = runs.checkpoint_of(run, best=False)
     checkpoint = read_checkpoint(path)
-    folder = _experiment_of(path, checkpoint)
-    config = with_changes(_located(checkpoint.config, folder), **changes)
+    config = with_changes(_located(checkpoint.config, _experiment_of(path, checkpoint)), **changes)
+    folder = config.experiment_dir
     if max_epochs is not None and max_epochs < checkpoint.epoch:
         raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
     if checkpoint.epoch >= config.max_epochs:
@@ -249,7 +249,7 @@ def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
 
 
 def _experiment_of(path: Path, checkpoint: Checkpoint) -> Path:
-    """The experiment folder a checkpoint lies in, relative to here. Raises WordsError if writing there would do harm."""
+    """The experiment folder a checkpoint lies in. Raises WordsError if writing there would do harm."""
     folder = path.resolve().parent.parent
     if path.resolve().parent.name != runs.CHECKPOINTS or not (folder / runs.CONFIG).is_file():
         raise WordsError(
@@ -264,7 +264,7 @@ def _experiment_of(path: Path, checkpoint: Checkpoint) -> Path:
                 f"{printable(path)}: is of epoch {checkpoint.epoch}, but this experiment has gone on to {done}; to branch off, "
                 "copy the experiment folder without its later checkpoints and resume the copy"
             )
-    return Path(os.path.relpath(folder))
+    return folder
 
 
 def _open_folder(folder: Path, config: TrainConfig) -> None:
@@ -287,8 +287,13 @@ def _remove_run(folder: Path) -> None:
 
 
 def _located(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The experiment may have been moved: write where it lies now."""
-    return replace(config, output_dir=os.path.relpath(folder.resolve().parent), experiment_name=folder.resolve().name)
+    """The configuration as it was; of an experiment that has been moved, where it lies now."""
+    folder = folder.resolve()
+    if config.experiment_dir.resolve() == folder:
+        return config
+    here = Path.cwd()
+    parent = folder.parent.relative_to(here) if folder.parent.is_relative_to(here) else folder.parent
+    return replace(config, output_dir=str(parent), experiment_name=folder.name)
 
 
 def _restored(checkpoint: Checkpoint) -> str:
