@@ -15,6 +15,7 @@ from . import __version__
 from .config import TrainConfig, read_toml
 from .errors import ConfigError, EarTeachError
 from .files import printable
+from .machine import is_first_process
 from .talk import Talk
 
 app = typer.Typer(
@@ -174,7 +175,7 @@ def _train(
     from_file = read_toml(config) if config else {}
     typed = {name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"}
     resolved = TrainConfig(**from_file | typed)
-    talk = Talk(quiet)
+    talk = Talk(quiet or not is_first_process())
     from .commands import train as verb
 
     if dry_run:
@@ -209,7 +210,7 @@ def resume(
     """Go on with a run that was interrupted; nothing has to be typed again."""
     from .commands import train as verb
 
-    talk = Talk(quiet)
+    talk = Talk(quiet or not is_first_process())
     _finish(verb.resume(run, talk, max_epochs=max_epochs, devices=devices, num_workers=num_workers), talk)
 
 

@@ -31,7 +31,7 @@ step "The untrained start, as a file, so that it can be measured too."
 run python "$examples/random_start.py" "$backbone" start.safetensors
 
 step "Train without labels; Ctrl-C after $interrupt_after seconds."
-run timeout --foreground -s INT "$interrupt_after" earteach train \
+run timeout --foreground --preserve-status -s INT "$interrupt_after" earteach train \
     --train-metadata ears/train_teacher.npy --val-metadata ears/val_teacher.npy \
     --backbone "$backbone" --pretrained-path start.safetensors --image-size "$size" --augment \
     --batch-size 16 --learning-rate 1e-3 --max-epochs "$epochs" --warmup-epochs 3 --output-dir outputs --experiment-name first ||

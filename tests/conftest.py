@@ -1,5 +1,6 @@
 """Shared by the tests: small drawn ears, a way to say commands, and one small trained run."""
 
+import csv
 import os
 import sys
 from dataclasses import dataclass
@@ -99,3 +100,8 @@ def small_config(manifests: list[str], **changes):
         num_collage_samples=4,
     )
     return TrainConfig(**options | changes)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

@@ -4,7 +4,6 @@ config -> data -> model (with the receipt of its weights) -> fit -> {output_dir}
 """
 
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -30,6 +29,7 @@ from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WordsError
 from ..files import printable, whole_file
+from ..machine import is_first_process
 from ..talk import Talk, clock
 
 
@@ -57,14 +57,14 @@ class Estimate:
 def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
-    if _is_first_process() and folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if is_first_process() and folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise WordsError(
             f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
             "choose another --experiment-name, or pass --overwrite"
         )
     config, data = _prepare(config, talk)
     module = _new_module(config, talk)
-    if _is_first_process():
+    if is_first_process():
         if overwrite:
             _remove_run(folder)
         _open_folder(folder, config)
@@ -103,7 +103,7 @@ def resume(
     talk.say(_restored(checkpoint))
     if max_epochs not in (None, checkpoint.config.max_epochs):
         talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
-    if _is_first_process():
+    if is_first_process():
         _open_folder(folder, config)
     return _fit(config, data, module, talk, path, checkpoint.content["global_step"])
 
@@ -133,16 +133,15 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
 
 def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModule]:
     """Fit the configuration to the machine and read the data; say what was settled. Nothing is written."""
-    say = talk.say if _is_first_process() else lambda text: None
     if config.precision == "16-mixed" and not _uses_cuda(config):
-        say("precision: 16-mixed needs a GPU; training in full precision (32-true)")
+        talk.say("precision: 16-mixed needs a GPU; training in full precision (32-true)")
         config = replace(config, precision="32-true")
     if config.warmup != config.warmup_epochs:
-        say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup:g}")
+        talk.say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup:g}")
     _check_machine(config)
     data = EarDataModule(config)
     data.setup("fit")
-    say(_data_summary(config, data))
+    talk.say(_data_summary(config, data))
     return config, data
 
 
@@ -170,9 +169,7 @@ def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
     with _quiet_lightning():
         module = EarTeacherLightningModule(config)
     if config.pretrained:
-        receipt = module.load_pretrained()
-        if _is_first_process():
-            talk.say(f"weights: {receipt}")
+        talk.say(f"weights: {module.load_pretrained()}")
     return module
 
 
@@ -194,7 +191,7 @@ def _fit(
         version=found[-1].name if found and checkpoint else None,
         purge_step=step,
     )
-    module.talk = talk = talk if _is_first_process() else Talk(quiet=True)
+    module.talk = talk
     steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
     with _quiet_lightning():
         trainer = pl.Trainer(
@@ -242,7 +239,7 @@ def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
     talk.say(f"{printable(folder)}: no epoch was finished; starting from its configuration")
     config, data = _prepare(config, talk)
     module = _new_module(config, talk)
-    if _is_first_process():
+    if is_first_process():
         _remove_run(folder)
         _open_folder(folder, config)
     return _fit(config, data, module, talk, None)
@@ -352,11 +349,6 @@ def describe_estimate(estimate: Estimate) -> str:
 
 def _uses_cuda(config: TrainConfig) -> bool:
     return config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-
-
-def _is_first_process() -> bool:
-    """Lightning starts the other ranks by running the same command again with LOCAL_RANK set."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 @contextmanager

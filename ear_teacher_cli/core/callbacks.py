@@ -206,7 +206,7 @@ class Reporter(Callback):
             f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
             f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left"
         )
-        if len(pl_module.bad) > self.bad:
+        if len(pl_module.bad) > self.bad and trainer.is_global_zero:
             self.bad = len(pl_module.bad)
             self.talk.warn(
                 f"{self.bad} ears are left out (picture unreadable or box impossible); bad_images.csv lists them"
