@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from ear_teacher_cli.core import runs
+from ear_teacher_cli.core.checkpoint import read_checkpoint
 from ear_teacher_cli.core.embedder import load_embedder
 from ear_teacher_cli.data.crop import load_crop
 from ear_teacher_cli.data.manifest import read_manifest
@@ -161,11 +162,7 @@ def test_impossible_outputs_are_known_at_once(words, run, ears, tmp_path, monkey
 def test_every_kind_of_weights_gives_the_same_rows(run, ears, tmp_path, earteach, embedded, monkeypatch):
     best = runs.best_checkpoint(run)
     assert earteach("export-backbone", run, tmp_path / "e.safetensors").code == 0
-    plain = {
-        k.removeprefix("model.backbone."): v
-        for k, v in torch.load(best, weights_only=True)["state_dict"].items()  # noqa: TID251
-        if k.startswith("model.backbone.")
-    }
+    plain = read_checkpoint(best).backbone_state
     save_file(plain, tmp_path / "plain.safetensors")
     torch.save(plain, tmp_path / "plain.pth")
     bare = ["--backbone", "test_convnext", "--image-size", "64"]
