@@ -159,7 +159,9 @@ def _read_folder(folder: Path) -> Manifest:
         names[:] = sorted(n for n in names if not n.startswith("."))
         found += [os.path.join(directory, f) for f in files if _is_picture_name(f)]
     if not found:
-        raise ManifestError(f"{printable(folder)}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ManifestError(
+            f"{printable(folder)}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); name the folder they are in"
+        )
     paths = sorted(os.path.relpath(f, folder).replace(os.sep, "/") for f in found)
     return Manifest(source=str(folder), root=folder, paths=paths, boxes=[None] * len(paths), rows=range(len(paths)))
 
