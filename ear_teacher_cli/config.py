@@ -6,7 +6,7 @@ these fields; the Python API (`EarDataModule`, `EarTeacherLightningModule`) take
 """
 
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from json import dumps
 from math import isfinite
 from pathlib import Path
@@ -118,13 +118,9 @@ class TrainConfig:
         return "".join(f"{name} = {_toml(value)}\n" for name, value in self.as_dict().items() if value is not None)
 
 
-def defaults() -> dict[str, Any]:
-    return {spec.name: spec.default for spec in fields(TrainConfig) if spec.default is not MISSING}
-
-
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
     """A config from a checkpoint's dict. Raises EarTeachError if names are unknown to this version."""
-    unknown = sorted(set(values) - set(defaults()))
+    unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
     if unknown:
         raise EarTeachError(
             f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
@@ -149,7 +145,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     if twice:
         raise EarTeachError(f"{path}: {twice[0]!r} is given twice, with hyphens and with underscores; keep one")
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(set(values) - set(defaults()))
+    unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
     if unknown:
         raise EarTeachError(f"{path}: unknown option {unknown[0]!r}; `earteach train --help` lists the names")
     return values

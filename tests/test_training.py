@@ -279,3 +279,29 @@ def test_a_wrapped_sampler_is_left_alone_by_lightning():
     from torch.utils.data import DistributedSampler
 
     assert isinstance(EpochSampler(10, seed=1, shuffle=True), DistributedSampler)
+
+
+def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifests, tmp_path):
+    """Fitted anew it starts from what it learned, not from the pretrained file, and makes its own classes."""
+    content = read_checkpoint(run / "checkpoints" / "last.ckpt").content
+    content["hyper_parameters"] |= {"pretrained": True, "pretrained_path": str(tmp_path / "not there.pth")}
+    torch.save(content, tmp_path / "x.ckpt")
+    model = EarTeacherLightningModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    options = dict(backbone="test_convnext", image_size=64, batch_size=8, num_workers=0)
+    other = EarDataModule(
+        train_metadata=manifests[3], val_metadata=manifests[3], **options
+    )  # 8 pictures: 2 classes, not 6
+    trainer = pl.Trainer(
+        max_epochs=1,
+        limit_train_batches=0,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=other)
+    for name, tensor in read_checkpoint(run / "checkpoints" / "last.ckpt").model_state.items():
+        assert torch.equal(model.model.state_dict()[name], tensor), name
+    assert len(model.prototypes) == 2

@@ -23,7 +23,7 @@ EXPORT_FORMAT = "1"
 
 @dataclass
 class Embedder:
-    """uint8 B,3,H,W -> float32 B,D, on `device`. `source` and `sha256` say which weights."""
+    """uint8 B,3,H,W -> float32 B,D on the CPU, computed where the backbone lies. `source`, `sha256`: which weights."""
 
     backbone: nn.Module
     architecture: str

@@ -51,7 +51,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.classes: classes.PseudoClasses | None = None
         self.receipt: weights.Receipt | None = None
         self.talk = Talk(quiet=True)  # the verb gives its own
-        self._resumed: dict[str, int] | None = None
+        self._restored: dict[str, Any] | None = None  # what the checkpoint said of itself
         self.bad: dict[tuple[str, int], PictureError] = {}  # (train or val, row index) -> why it was skipped
 
     def load_pretrained(self) -> weights.Receipt:
@@ -68,8 +68,10 @@ class EarTeacherLightningModule(pl.LightningModule):
                 f"data: its crops ({dataset.preprocessing}) are not the model's ({self.preprocessing}); give EarDataModule "
                 "and EarTeacherLightningModule the same backbone, image_size, bbox_buffer and pad"
             )
-        if self.config.pretrained and self.receipt is None and self.trainer.ckpt_path is None:
-            self.load_pretrained()
+        if self.trainer.ckpt_path is None:  # a new run, perhaps of a module that load_from_checkpoint gave
+            if self.config.pretrained and self.receipt is None and self._restored is None:
+                self.load_pretrained()
+            self._restored = self.classes = self.prototypes = None
         if self.config.learns_classes and self.prototypes is None:
             pictures = len(self._train_set())
             self._allocate(classes.class_count(self.config.pseudo_classes, pictures, self.config.num_pseudo_classes))
@@ -81,8 +83,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         warmup = int(total * self.config.warmup / self.config.max_epochs)
         # Resumed on another number of devices an epoch has other steps: go on from the same epoch, not the same step.
         shift, per_epoch = 0, self.trainer.num_training_batches
-        if self._resumed and self._resumed["steps_per_epoch"] != per_epoch:
-            shift = self._resumed["epochs_completed"] * per_epoch - self._resumed["global_step"]
+        if self._restored and self._restored["steps_per_epoch"] != per_epoch:
+            shift = self._restored["epochs_completed"] * per_epoch - self._restored["global_step"]
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_at(max(0, step + shift), warmup, total)
         )
@@ -162,7 +164,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             checkpoint["pseudo_classes"] = self.classes.as_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
+        self._restored = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
         state = checkpoint.get("pseudo_classes")
         if state is None:
             return
