@@ -188,3 +188,12 @@ def test_a_schedule_goes_on_from_the_same_epoch_on_other_devices(run, tmp_path, 
     whole = [float(row["train/lr"]) for row in read_table(run / "metrics.csv")]
     assert rates[-1] == pytest.approx(1e-3 * rate_at(35, 7, 36), rel=1e-3)  # the last of 6 x 6 steps
     assert whole[-1] == pytest.approx(1e-3 * rate_at(17, 3, 18), rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"num_workers": 2}, {"num_workers": 2, "augment": True}])
+def test_resume_is_exact_with_worker_processes(manifests, tmp_path, changes):
+    options = dict(max_epochs=7, batch_size=4, **changes)
+    whole = train(small_config(manifests, output_dir=str(tmp_path), experiment_name="whole", **options), QUIET)
+    copy = copy_back_to(whole.experiment, 5, tmp_path)
+    resume(copy, QUIET)
+    assert_same_weights(whole.experiment, copy)

@@ -27,6 +27,7 @@ class EarDataModule(pl.LightningDataModule):
         self.config = config or TrainConfig(**options)
         self.train_set: EarDataset | None = None
         self.val_set: EarDataset | None = None
+        self._epochs_completed = 0  # of the run that is being resumed
 
     def setup(self, stage: str | None = None) -> None:
         """Read both manifests. Raises EarTeachError if one cannot be read or none of its pictures is there."""
@@ -48,6 +49,12 @@ class EarDataModule(pl.LightningDataModule):
         self.clean_set = EarDataset(train, preprocessing)
         self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing))
 
+    def state_dict(self) -> dict[str, int]:
+        return {"epochs_completed": self.trainer.fit_loop.epoch_progress.current.processed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epochs_completed = state["epochs_completed"]
+
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, shuffle=True)
 
@@ -62,6 +69,8 @@ class EarDataModule(pl.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
         workers = min(self.config.num_workers, usable_cores())
         sampler = EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world)
+        # Lightning starts the first iterator, whose workers fetch ahead, before it tells the sampler the epoch.
+        sampler.set_epoch(self._epochs_completed)
         return DataLoader(
             dataset,
             batch_size=self.config.batch_size,
