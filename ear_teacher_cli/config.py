@@ -15,7 +15,19 @@ from typing import Any, get_args, get_type_hints
 from .errors import ConfigError, EarTeachError
 
 METRIC_LOSSES = ("arcface", "cosface", "none")
-PSEUDO_CLASSES = ("kmeans", "instance", "fixed")
+PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
+AUGMENTATIONS = ("mild", "strong")
+SIDE_POLICIES = ("as-is", "mirror", "separate")
+# What may pick the best checkpoint, and whether less or more of it is better.
+MONITORS = {
+    "val/loss": "min",
+    "val/recon_loss": "min",
+    "val/metric_loss": "min",
+    "val/psnr": "max",
+    "val/retrieval": "max",
+    "val/rank1": "max",
+    "val/eer": "min",
+}
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
 # Margins of the papers: ArcFace (Deng et al. 2019, sec. 3.1) 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
 DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
@@ -37,7 +49,10 @@ class TrainConfig:
     image_size: int = option(224, "Data", "Side of the square input in pixels, a multiple of 32.", low=32, high=2048, multiple=32)
     bbox_buffer: float = option(0.10, "Data", "Room around the box: this share of its width to the left and right, of its height above and below.", low=0.0, high=2.0)
     pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the seed did.")
-    augment: bool = option(False, "Data", "Vary the training pictures: rotation (15 degrees), shift (5 %), scale (0.8-1.1), brightness and contrast (0.3), noise, blur.")
+    augment: bool = option(False, "Data", "Vary the training pictures, as --augmentation says.")
+    augmentation: str = option("mild", "Data", "How --augment, and the second view of validation, vary a picture: rotation (15 degrees), shift (5 %), scale (0.8-1.1) and mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greys, lost resolution.", choices=AUGMENTATIONS)
+    views: int = option(1, "Data", "Augmented views of each picture in a step; 2 doubles its cost.", low=1, high=2)
+    side_policy: str = option("as-is", "Data", "What to do with known sides: nothing; mirror every right ear to a left one; or separate them, so that no pseudo-class holds both.", choices=SIDE_POLICIES)
     hflip: float = option(0.0, "Data", "Probability of a horizontal flip. 0 because a flipped left ear is a right ear: another ear, not the same one again.", low=0.0, high=1.0)
     max_bad: float = option(0.01, "Data", "Share of pictures that may turn out unreadable (each is skipped and listed in bad_images.csv) before the run stops.", low=0.0, high=1.0)
 
@@ -47,19 +62,33 @@ class TrainConfig:
     embedding_dim: int | None = option(None, "Model", "Size of the embedding. Taken from the backbone (ConvNeXt-Tiny: 768); if given, it must agree.", low=1)
     projection_dim: int = option(256, "Model", "Size of the projection and prediction heads' output.", low=2)
 
+    freeze_stride: int = option(0, "Model", "Keep the backbone as it started up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: all of it learns.", low=0, high=16)
+    freeze_statistics: bool = option(False, "Model", "Keep the backbone's batch-norm statistics as they started.")
+
     learning_rate: float = option(1e-4, "Training", "Peak learning rate.", above=0.0)
+    layer_decay: float = option(1.0, "Training", "Learning rate of each layer of the backbone, as a share of the next one's; 1: all alike.", above=0.0, high=1.0)
+    head_rate: float = option(1.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0)
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(10, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
     max_epochs: int = option(100, "Training", "Epochs to train.", low=1)
     reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0)
+    denoise: bool = option(False, "Training", "Reconstruct the picture in its own light: augmented in place and size only.")
+    contrastive_weight: float = option(0.0, "Training", "Weight of the contrastive loss: find the other view of a picture among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
+    temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
+    consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0)
     metric_weight: float = option(0.1, "Training", "Weight of the metric loss.", low=0.0)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES)
-    pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings, itself (instance), or a random but constant one (fixed, the control).", choices=PSEUDO_CLASSES)
+    pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the seed's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
     num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
     cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
     arcface_margin: float | None = option(None, "Training", "Margin: radians for ArcFace (default 0.5), cosine for CosFace (default 0.35).", low=0.0, high=1.5)
     arcface_scale: float = option(64.0, "Training", "Scale of the cosines before the softmax.", above=0.0)
     margin_warmup_epochs: int = option(5, "Training", "Epochs over which the margin grows from 0.", low=0)
+    ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
+    whiten: bool = option(False, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
+    early_stop: int = option(0, "Training", "Stop when --monitor has not improved for so many epochs; 0: never.", low=0)
+    monitor: str = option("val/loss", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
+    fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse.")
     num_collage_samples: int = option(10, "Training", "Validation pictures in the collage.", low=1, high=100)
     precision: str = option("16-mixed", "Training", "Arithmetic; where the hardware cannot, 32-true is used and said.", choices=PRECISIONS)
     seed: int = option(0, "Training", "Seed of everything random.", low=0, high=2**32 - 1)
@@ -84,17 +113,27 @@ class TrainConfig:
                 f"{self.experiment_name!r} is not a plain folder name",
                 "use one without slashes; --output-dir says where it goes",
             )
-        if self.reconstruction_weight == 0 and not self.learns_classes:
+        if self.reconstruction_weight == 0 and not self.learns_classes and not self.compares_views:
             raise ConfigError(
                 "reconstruction_weight",
-                "0 leaves nothing to learn without a metric loss",
+                "0 leaves nothing to learn without another loss",
                 "raise it, or choose --metric-loss arcface and a --metric-weight above 0",
             )
+        for name in ("contrastive_weight", "consistency_weight"):
+            if getattr(self, name) and self.views != 2:
+                raise ConfigError(name, "compares two views, but there is one", "add --views 2")
+        if self.views == 2 and not self.augment:
+            raise ConfigError("views", "2 of a picture that does not vary are one", "add --augment")
 
     @property
     def learns_classes(self) -> bool:
         """Whether a metric loss over pseudo-classes is part of the run."""
-        return self.metric_loss != "none" and self.metric_weight > 0
+        return self.metric_loss != "none" and self.metric_weight > 0 and self.pseudo_classes != "none"
+
+    @property
+    def compares_views(self) -> bool:
+        """Whether a loss between two views of a picture is part of the run."""
+        return self.contrastive_weight > 0 or self.consistency_weight > 0
 
     @property
     def experiment_dir(self) -> Path:

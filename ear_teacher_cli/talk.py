@@ -24,6 +24,9 @@ class Talk:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
 
+    def __deepcopy__(self, memo: dict) -> "Talk":
+        return self  # copies of a module (its moving average) speak through the same terminal
+
     def say(self, text: str) -> None:
         if not self.quiet:
             self._print(text)

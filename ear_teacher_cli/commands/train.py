@@ -15,15 +15,16 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ..config import TrainConfig, read_toml, with_changes
+from ..config import MONITORS, TrainConfig, read_toml, with_changes
 from ..core import callbacks, runs
 from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
 from ..core.lightning_module import EarTeacherLightningModule
-from ..core.losses import metric_loss
+from ..core.losses import contrastive_loss, metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
@@ -203,11 +204,13 @@ def _fit(
             log_every_n_steps=min(10, steps),
             callbacks=[
                 callbacks.StopOnNaN(),
+                callbacks.Watch(talk, config.fail_on_collapse),
                 callbacks.Collages(config.num_collage_samples, config.seed),
                 callbacks.MetricsFile(folder / runs.METRICS),
                 callbacks.BadPictureList(folder / runs.BAD),
                 callbacks.Reporter(talk),
-                *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS),
+                *_optional_callbacks(config),
+                *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS, config.monitor),
             ],
             plugins=[WholeFileCheckpointIO()],
             num_sanity_val_steps=0,
@@ -222,6 +225,15 @@ def _fit(
                 raise
     interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
     return Outcome(folder, trainer.current_epoch, runs.best_checkpoint(folder), interrupted)
+
+
+def _optional_callbacks(config: TrainConfig) -> list[pl.Callback]:
+    chosen: list[pl.Callback] = []
+    if config.early_stop:
+        chosen.append(EarlyStopping(config.monitor, patience=config.early_stop, mode=MONITORS[config.monitor]))
+    if config.ema_decay:
+        chosen.append(callbacks.MovingAverage(config.ema_decay))
+    return chosen
 
 
 def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
@@ -318,7 +330,7 @@ def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
 
 def _classes(config: TrainConfig, data: EarDataModule) -> int:
     return (
-        class_count(config.pseudo_classes, len(data.train_set), config.num_pseudo_classes)
+        class_count(config.pseudo_classes, data.train_set.manifest, config.num_pseudo_classes)
         if config.learns_classes
         else 0
     )
@@ -326,7 +338,8 @@ def _classes(config: TrainConfig, data: EarDataModule) -> int:
 
 def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.Tensor) -> float:
     """Forward and back, with made-up classes: their names do not change the cost."""
-    pixels, config = batch["pixels"].to(module.device), module.config
+    config = module.config
+    pixels = torch.cat([batch[name] for name in ("pixels", "view") if name in batch]).to(module.device)
     embedding = module(pixels)
     loss = config.reconstruction_weight * F.mse_loss(module.model.decoder(embedding), to_unit(pixels))
     if config.learns_classes:
@@ -334,6 +347,10 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
         features = module.model.predict(embedding)
         loss = loss + config.metric_weight * metric_loss(
             config.metric_loss, features, prototypes, labels, config.margin, config.arcface_scale
+        )
+    if config.contrastive_weight:
+        loss = loss + config.contrastive_weight * contrastive_loss(
+            module.model.projection(embedding), config.temperature
         )
     loss.backward()
     return float(loss.detach())

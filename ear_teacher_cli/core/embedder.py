@@ -87,7 +87,8 @@ def _own_export(path: Path) -> tuple[str, Preprocessing, dict]:
     try:
         about = {
             name: header[name] if name == "interpolation" else json.loads(header[name])
-            for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std")
+            for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std", "mirror")
+            if name in header or name != "mirror"
         }
         return header["architecture"], Preprocessing.from_dict(about, printable(path)), state
     except (KeyError, ValueError) as error:

@@ -1,25 +1,27 @@
-"""Training: reconstruction plus a margin softmax over pseudo-classes, as a LightningModule.
+"""Training: reconstruction, a margin softmax over pseudo-classes and a comparison of two views, as a LightningModule.
 
 Everything random in a step is a function of (seed, step), every class is kept in the checkpoint, and k-means
 runs at fixed epochs: a resumed run is the uninterrupted one. B pictures, D embedding, D' projection, K classes.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ..config import TrainConfig
 from ..data.dataset import Batch, derive_seed
-from ..data.pixels import from_unit, normalise, preprocessing_of, to_unit
+from ..data.pixels import from_unit, normalise, preprocessing_for, to_unit
 from ..errors import EarTeachError, PictureError
 from ..talk import Talk
-from . import losses, weights
+from . import diagnostics, losses, weights
 from . import pseudo_classes as classes
 from .checkpoint import describe
+from .finetune import parameter_groups
+from .metrics import rank1_and_eer
 from .model import TeacherModel
 from .schedule import rate_at
 
@@ -34,9 +36,13 @@ class EarTeacherLightningModule(pl.LightningModule):
     `EarTeacherLightningModule(learning_rate=1e-4, max_epochs=100)`. Fit it with an `EarDataModule`. Pretrained
     weights are loaded when fitting starts (not when a checkpoint is being restored), or by `load_pretrained()`.
 
-    Logs train/loss, train/recon_loss, train/metric_loss, train/lr, train/grad_ratio (gradient the metric term
-    sends into the embedding, divided by the reconstruction's), val/loss, val/recon_loss, val/metric_loss,
-    val/psnr (dB on [-1, 1]) and val/agreement (share of validation pictures whose augmented view keeps its class).
+    Logs train/loss, train/recon_loss, train/metric_loss, train/contrastive_loss, train/consistency_loss, train/lr,
+    train/grad_ratio (gradient the other terms send into the embedding, divided by the reconstruction's); val/loss,
+    val/recon_loss, val/metric_loss, val/contrastive_loss, val/consistency_loss, val/psnr (dB on [-1, 1]) and
+    val/agreement (share of validation pictures whose augmented view keeps its class); the quality of the embeddings:
+    val/retrieval and, with identities, val/rank1 and val/eer (percent); their health: val/spread,
+    val/effective_rank, val/abs_cosine (core.diagnostics); the classes': classes/in_use, classes/entropy,
+    classes/largest, and classes/nmi with the round before (core.pseudo_classes).
     """
 
     def __init__(self, config: TrainConfig | None = None, **options: Any):
@@ -44,15 +50,16 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.config = config or TrainConfig(**options)
         self.save_hyperparameters(self.config.as_dict())
         self.model = TeacherModel(self.config)
-        self.preprocessing = preprocessing_of(
-            self.config.backbone, self.config.image_size, self.config.bbox_buffer, self.config.pad
-        )
+        self.preprocessing = preprocessing_for(self.config)
         self.prototypes: nn.Parameter | None = None  # K,D': allocated when the number of pictures is known
         self.classes: classes.PseudoClasses | None = None
         self.receipt: weights.Receipt | None = None
         self.talk = Talk(quiet=True)  # the verb gives its own
         self._restored: dict[str, Any] | None = None  # what the checkpoint said of itself
         self.bad: dict[tuple[str, int], PictureError] = {}  # (train or val, row index) -> why it was skipped
+        self.start: dict[str, float] = {}  # quality and health of the embeddings before training
+        self.nmi: float | None = None  # of the last two rounds of k-means
+        self._held_out: list[tuple[torch.Tensor, ...]] = []  # this epoch's validation: rows, embeddings, of views
 
     def load_pretrained(self) -> weights.Receipt:
         """Load the backbone's pretrained weights as the configuration says. Raises WeightsError."""
@@ -73,11 +80,11 @@ class EarTeacherLightningModule(pl.LightningModule):
                 self.load_pretrained()
             self._restored = self.classes = self.prototypes = None
         if self.config.learns_classes and self.prototypes is None:
-            pictures = len(self._train_set())
-            self._allocate(classes.class_count(self.config.pseudo_classes, pictures, self.config.num_pseudo_classes))
+            manifest = self._train_set().manifest
+            self._allocate(classes.class_count(self.config.pseudo_classes, manifest, self.config.num_pseudo_classes))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        groups = param_groups_weight_decay(self, self.config.weight_decay)
+        groups = parameter_groups(self, self.model.backbone, self.config)
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = int(total * self.config.warmup / self.config.max_epochs)
@@ -122,49 +129,129 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._note_bad("train", batch)
         if len(batch["index"]) < 2:  # too few readable pictures for batch statistics: the step is skipped
             return None
-        pixels = batch["pixels"]
-        embedding = self(pixels)  # B,D
-        figures = {"recon_loss": F.mse_loss(self.model.decoder(embedding).float(), to_unit(pixels))}
-        loss = self.config.reconstruction_weight * figures["recon_loss"]
-        if self.config.learns_classes:
-            figures["metric_loss"] = self._metric_loss(embedding, batch["index"])
-            metric = self.config.metric_weight * figures["metric_loss"]
-            if batch_idx == 0 and self.config.reconstruction_weight:
-                self.log(
-                    "train/grad_ratio",
-                    _gradient_ratio(metric, loss, embedding),
-                    on_step=False,
-                    on_epoch=True,
-                    batch_size=1,
-                )
-            loss = loss + metric
-        self._log("train", loss, figures, len(pixels))
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
+        pixels, targets = _views(batch)  # V views of B pictures: VB,3,H,W
+        embedding = self(pixels)  # VB,D
+        recon = F.mse_loss(self.model.decoder(embedding).float(), to_unit(targets))
+        figures = {"recon_loss": recon, **self._other_losses(embedding, batch["index"])}
+        loss, others = self._weigh(figures)
+        if batch_idx == 0 and self.config.reconstruction_weight and len(figures) > 1:
+            ratio = _gradient_ratio(others, self.config.reconstruction_weight * recon, embedding)
+            self.log("train/grad_ratio", ratio, on_step=False, on_epoch=True, batch_size=1)
+        self._log("train", loss, figures, len(batch["index"]))
+        rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
+        self.log("train/lr", rate, on_step=True, on_epoch=False)
         return loss
+
+    def _other_losses(self, embedding: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All but the reconstruction, unweighted, of VB embeddings of B pictures."""
+        config, found = self.config, {}
+        if not config.learns_classes and not config.compares_views:
+            return found
+        projection = self.model.projection(embedding)  # VB,D'
+        prediction = self.model.prediction(projection) if self.model.prediction else None
+        if config.learns_classes:
+            found["metric_loss"] = self._metric_loss(prediction, index)
+        if config.contrastive_weight:
+            found["contrastive_loss"] = losses.contrastive_loss(projection, config.temperature)
+        if config.consistency_weight:
+            found["consistency_loss"] = losses.consistency_loss(prediction, projection)
+        return found
+
+    def _weigh(self, figures: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the loss, its part beside the reconstruction)."""
+        weight = {
+            "metric_loss": self.config.metric_weight,
+            "contrastive_loss": self.config.contrastive_weight,
+            "consistency_loss": self.config.consistency_weight,
+        }
+        others = sum((weight[name] * figures[name] for name in weight if name in figures), torch.zeros(()))
+        return self.config.reconstruction_weight * figures["recon_loss"] + others, others
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._note_bad("val", batch)
         if len(batch["index"]) == 0:
             return
         pixels = batch["pixels"]
-        embedding = self(pixels)
+        embedding, of_view = self(pixels), self(batch["view"])
+        self._held_out.append((batch["index"], embedding, of_view))
         squares = (self.model.decoder(embedding).float() - to_unit(pixels)).square().mean((1, 2, 3))  # B,3,H,W -> B
-        figures = {"recon_loss": squares.mean(), "psnr": losses.psnr(squares).mean()}
-        loss = self.config.reconstruction_weight * figures["recon_loss"]
+        figures = {"recon_loss": squares.mean()}
+        extra = {"psnr": losses.psnr(squares).mean()}
         if self.config.learns_classes:
-            figures["metric_loss"], figures["agreement"] = self._held_out_metric(embedding, batch["view"])
-            loss = loss + self.config.metric_weight * figures["metric_loss"]
-        self._log("val", loss, figures, len(pixels))
+            figures["metric_loss"], extra["agreement"] = self._held_out_metric(embedding, of_view)
+        if self.config.compares_views and len(pixels) > 1:
+            projection = self.model.projection(torch.cat([embedding, of_view]))
+            if self.config.contrastive_weight:
+                figures["contrastive_loss"] = losses.contrastive_loss(projection, self.config.temperature)
+            if self.config.consistency_weight:
+                figures["consistency_loss"] = losses.consistency_loss(self.model.prediction(projection), projection)
+        self._log("val", self._weigh(figures)[0], {**figures, **extra}, len(pixels))
+
+    def on_validation_epoch_start(self) -> None:
+        self._held_out = []
+
+    def on_validation_epoch_end(self) -> None:
+        found = {f"val/{name}": value for name, value in self._quality().items()}
+        if self.classes is not None and self.config.pseudo_classes != "batch":
+            state = classes.figures(self.classes.labels.cpu(), self.classes.count)
+            found |= {f"classes/{name}": value for name, value in state.items()}
+            if self.nmi is not None:
+                found["classes/nmi"] = self.nmi
+        self.log_dict(found)  # from the same gathered embeddings on every rank: nothing to reduce
+
+    @torch.no_grad()
+    def measure_start(self) -> None:
+        """Quality and health of the embeddings as they are before the first step, to compare later ones with."""
+        self.eval()
+        self._held_out = []
+        with self.talk.progress("looking at the start", len(self.trainer.datamodule.val_set), "pictures") as steps:
+            for batch in self.trainer.datamodule.val_dataloader():
+                self._note_bad("val", batch)
+                if len(batch["index"]):
+                    views = (self(batch[name].to(self.device)) for name in ("pixels", "view"))
+                    self._held_out.append((batch["index"].to(self.device), *views))
+                steps.advance(len(batch["index"]) + len(batch["bad"]))
+        self.start = self._quality()
+        self.train()
+
+    def _quality(self) -> dict[str, float]:
+        """What the held-out embeddings of this epoch, of all ranks, are worth. Empty with fewer than two pictures."""
+        held_out = [torch.cat(column) for column in zip(*self._held_out, strict=True)]
+        self._held_out = []
+        if self.trainer.world_size > 1:
+            held_out = self._gather(held_out)
+        if not held_out or len(held_out[0]) < 2:
+            return {}
+        index, embeddings, of_views = (column.float().cpu() for column in held_out)
+        index, order = torch.unique(index.long(), return_inverse=True)  # ranks may share a picture to come out even
+        first = torch.empty(len(index), dtype=torch.long).scatter_(0, order, torch.arange(len(order)))
+        embeddings, of_views = embeddings[first], of_views[first]
+        manifest = self.trainer.datamodule.val_set.manifest
+        found = {"retrieval": diagnostics.retrieval(embeddings, of_views), **asdict(diagnostics.health(embeddings))}
+        ears = [manifest.ear(i) for i in index.tolist()]
+        named = [i for i, ear in enumerate(ears) if ear]
+        if len({ears[i] for i in named}) > 1:
+            rank1, eer = rank1_and_eer(embeddings[named].numpy(), [str(ears[i]) for i in named])
+            found |= {"rank1": 100 * rank1, "eer": 100 * eer}
+        return found
+
+    def _gather(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The columns of all ranks, one after the other; a rank whose pictures were all unreadable has none."""
+        everything: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everything, [column.cpu() for column in columns])
+        return [torch.cat(parts) for parts in zip(*(found for found in everything if found), strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["earteach"] = describe(
             self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed(), self._steps_per_epoch()
         )
+        checkpoint["earteach"]["start"] = self.start
         if self.classes is not None:
-            checkpoint["pseudo_classes"] = self.classes.as_dict()
+            checkpoint["pseudo_classes"] = {**self.classes.as_dict(), "nmi": self.nmi}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
+        self.start = dict(checkpoint["earteach"].get("start", {}))
         state = checkpoint.get("pseudo_classes")
         if state is None:
             return
@@ -172,11 +259,16 @@ class EarTeacherLightningModule(pl.LightningModule):
             self._allocate(state["count"])
         expected = classes.fingerprint(self._train_set().manifest) if self._trainer is not None else None
         self.classes = classes.PseudoClasses.from_dict(state, expected)
+        self.nmi = state.get("nmi")
 
-    def _metric_loss(self, embedding: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        labels = self.classes.labels[index]
-        known = labels >= 0  # a picture that was unreadable when the classes were made has none
-        features = self.model.predict(embedding)
+    def _metric_loss(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Of the heads' output VB,D' of V views of the B training pictures `index`."""
+        if self.config.pseudo_classes == "batch":
+            labels = classes.batch_labels(len(index), self.classes.count).to(index.device)
+        else:
+            labels = self.classes.labels[index]
+        labels = labels.repeat(len(features) // len(index))
+        known = labels >= 0  # unreadable when the classes were made, or without an identity
         if not known.any():
             return features.sum() * 0
         margin = losses.margin_at(self.current_epoch, self.config.margin, self.config.margin_warmup_epochs)
@@ -184,11 +276,11 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.config.metric_loss, features[known], self.prototypes, labels[known], margin, self.config.arcface_scale
         )
 
-    def _held_out_metric(self, embedding: torch.Tensor, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _held_out_metric(self, embedding: torch.Tensor, of_view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out pictures take the class of the prototype nearest to the clean picture; the loss (whole margin)
         is that of an augmented view: a picture scored against its own nearest prototype would prove nothing."""
         labels = losses.cosines(self.model.predict(embedding), self.prototypes).argmax(1)
-        features = self.model.predict(self(view))
+        features = self.model.predict(of_view)
         agreement = (losses.cosines(features, self.prototypes).argmax(1) == labels).float().mean()
         loss = losses.metric_loss(
             self.config.metric_loss,
@@ -211,7 +303,11 @@ class EarTeacherLightningModule(pl.LightningModule):
             past = self.classes.round + 1 if self.classes else 0
             result = classes.PseudoClasses(labels, len(self.prototypes), past, mark).as_dict(), means
         state, means = self.trainer.strategy.broadcast(result)
+        before = self.classes.labels.cpu() if self.classes else None
         self.classes = classes.PseudoClasses.from_dict(state, None)
+        self.nmi = None if before is None else classes.agreement_of_rounds(before, self.classes.labels)
+        if self.config.pseudo_classes == "batch":
+            return  # nothing of the pictures is in these classes, so neither is it in their prototypes
         with torch.no_grad():
             self.prototypes.copy_(means)
         self.optimizers().optimizer.state.pop(self.prototypes, None)  # old momentum belongs to old prototypes
@@ -238,7 +334,9 @@ class EarTeacherLightningModule(pl.LightningModule):
         manifest, count, seed = self._train_set().manifest, len(self.prototypes), self.config.seed
         if self.config.pseudo_classes == "instance":
             return torch.arange(len(manifest))
-        if self.config.pseudo_classes == "fixed":
+        if self.config.pseudo_classes == "identity":
+            return classes.identity_labels(manifest)
+        if self.config.pseudo_classes in ("fixed", "batch"):
             return classes.fixed_labels(len(manifest), count, seed)
         if len(rows) < count:
             raise EarTeachError(
@@ -249,7 +347,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         apart = [[place[r] for r in group if r in place] for group in classes.same_photo(manifest)]
         start = self.classes.labels.cpu()[rows] if self.classes else None
         labels = torch.full((len(manifest),), -1)
-        labels[rows] = classes.kmeans(classes.directions(embeddings), count, seed, start=start, apart=apart)
+        options: dict[str, Any] = {"start": start, "apart": apart}
+        if self.config.side_policy == "separate":
+            sides = [manifest.side(row) for row in rows.tolist()]
+            labels[rows] = classes.kmeans_by_side(classes.directions(embeddings), sides, count, seed, **options)
+        else:
+            labels[rows] = classes.kmeans(classes.directions(embeddings), count, seed, **options)
         return labels
 
     @torch.no_grad()
@@ -302,8 +405,18 @@ class EarTeacherLightningModule(pl.LightningModule):
         return int(self.trainer.num_training_batches)
 
 
+def _views(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pictures, what to reconstruct of each), both uint8 VB,3,H,W: all first views, then all second ones."""
+    names = [name for name in ("pixels", "view") if name in batch]
+    targets = [{"pixels": "target", "view": "view_target"}[name] for name in names]
+    return (
+        torch.cat([batch[name] for name in names]),
+        torch.cat([batch.get(target, batch[name]) for name, target in zip(names, targets, strict=True)]),
+    )
+
+
 def _gradient_ratio(metric: torch.Tensor, reconstruction: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Norm of the gradient the metric term sends into the embedding, over that of the reconstruction term."""
+    """Norm of the gradient the other terms send into the embedding, over that of the reconstruction term."""
     norms = [
         torch.autograd.grad(term * _GRADIENT_SCALE, embedding, retain_graph=True)[0].float().norm()
         for term in (metric, reconstruction)

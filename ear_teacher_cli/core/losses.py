@@ -1,4 +1,4 @@
-"""Margin softmax losses over pseudo-classes, and the reconstruction figures.
+"""Margin softmax losses over pseudo-classes, losses between two views, and the reconstruction's figure.
 
 B pictures, K classes, D' the heads' output size. Angles are computed in float32 whatever the precision.
 """
@@ -44,6 +44,24 @@ def metric_loss(
     """Mean cross-entropy of the margin softmax. `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K)."""
     with torch.autocast(features.device.type, enabled=False):
         return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)
+
+
+def contrastive_loss(projections: torch.Tensor, temperature: float) -> torch.Tensor:
+    """NT-Xent (SimCLR, Chen et al. 2020, eq. 1): every view's other view is to be found among all of the batch.
+
+    `projections` 2B,D': the first views of B pictures, then their second views. At chance: log(2B - 1).
+    """
+    with torch.autocast(projections.device.type, enabled=False):
+        unit = F.normalize(projections.float(), dim=1)
+        logits = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)  # 2B,2B
+        return F.cross_entropy(logits, torch.arange(len(unit), device=unit.device).roll(len(unit) // 2))
+
+
+def consistency_loss(predictions: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
+    """Negative cosine of each view's prediction with the other view's projection, whose gradient is stopped
+    (SimSiam, Chen and He 2021, eq. 1 and 3). Both 2B,D', laid out as in `contrastive_loss`. In [-1, 1]."""
+    other = projections.detach().roll(len(projections) // 2, 0)
+    return -F.cosine_similarity(predictions.float(), other.float(), dim=1).mean()
 
 
 def margin_at(epoch: int, margin: float, warmup_epochs: int) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..data.pixels import pretrained_cfg_of
 from ..errors import ConfigError
+from .finetune import freeze_to_stride, keep_statistics
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:
@@ -34,7 +35,8 @@ class TeacherModel(nn.Module):
 
     The metric loss is asked of the prediction head's output, at the end of the chain, so that projection and
     prediction both learn (DistributedDataParallel refuses parameters without a gradient) and the embedding
-    itself is free of the pseudo-classes' last word. Without a metric loss there are no heads.
+    itself is free of the pseudo-classes' last word. The contrastive loss is asked of the projection. A head that no
+    loss asks is None.
     """
 
     def __init__(self, config: TrainConfig):
@@ -47,9 +49,18 @@ class TeacherModel(nn.Module):
                 f"{config.embedding_dim} given, but {config.backbone} has {self.embedding_dim}",
                 "leave the option out",
             )
-        self.projection = projection_head(self.embedding_dim, config.projection_dim) if config.learns_classes else None
-        self.prediction = prediction_head(config.projection_dim) if config.learns_classes else None
+        freeze_to_stride(self.backbone, config.freeze_stride)
+        self.keep_statistics = config.freeze_statistics
+        asked = config.learns_classes or config.compares_views
+        self.projection = projection_head(self.embedding_dim, config.projection_dim) if asked else None
+        predicts = config.learns_classes or config.consistency_weight > 0
+        self.prediction = prediction_head(config.projection_dim) if predicts else None
         self.decoder = Decoder(self.embedding_dim, config.image_size)
+
+    def train(self, mode: bool = True) -> "TeacherModel":
+        super().train(mode)
+        keep_statistics(self.backbone, self.keep_statistics)
+        return self
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised B,3,H,W -> B,D: what is exported, and what `embed` writes."""

@@ -2,11 +2,13 @@
 
 A class belongs to a picture, never to a position in a batch. `kmeans` is offline, deterministic, spherical
 k-means over the embeddings (the recipe of unsupervised speaker verification: cluster, train a margin softmax
-on the cluster ids, cluster again); `instance` makes every picture its own class; `fixed` draws classes once
-at random, the control that any other must beat. N pictures, D features, K classes.
+on the cluster ids, cluster again); `instance` makes every picture its own class; `identity` takes the manifest's
+word; `fixed` draws classes once at random, the control that any other must beat; `batch`, the seed's, is the one
+exception to the first sentence, kept for comparison. N pictures, D features, K classes.
 """
 
 import hashlib
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from ..data.manifest import Manifest
-from ..errors import WeightsError
+from ..errors import ManifestError, WeightsError
+from ..files import printable
 
 PICTURES_PER_CLASS = 4
 LARGEST = 8  # a class of more than this many times the mean is split
@@ -51,17 +54,40 @@ class PseudoClasses:
         return PseudoClasses(state["labels"].to(torch.int64), state["count"], state["round"], state["fingerprint"])
 
 
-def class_count(kind: str, pictures: int, most: int) -> int:
-    """How many classes to use for `pictures`; `most` 0 means no bound."""
+def class_count(kind: str, manifest: Manifest, most: int) -> int:
+    """How many classes to use for the pictures of `manifest`; `most` 0 means no bound. Raises ManifestError."""
     if kind == "instance":
-        return pictures
-    count = max(2, pictures // PICTURES_PER_CLASS)
+        return len(manifest)
+    if kind == "identity":
+        return int(identity_labels(manifest).max()) + 1
+    count = max(2, len(manifest) // PICTURES_PER_CLASS)
     return min(count, most) if most else count
 
 
 def is_round(epoch: int, every: int, max_epochs: int) -> bool:
     """Whether k-means clusters before `epoch` (from 0): at the start, then every `every` epochs, not in the last fifth."""
     return epoch == 0 or (epoch % every == 0 and epoch < 0.8 * max_epochs)
+
+
+def identity_labels(manifest: Manifest) -> torch.Tensor:
+    """The manifest's own ears, (person, side) where sides are known: int64 N, -1 where it does not say.
+
+    Raises ManifestError if it names fewer than two.
+    """
+    ears = [manifest.ear(index) for index in range(len(manifest))]
+    number = {ear: i for i, ear in enumerate(dict.fromkeys(ear for ear in ears if ear))}
+    if len(number) < 2:
+        raise ManifestError(
+            f"{printable(manifest.source)}: names {len(number)} identities, and --pseudo-classes identity needs two; "
+            "add an identity column, or choose kmeans"
+        )
+    return torch.tensor([number[ear] if ear else -1 for ear in ears])
+
+
+def batch_labels(pictures: int, count: int) -> torch.Tensor:
+    """The seed's: the place in the batch. It says nothing of the picture, so the best answer is to make all
+    embeddings one. int64 B."""
+    return torch.arange(pictures) % count
 
 
 def fixed_labels(pictures: int, count: int, seed: int) -> torch.Tensor:
@@ -85,6 +111,58 @@ def same_photo(manifest: Manifest) -> list[list[int]]:
     for index, path in enumerate(manifest.paths):
         rows[path].append(index)
     return [group for group in rows.values() if len(group) > 1]
+
+
+def kmeans_by_side(
+    features: torch.Tensor, sides: list[str | None], count: int, seed: int, **options: Any
+) -> torch.Tensor:
+    """`kmeans`, left and right ears each for themselves, with classes in proportion: no class holds both."""
+    labels, first = torch.full((len(features),), -1), 0
+    groups = [torch.tensor([i for i, s in enumerate(sides) if s == side]) for side in ("left", "right")]
+    groups = [rows for rows in groups if len(rows)]
+    start, apart = options.get("start"), options.get("apart") or []
+    for number, rows in enumerate(groups):
+        left_over = count - first - 2 * (len(groups) - number - 1)
+        share = (
+            left_over if number == len(groups) - 1 else max(2, min(left_over, round(count * len(rows) / len(features))))
+        )
+        share = min(share, len(rows))
+        if share < 2:
+            labels[rows] = first
+        else:
+            place = {row: i for i, row in enumerate(rows.tolist())}
+            before = None if start is None else start[rows] - first
+            if before is not None and (before.min() < 0 or before.max() >= share):
+                before = None  # pictures came or went, and the classes are shared out anew
+            together = [[place[r] for r in group if r in place] for group in apart]
+            labels[rows] = first + kmeans(features[rows], share, seed, start=before, apart=together)
+        first += share
+    return labels
+
+
+def agreement_of_rounds(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Normalised mutual information of two labellings of N pictures (arithmetic mean; Strehl and Ghosh 2002):
+    1 when they group alike, whatever the ids, 0 when one says nothing of the other. Rows of -1 do not count."""
+    kept = (before >= 0) & (after >= 0)
+    joint = torch.stack([before[kept], after[kept]]).unique(dim=1, return_counts=True)[1].double()
+    together, a, b = (_entropy(c) for c in (joint, before[kept].bincount(), after[kept].bincount()))
+    return float((2 * (a + b - together) / (a + b)).clamp(0, 1)) if a + b > 0 else 1.0
+
+
+def figures(labels: torch.Tensor, count: int) -> dict[str, float]:
+    """The state of K classes: share of them in use, entropy over log K (1: all of equal size), share of the
+    pictures in the largest."""
+    sizes = labels[labels >= 0].bincount(minlength=count).double()
+    return {
+        "in_use": float((sizes > 0).double().mean()),
+        "entropy": float(_entropy(sizes) / math.log(max(2, count))),
+        "largest": float(sizes.max() / sizes.sum().clamp_min(1)),
+    }
+
+
+def _entropy(counts: torch.Tensor) -> torch.Tensor:
+    shares = counts[counts > 0] / counts.sum()
+    return -(shares * shares.log()).sum()
 
 
 def directions(embeddings: torch.Tensor) -> torch.Tensor:

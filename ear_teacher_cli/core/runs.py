@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ..config import MONITORS
 from ..errors import EarTeachError
 from ..files import printable
 
@@ -24,12 +25,12 @@ def last_checkpoint(experiment: Path) -> Path | None:
 
 
 def best_checkpoint(experiment: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss in its name, else the last."""
-    scored = [
-        (float(m[1]), p)
-        for p in (experiment / CHECKPOINTS).glob("best-*.ckpt")
-        if (m := re.search(r"val_loss_(-?[\d.]+)\.ckpt$", p.name))
-    ]
+    """The checkpoint with the best figure in its name (of whatever `monitor` it is), else the last."""
+    scored = []
+    for path in (experiment / CHECKPOINTS).glob("best-*.ckpt"):
+        if match := re.search(r"-(val_\w+?)_(-?[\d.]+)\.ckpt$", path.name):
+            sign = {"min": 1, "max": -1}[MONITORS.get(match[1].replace("_", "/", 1), "min")]
+            scored.append((sign * float(match[2]), path))
     return min(scored)[1] if scored else last_checkpoint(experiment)
 
 

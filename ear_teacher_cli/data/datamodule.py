@@ -11,7 +11,7 @@ from ..machine import usable_cores
 from .augment import Augment
 from .dataset import EarDataset, EpochSampler, collate
 from .manifest import Manifest, read_manifest
-from .pixels import preprocessing_of
+from .pixels import preprocessing_for
 
 
 class EarDataModule(pl.LightningDataModule):
@@ -34,7 +34,7 @@ class EarDataModule(pl.LightningDataModule):
         if self.train_set is not None:
             return
         config = self.config
-        preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
+        preprocessing = preprocessing_for(config)
         train, val = (
             read_manifest(config.train_metadata, config.root_dir),
             read_manifest(config.val_metadata, config.root_dir),
@@ -43,11 +43,21 @@ class EarDataModule(pl.LightningDataModule):
             _refuse_wrong_root(manifest)
         if len(train) < 2:
             raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
+        if config.side_policy != "as-is":
+            for manifest in (train, val) if preprocessing.mirror else (train,):
+                _require_sides(manifest, config.side_policy)
         varied = config.augment or config.hflip
-        augment = Augment(preprocessing, config.augment, config.hflip) if varied else None
-        self.train_set = EarDataset(train, preprocessing, augment=augment)
+        policy = config.augmentation if config.augment else None
+        augment = Augment(preprocessing, policy, config.hflip) if varied else None
+        self.train_set = EarDataset(
+            train,
+            preprocessing,
+            augment=augment,
+            view=augment if config.views == 2 else None,
+            targets=config.denoise,
+        )
         self.clean_set = EarDataset(train, preprocessing)
-        self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing))
+        self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing, config.augmentation))
 
     def state_dict(self) -> dict[str, int]:
         return {"epochs_completed": self.trainer.fit_loop.epoch_progress.current.processed}
@@ -80,6 +90,15 @@ class EarDataModule(pl.LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
+        )
+
+
+def _require_sides(manifest: Manifest, policy: str) -> None:
+    unknown = [i for i in range(len(manifest)) if manifest.side(i) is None]
+    if unknown:
+        raise ManifestError(
+            f"{manifest.where(unknown[0])}: has no side, nor have {len(unknown) - 1} other rows, and --side-policy {policy} "
+            "needs one; fill in the column (left or right), or leave sides as-is"
         )
 
 

@@ -35,9 +35,10 @@ class BadPicture(NamedTuple):
 
 
 class EarDataset(Dataset):
-    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view': uint8 3,H,W]}, or a BadPicture.
+    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view', 'target', 'view_target']}, or a BadPicture.
 
-    `pixels` is augmented if `augment` is given; with `view` a second, augmented picture comes beside it.
+    `pixels` is augmented if `augment` is given; with `view` a second, augmented picture comes beside it. With
+    `targets` each of the two has a target: moved as it is, but in its own light.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class EarDataset(Dataset):
         *,
         augment: Augment | None = None,
         view: Augment | None = None,
+        targets: bool = False,
     ):
         self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
+        self.targets = targets
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -60,18 +63,27 @@ class EarDataset(Dataset):
         except PictureError as error:
             return BadPicture(index, error.reason, error.detail)
         pixels = torch.from_numpy(crop)
-        item = {"index": index, "pixels": self.augment(pixels, seed) if self.augment else pixels}
-        if self.view:
-            item["view"] = self.view(pixels, seed)
+        if self.preprocessing.mirror and self.manifest.side(index) == "right":
+            pixels = pixels.flip(-1)
+        item = {"index": index, "pixels": pixels}
+        # of two augmented views the second has a seed of its own; beside a clean picture it has the picture's
+        for name, augment, key in (
+            ("pixels", self.augment, seed),
+            ("view", self.view, derive_seed(seed, 1) if self.augment else seed),
+        ):
+            if augment:
+                item[name], target = augment.with_target(pixels, key)
+                if self.targets:
+                    item["target" if name == "pixels" else "view_target"] = target
         return item
 
 
 def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
-    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'], 'bad': list of BadPicture}; B may be 0."""
+    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view', 'target', 'view_target'], 'bad': list of BadPicture}; B may be 0."""
     good = [item for item in items if not isinstance(item, BadPicture)]
     batch: Batch = {"bad": [item for item in items if isinstance(item, BadPicture)]}
     batch["index"] = torch.tensor([item["index"] for item in good], dtype=torch.int64)
-    for name in ("pixels", "view"):
+    for name in ("pixels", "view", "target", "view_target"):
         if good and name in good[0]:
             batch[name] = torch.stack([item[name] for item in good])
     return batch

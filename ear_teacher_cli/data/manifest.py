@@ -61,6 +61,16 @@ class Manifest:
         """`train.npy row 17 (s03/left.jpg)`, for messages."""
         return f"{printable(Path(self.source).name)} row {self.rows[index]} ({printable(self.paths[index])})"
 
+    def side(self, index: int) -> str | None:
+        """'left', 'right', or None where the row does not say (l, r, L, Right... are read as such)."""
+        word = str(self.sides[index]).strip().lower() if self.sides else ""
+        return {"l": "left", "r": "right"}.get(word[:1]) if word in ("l", "r", "left", "right") else None
+
+    def ear(self, index: int) -> tuple[str, str | None] | None:
+        """Whose ear it is, (identity, side or None), or None where the row does not say: a person's ears are two."""
+        identity = self.identities[index] if self.identities else ""
+        return (str(identity), self.side(index)) if identity else None
+
     def file(self, index: int) -> str:
         """Absolute path of the picture. Raises PictureError('outside-root') if it leaves the root, also by symlink."""
         path = self.paths[index]

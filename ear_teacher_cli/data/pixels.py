@@ -6,9 +6,10 @@ after the transfer.
 """
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..config import TrainConfig
 from ..errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:  # validate-data cuts crops without torch
@@ -25,6 +26,7 @@ class Preprocessing:
     interpolation: str  # nearest, bilinear, bicubic, lanczos (of PIL, antialiased)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    mirror: bool = False  # right ears, where sides are known, are turned into left ones
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -44,6 +46,7 @@ class Preprocessing:
                 interpolation=str(values["interpolation"]),
                 mean=tuple(map(float, values["mean"])),
                 std=tuple(map(float, values["std"])),
+                mirror=bool(values.get("mirror", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{where}: its preprocessing is not whole ({error!r}); export it again") from error
@@ -57,6 +60,12 @@ def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bo
     pretrained = pretrained_cfg_of(backbone)
     interpolation = pretrained.interpolation if pretrained.interpolation in INTERPOLATIONS else "bicubic"
     return Preprocessing(image_size, bbox_buffer, pad, interpolation, tuple(pretrained.mean), tuple(pretrained.std))
+
+
+def preprocessing_for(config: TrainConfig) -> Preprocessing:
+    """The preprocessing of a training run."""
+    preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
+    return replace(preprocessing, mirror=config.side_policy == "mirror")
 
 
 def pretrained_cfg_of(backbone: str) -> Any:

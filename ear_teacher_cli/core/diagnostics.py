@@ -1,0 +1,63 @@
+"""Is the teacher still telling ears apart? Figures of collapse, and a plain verdict.
+
+All are of the validation pictures' embeddings, clean, in evaluation mode. M pictures, D numbers each.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Shares of the untouched start below which a figure counts as fallen. A recipe that learns moves them far less; one
+# that collapses goes on falling (both are measured in examples/study/README.md).
+FALLEN_SPREAD = 0.5
+FALLEN_RANK = 0.5
+
+
+@dataclass(frozen=True)
+class Health:
+    """`spread`: standard deviation of the unit embeddings' numbers, times sqrt(D): 1 on the whole sphere, 0 when all
+    are one. `effective_rank`: how many directions carry them (RankMe, Garrido et al. 2023, eq. 1), of the embeddings
+    about their mean, in [1, min(M, D)]. `abs_cosine`: mean absolute cosine of two embeddings about their mean, in
+    [0, 1]; 1 when they lie on one line."""
+
+    spread: float
+    effective_rank: float
+    abs_cosine: float
+
+
+def health(embeddings: torch.Tensor) -> Health:
+    """M,D of any length -> figures. M at least 2."""
+    unit = F.normalize(embeddings.double(), dim=1)
+    about = unit - unit.mean(0)
+    singular = torch.linalg.svdvals(about)
+    shares = singular / singular.sum().clamp_min(1e-12)
+    entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
+    directions = F.normalize(about, dim=1)
+    cosine = (directions @ directions.T).abs()
+    others = len(unit) * (len(unit) - 1)
+    return Health(
+        spread=float(about.square().sum(1).mean().sqrt()),
+        effective_rank=float(entropy.exp()),
+        abs_cosine=float((cosine.sum() - cosine.diagonal().sum()) / others),
+    )
+
+
+def verdict(now: Health, start: Health) -> str | None:
+    """What fell, and how far, against the untouched start; None when the embeddings are in order."""
+    fallen = [
+        f"{word} {value:.3g} of {before:.3g} before training"
+        for word, value, before, share in (
+            ("spread", now.spread, start.spread, FALLEN_SPREAD),
+            ("effective rank", now.effective_rank, start.effective_rank, FALLEN_RANK),
+        )
+        if value < share * before
+    ]
+    return " and ".join(fallen) or None
+
+
+def retrieval(embeddings: torch.Tensor, views: torch.Tensor) -> float:
+    """Share of M pictures whose own augmented view is nearer (by cosine) than that of any other. M,D each; in
+    percent. By chance 100 / M."""
+    nearest = (F.normalize(embeddings.float(), dim=1) @ F.normalize(views.float(), dim=1).T).argmax(1)
+    return 100 * float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean())
