@@ -13,7 +13,7 @@ import typer
 
 from . import __version__
 from .config import TrainConfig, read_toml
-from .errors import ConfigError, EarTeachError
+from .errors import ConfigError, EarTeachError, WordsError
 from .files import printable
 from .machine import is_first_process
 from .talk import Talk
@@ -72,7 +72,7 @@ def earteach(
 ) -> None:
     """Learn ear features from unlabelled photographs, and hand them on.
 
-    validate-data -> train (resume) -> collage -> export-backbone -> embed
+    validate-data -> train (resume) -> collage -> export-backbone -> embed -> evaluate
     """
 
 
@@ -318,6 +318,149 @@ def embed(
     )
     skipped = f", {done.skipped} skipped" if done.skipped else ""
     talk.say(f"{'stdout' if out == '-' else printable(out)}: {done.rows} rows of {done.dim}{skipped}")
+
+
+@app.command(
+    "evaluate", epilog="Example: `earteach evaluate teacher.npy eval.csv --plots plots --sheet look-alikes.png`"
+)
+def evaluate(
+    embeddings: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="EMBEDDINGS",
+            show_default=False,
+            help="What embed wrote (.npy, .npz, .csv); with --weights a folder, a manifest or a picture list (-).",
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[LABELS]",
+            show_default=False,
+            help="A manifest with identities, say a CSV of image_path,identity[,side]. Default: what EMBEDDINGS came from, else the pictures' folders (identity/picture.jpg).",
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Instead of EMBEDDINGS: two files. B minus A on the pictures both have, from the same resamples.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Embed pictures first: a run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False
+        ),
+    ] = None,
+    center: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Subtract the mean of these embeddings (of training pictures). With --compare twice: for A, then B; none leaves one as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    whiten: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="PCA whitening fitted on these embeddings (of training pictures). With --compare twice, like --center.",
+            show_default=False,
+        ),
+    ] = None,
+    whiten_dim: Annotated[
+        int | None,
+        typer.Option(help="Keep this many whitened dimensions. Default: all that vary.", min=1, show_default=False),
+    ] = None,
+    far: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="FAR",
+            help="TAR at this FAR; may be repeated. Default: 0.01, 0.001 and 0.0001, as far as the impostor pairs carry them (30 false accepts).",
+            show_default=False,
+        ),
+    ] = None,
+    sides: Annotated[
+        bool, typer.Option("--sides/--no-sides", help="A person's left and right ear are two identities, where known.")
+    ] = True,
+    bootstrap: Annotated[
+        int, typer.Option(help="Resamples of the people for the 95 % intervals; 0 for none.", min=0, max=100_000)
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Which resamples.", min=0)] = TrainConfig.seed,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write all as JSON; - for stdout.")] = None,
+    plots: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Draw roc.png, cmc.png and scores.png into this folder.")
+    ] = None,
+    sheet: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.png", help="Draw the hardest impostor and genuine pairs: where wrong labels show."),
+    ] = None,
+    root_dir: RootDir = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures at a time, with --weights.", min=1)
+    ] = TrainConfig.batch_size,
+    num_workers: Workers = TrainConfig.num_workers,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score embeddings by identity: rank-k, mAP@R, AUC, EER, TAR at a FAR.
+
+    Rank-k and mAP@R ask each picture for its nearest others, never itself; AUC, EER and TAR are of all pairs.
+    Duplicates are left out. Intervals come from a bootstrap over people. `--compare A B [LABELS]` scores the
+    difference of two files; it counts where its interval excludes 0.
+    """
+    if compare is not None:
+        if labels is not None:
+            raise WordsError(
+                f"--compare: {printable(embeddings)} is one file too many; say `--compare A B` and at most LABELS"
+            )
+        sources, labels = list(compare), embeddings
+    elif embeddings is not None:
+        sources = [embeddings]
+    else:
+        raise WordsError("EMBEDDINGS: none given; name what embed wrote, or two files with --compare")
+    from .commands import evaluate as verb
+
+    report = verb.evaluate(
+        sources,
+        labels,
+        weights=weights,
+        backbone=backbone,
+        image_size=image_size,
+        centre_on=center or (),
+        whiten_on=whiten or (),
+        whiten_dim=whiten_dim,
+        fars=far or (),
+        by_sides=sides,
+        bootstrap=bootstrap,
+        seed=seed,
+        json_file=json,
+        plots=plots,
+        sheet=sheet,
+        root_dir=root_dir,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        overwrite=overwrite,
+        talk=Talk(quiet),
+    )
+    if json == "-":
+        import json as json_text
+
+        typer.echo(json_text.dumps(report.as_dict(), indent=2))
+    else:
+        typer.echo(verb.table(report))
 
 
 def _finish(outcome: Any, talk: Talk) -> None:

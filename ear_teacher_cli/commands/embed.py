@@ -21,15 +21,13 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from .. import __version__
-from ..core.embedder import Embedder, load_embedder
-from ..data.dataset import BadPicture, EarDataset, collate
-from ..data.manifest import MANIFEST_SUFFIXES, PICTURE_SUFFIXES, Box, Manifest, pictures_manifest, read_manifest
-from ..errors import EarTeachError, ManifestError, WordsError
+from ..core.embedder import Embedder, embed_pictures, load_embedder
+from ..data.dataset import BadPicture
+from ..data.manifest import Box, Manifest, read_input
+from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
-from ..machine import usable_cores
 from ..talk import Talk
 
 FORMATS = ("npy", "npz", "csv")
@@ -75,7 +73,7 @@ def embed(
     with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
         file = stack.enter_context(_output(out))
         rows = _WRITERS[kind](file, embedder.embedding_dim)
-        names = _Names(stack.enter_context(_output(str(sidecars["names"])))) if "names" in sidecars else None
+        names = _Names(stack.enter_context(_output(str(sidecars["names"]))), manifest) if "names" in sidecars else None
         skipped = _run(embedder, manifest, normalize, batch_size, num_workers, rows, names, talk)
         if rows.count == 0:
             raise EarTeachError(
@@ -90,28 +88,6 @@ def embed(
     return Embedded(rows.count, skipped, embedder.embedding_dim, out)
 
 
-def read_input(source: str, root_dir: str | None = None) -> Manifest:
-    """Any INPUT as a manifest. Raises ManifestError."""
-    if source == "-":
-        # bytes, as file names are: a name need not be text in the terminal's encoding
-        paths = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
-        paths = [path for path in paths if path.strip()]
-        if not paths:
-            raise ManifestError("stdin: holds no paths; give one picture a line, as find prints them")
-        return pictures_manifest(paths, "stdin")
-    suffix = Path(source).suffix.lower()
-    if suffix in PICTURE_SUFFIXES and not Path(source).is_dir():
-        if not Path(source).exists():
-            raise ManifestError(f"{printable(source)}: no such file; check the path")
-        return pictures_manifest([source], source)
-    if suffix not in MANIFEST_SUFFIXES and Path(source).is_file():
-        raise ManifestError(
-            f"{printable(source)}: neither a picture nor a manifest by its name; give a folder, a picture, "
-            "a manifest, or - for paths on stdin"
-        )
-    return read_manifest(source, root_dir)
-
-
 def _run(
     embedder: Embedder,
     manifest: Manifest,
@@ -123,24 +99,14 @@ def _run(
     talk: Talk,
 ) -> int:
     """Embed all, in order; number of pictures skipped."""
-    workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
-    loader = DataLoader(
-        EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers, collate_fn=collate
-    )
     skipped = 0
-    with talk.progress("embedding", len(manifest), "pictures") as steps:
-        for batch in loader:
-            for bad in batch["bad"]:
-                talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
-            good = batch["index"].tolist()
-            if names:
-                names.add(manifest, rows.count, good, batch["bad"])
-            if good:
-                vectors = embedder(batch["pixels"])
-                vectors = F.normalize(vectors, dim=1) if normalize else vectors
-                rows.add(vectors.numpy(), [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
-            skipped += len(batch["bad"])
-            steps.advance(len(good) + len(batch["bad"]))
+    for good, vectors, bad in embed_pictures(embedder, manifest, batch_size, num_workers, talk):
+        if names:
+            names.add(manifest, rows.count, good, bad)
+        if good:
+            vectors = F.normalize(vectors, dim=1) if normalize else vectors
+            rows.add(vectors.numpy(), [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
+        skipped += len(bad)
     return skipped
 
 
@@ -286,18 +252,24 @@ _WRITERS = {"npy": _Npy, "npz": _Npz, "csv": _Csv}
 
 
 class _Names:
-    """`out.csv` beside the embeddings: every input in order; `row` is empty where there is no embedding."""
+    """`out.csv` beside the embeddings: every input in order; `row` is empty where there is no embedding.
 
-    def __init__(self, file: BinaryIO):
+    What the manifest knows of identity and side is kept, so that `evaluate` needs no other list.
+    """
+
+    def __init__(self, file: BinaryIO, manifest: Manifest):
         self.text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         self.writer = csv.writer(self.text)
-        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status"])
+        known = {"identity": manifest.identities, "side": manifest.sides}
+        self.labels = {name: column for name, column in known.items() if column is not None}
+        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status", *self.labels])
 
     def add(self, manifest: Manifest, next_row: int, good: list[int], bad: list[BadPicture]) -> None:
         entries = [(index, next_row + i, "ok") for i, index in enumerate(good)]
         entries += [(entry.index, "", f"{entry.reason}: {entry.detail}") for entry in bad]
         for index, row, status in sorted(entries, key=lambda entry: entry[0]):
-            self.writer.writerow([row, manifest.paths[index], *(manifest.boxes[index] or ("",) * 4), status])
+            labels = [column[index] for column in self.labels.values()]
+            self.writer.writerow([row, manifest.paths[index], *(manifest.boxes[index] or ("",) * 4), status, *labels])
 
     def finish(self) -> None:
         self.text.detach()

@@ -2,17 +2,23 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..config import TrainConfig
+from ..data.dataset import BadPicture, EarDataset, collate
+from ..data.manifest import Manifest
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
 from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
 from ..files import printable
+from ..machine import usable_cores
+from ..talk import Talk
 from . import runs
 from .checkpoint import read_checkpoint, read_safetensors, read_tensors
 from .model import build_backbone, embedding_size
@@ -69,6 +75,23 @@ def load_embedder(weights: str | None, backbone: str | None = None, image_size: 
             )
     module = build_backbone(name, preprocessing.image_size)
     return _ready(module, name, preprocessing, load_state(module, name, state, printable(path), sha256_of(path)))
+
+
+def embed_pictures(
+    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
+    """A batch at a time, in order: indices B, embeddings float32 B,D (None if B is 0), and what could not be read."""
+    workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
+    loader = DataLoader(
+        EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers, collate_fn=collate
+    )
+    with talk.progress("embedding", len(manifest), "pictures") as steps:
+        for batch in loader:
+            for bad in batch["bad"]:
+                talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
+            good = batch["index"].tolist()
+            yield good, embedder(batch["pixels"]) if good else None, batch["bad"]
+            steps.advance(len(good) + len(batch["bad"]))
 
 
 def export_header(

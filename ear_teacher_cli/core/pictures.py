@@ -1,18 +1,22 @@
-"""Pictures for people: the reconstruction collage, and a GIF of how it came about."""
+"""Pictures for people: the reconstruction collage and a GIF of how it came about, and sheets of pairs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files import whole_file
 
+if TYPE_CHECKING:  # evaluate draws without torch
+    import torch
+
 _INK, _PAPER, _FAINT = (24, 28, 36), (250, 250, 248), (110, 116, 128)
 
 
-def collage(originals: torch.Tensor, reconstructions: torch.Tensor, title: str) -> Image.Image:
+def collage(originals: "torch.Tensor", reconstructions: "torch.Tensor", title: str) -> Image.Image:
     """Two rows: originals above, reconstructions below, the PSNR of each underneath.
 
     Both uint8 B,3,H,W. Tiles keep the size the model sees, between 96 and 224 pixels.
@@ -37,13 +41,53 @@ def collage(originals: torch.Tensor, reconstructions: torch.Tensor, title: str) 
     return page
 
 
-def psnr_of_bytes(originals: torch.Tensor, reconstructions: torch.Tensor) -> list[float]:
+@dataclass(frozen=True)
+class Pair:
+    """Two crops and what to write beneath them."""
+
+    left: Image.Image
+    right: Image.Image
+    score: str
+    names: tuple[str, str]
+
+
+def pairs_sheet(sections: Sequence[tuple[str, Sequence[Pair]]]) -> Image.Image:
+    """Titled sections of pairs, three a row, each with its score above and its two names below."""
+    side, gap, line, columns = 132, 20, 18, 3
+    wide, high = 2 * side + 4, line + side + 2 * line + gap
+    rows = [-(-len(pairs) // columns) for _, pairs in sections]
+    page = Image.new("RGB", (gap + columns * (wide + gap), gap + sum(46 + n * high for n in rows)), _PAPER)
+    draw, top = ImageDraw.Draw(page), gap
+    for (title, pairs), count in zip(sections, rows, strict=True):
+        draw.text((gap, top), title, fill=_INK, font=_font(18))
+        top += 36
+        for place, pair in enumerate(pairs):
+            x, y = gap + place % columns * (wide + gap), top + place // columns * high
+            draw.text((x, y), pair.score, fill=_INK, font=_font(13))
+            page.paste(pair.left.resize((side, side), Image.Resampling.BICUBIC), (x, y + line))
+            page.paste(pair.right.resize((side, side), Image.Resampling.BICUBIC), (x + side + 4, y + line))
+            for number, name in enumerate(pair.names):
+                _fitted(draw, (x, y + line + side + 4 + number * (line - 2)), name, wide)
+        top += 10 + count * high
+    return page
+
+
+def _fitted(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
+    """Small text, cut in the middle where it is too long: the end of a path tells the most."""
+    font, cut = _font(12), text
+    while draw.textlength(cut, font=font) > width and len(text) > 8:
+        text = text[: len(text) // 2 - 1] + text[len(text) // 2 + 1 :]
+        cut = text[: len(text) // 2] + "..." + text[len(text) // 2 :]
+    draw.text(place, cut, fill=_FAINT, font=font)
+
+
+def psnr_of_bytes(originals: "torch.Tensor", reconstructions: "torch.Tensor") -> list[float]:
     """PSNR in dB of each pair of uint8 pictures: 10 log10(255^2 / MSE)."""
     mse = (originals.double() - reconstructions.double()).square().mean((1, 2, 3)).clamp_min(1e-6)
-    return (10 * torch.log10(255.0**2 / mse)).tolist()
+    return (10 * (255.0**2 / mse).log10()).tolist()
 
 
-def to_image(pixels: torch.Tensor) -> Image.Image:
+def to_image(pixels: "torch.Tensor") -> Image.Image:
     """uint8 3,H,W -> RGB picture."""
     return Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy().transpose(1, 2, 0)))
 

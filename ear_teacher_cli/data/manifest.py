@@ -19,6 +19,7 @@ import csv
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,6 +128,31 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Man
         identities=columns.identities if any(columns.identities) else None,
         sides=columns.sides if any(columns.sides) else None,
     )
+
+
+def read_input(source: str, root_dir: str | None = None) -> Manifest:
+    """Whatever the user named, as a manifest: a picture, what `read_manifest` reads, or `-` for paths on stdin.
+
+    Raises ManifestError.
+    """
+    if source == "-":
+        # bytes, as file names are: a name need not be text in the terminal's encoding
+        paths = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
+        paths = [path for path in paths if path.strip()]
+        if not paths:
+            raise ManifestError("stdin: holds no paths; give one picture a line, as find prints them")
+        return pictures_manifest(paths, "stdin")
+    suffix = Path(source).suffix.lower()
+    if suffix in PICTURE_SUFFIXES and not Path(source).is_dir():
+        if not Path(source).exists():
+            raise ManifestError(f"{printable(source)}: no such file; check the path")
+        return pictures_manifest([source], source)
+    if suffix not in MANIFEST_SUFFIXES and Path(source).is_file():
+        raise ManifestError(
+            f"{printable(source)}: neither a picture nor a manifest by its name; give a folder, a picture, "
+            "a manifest, or - for paths on stdin"
+        )
+    return read_manifest(source, root_dir)
 
 
 def pictures_manifest(paths: Iterable[str], source: str) -> Manifest:

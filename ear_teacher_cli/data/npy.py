@@ -8,6 +8,8 @@ what a plain saved array needs. Any outcome is a value or a ManifestError.
 import io
 import pickle
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,33 @@ def read_npy(path: str | Path) -> Any:
     if isinstance(value, np.ndarray) and value.dtype == object and value.shape == () and shape == ():
         return value.item()
     return value
+
+
+def map_npy(path: str | Path) -> np.ndarray:
+    """The array of a `.npy` file of numbers, read from the disk as it is used. Raises ManifestError."""
+    where = printable(path)
+    try:
+        return npy_format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
+    except _DAMAGE as error:
+        raise ManifestError(f"{where}: is no whole array of numbers ({error}); write it again") from error
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` archive; none may hold objects. Raises ManifestError."""
+    where = printable(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = {}
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    arrays[name.removesuffix(".npy")] = npy_format.read_array(member, allow_pickle=False)
+            return arrays
+    except OSError as error:
+        raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+        raise ManifestError(f"{where}: damaged ({type(error).__name__}: {error}); write it again") from error
 
 
 # What unpickling and numpy's header parser raise on damaged bytes (seen under mutation).

@@ -1,0 +1,123 @@
+"""The curves of an evaluation as PNG files, one line per compared file. No torch; matplotlib is loaded when drawn.
+
+Figures are made without pyplot: it keeps state of the whole process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..files import whole_file
+from .metrics import Measured, eer, roc
+from .pairs import bin_similarities
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PLOTS = ("roc.png", "cmc.png", "scores.png")
+# Okabe and Ito's blue and vermilion: told apart by the colour-blind and in grey.
+_COLOURS = ("#0072B2", "#D55E00")
+_INK, _FAINT = "#20242c", "#8a909c"
+
+
+@dataclass(frozen=True)
+class Curve:
+    name: str
+    measured: Measured
+
+
+def draw_plots(folder: Path, curves: Sequence[Curve], smallest_far: float) -> None:
+    """Write PLOTS into `folder`. `smallest_far`: what lies left of it on the ROC rests on too few pairs, and is grey."""
+    for name, draw in zip(PLOTS, (_roc, _cmc, _scores), strict=True):
+        # drawn in memory: what goes wrong there is not a file that cannot be written
+        content = BytesIO()
+        draw(curves, smallest_far).savefig(content, format="png")
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(content.getvalue())
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_FAINT)
+        axis.tick_params(color=_FAINT, labelcolor=_INK)
+        axis.set_axisbelow(True)
+        axis.grid(color="#e6e8ec", linewidth=0.7)
+    return figure, axes
+
+
+def _roc(curves: Sequence[Curve], smallest_far: float) -> Any:
+    figure, (axis,) = _figure(5.6, 4.6)
+    left = 10 ** np.floor(np.log10(min(0.01, smallest_far)))
+    for curve, colour in zip(curves, _COLOURS, strict=False):
+        far, tar = roc(curve.measured.tally.genuine, curve.measured.tally.impostor)
+        turns = np.flatnonzero(np.diff(far, prepend=-1) + np.diff(tar, prepend=-1))  # most bins are empty
+        even = curve.measured.figure("EER")
+        area = curve.measured.figure("AUC").value
+        label = f"{curve.name}\nAUC {area:.3f}, EER {100 * even.value:.1f} %"
+        axis.plot(np.maximum(far[turns], left / 10), 100 * tar[turns], color=colour, linewidth=1.8, label=label)
+        point = float(eer(far, tar))
+        axis.plot(point, 100 * (1 - point), "o", color=colour, markeredgecolor="white", markersize=7)
+    chance = np.geomspace(left, 1, 200)
+    axis.plot(chance, 100 * chance, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+    if smallest_far > left:
+        axis.axvspan(left, smallest_far, color="#f0f1f3", linewidth=0)
+        axis.text(
+            left * 1.12, 99, "too few pairs", color=_FAINT, fontsize=8, va="top", rotation=90 if smallest_far < 4 * left else 0
+        )  # fmt: skip
+    axis.set(
+        xscale="log", xlim=(left, 1), ylim=(0, 101), xlabel="false accept rate (FAR)", ylabel="true accept rate, %"
+    )
+    _legend(axis, "lower right" if curves[0].measured.figure("AUC").value > 0.9 else "upper left")
+    return figure
+
+
+def _cmc(curves: Sequence[Curve], smallest_far: float) -> Any:
+    figure, (axis,) = _figure(5.6, 4.2)
+    shown = 20
+    lowest = 100.0
+    for curve, colour in zip(curves, _COLOURS, strict=False):
+        ranks = np.arange(1, shown + 1)
+        value, low, high = 100 * curve.measured.cmc[:shown].T
+        if np.isfinite(low).all():
+            axis.fill_between(ranks, low, high, color=colour, alpha=0.14, linewidth=0)
+        first = f"rank-1 {value[0]:.1f} %, rank-5 {value[4]:.1f} %"
+        axis.plot(ranks, value, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=f"{curve.name}\n{first}")
+        lowest = min(lowest, np.nanmin([value, low]))
+    axis.set(xlim=(0.6, shown + 0.4), xlabel="rank k", ylabel="queries with a match among the k nearest, %")
+    axis.set(ylim=(max(0, 10 * np.floor(lowest / 10 - 0.2)), 101), xticks=[1, 5, 10, 15, 20])
+    _legend(axis, "lower right")
+    return figure
+
+
+def _scores(curves: Sequence[Curve], smallest_far: float) -> Any:
+    figure, axes = _figure(5.6, 1.2 + 2.6 * len(curves), len(curves))
+    middles = bin_similarities()
+    filled = [np.flatnonzero(c.measured.tally.genuine + c.measured.tally.impostor) for c in curves]
+    low, high = min(middles[f[-1]] for f in filled), max(middles[f[0]] for f in filled)
+    edges = np.linspace(low, max(high, low + 1e-6), 71)
+    for axis, curve in zip(axes, curves, strict=True):
+        parts = (("impostor pairs", curve.measured.tally.impostor), ("genuine pairs", curve.measured.tally.genuine))
+        for (name, counts), colour in zip(parts, (_COLOURS[1], _COLOURS[0]), strict=True):
+            share = 100 * np.histogram(middles, edges, weights=counts)[0] / counts.sum()
+            axis.stairs(share, edges, fill=True, color=colour, alpha=0.28)
+            axis.stairs(share, edges, color=colour, linewidth=1.3, label=name)
+        axis.set(ylabel="share of pairs, %", ylim=(0, None), xlim=(edges[0], edges[-1]))
+        axis.set_title(curve.name, fontsize=10, color=_INK, loc="left")
+        _legend(axis, "upper right")
+    axes[-1].set_xlabel("cosine similarity")
+    return figure
+
+
+def _legend(axis: "Axes", place: str) -> None:
+    axis.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8.5, labelcolor=_INK, loc=place)
