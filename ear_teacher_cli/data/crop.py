@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import PictureError
@@ -113,24 +114,45 @@ def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Im
     """
     size = preprocessing.image_size
     resample = Image.Resampling[preprocessing.interpolation.upper()]
+    region, inner, corner = _placement(image.size, box, preprocessing)
+    if not preprocessing.pad:
+        return image.resize(inner, resample, box=region)
+    canvas = Image.new("RGB", (size, size), preprocessing.fill)
+    canvas.paste(image.resize(inner, resample, box=region), corner)
+    return canvas
+
+
+def points_in_crop(
+    points: ArrayLike, size: tuple[int, int], box: Box | None, preprocessing: Preprocessing
+) -> np.ndarray:
+    """Where points of a picture of `size` (width, height) are in its crop: float64 [..., 2], x and y in pixels.
+
+    Pixel i covers i to i + 1 on both sides, as boxes do. Raises PictureError as `cut` does.
+    """
+    (x1, y1, x2, y2), inner, corner = _placement(size, box, preprocessing)
+    scale = np.array([inner[0] / (x2 - x1), inner[1] / (y2 - y1)])
+    return (np.asarray(points, np.float64) - (x1, y1)) * scale + corner
+
+
+def _placement(
+    size: tuple[int, int], box: Box | None, preprocessing: Preprocessing
+) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+    """(region of the picture, its width and height in the crop, its upper left corner there)."""
     if box is None:
-        region: Box = (0.0, 0.0, float(image.width), float(image.height))
+        region: Box = (0.0, 0.0, float(size[0]), float(size[1]))
     else:
         check_box(box)
-        check_box_inside(box, image.size)
-        region = buffered_box(box, image.size, preprocessing.bbox_buffer)
+        check_box_inside(box, size)
+        region = buffered_box(box, size, preprocessing.bbox_buffer)
         if region[2] <= region[0] or region[3] <= region[1]:
-            raise PictureError(
-                "box-outside", f"box {_numbers(box)} leaves the picture of {image.width} x {image.height}"
-            )
+            raise PictureError("box-outside", f"box {_numbers(box)} leaves the picture of {size[0]} x {size[1]}")
+    side = preprocessing.image_size
     if not preprocessing.pad:
-        return image.resize((size, size), resample, box=region)
+        return region, (side, side), (0, 0)
     width, height = region[2] - region[0], region[3] - region[1]
-    scale = size / max(width, height)
+    scale = side / max(width, height)
     inner = max(1, round(width * scale)), max(1, round(height * scale))
-    canvas = Image.new("RGB", (size, size), preprocessing.fill)
-    canvas.paste(image.resize(inner, resample, box=region), ((size - inner[0]) // 2, (size - inner[1]) // 2))
-    return canvas
+    return region, inner, ((side - inner[0]) // 2, (side - inner[1]) // 2)
 
 
 def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:

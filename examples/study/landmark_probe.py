@@ -1,0 +1,213 @@
+"""A landmark probe: how well do frozen feature maps know where the parts of an ear are?
+
+    python landmark_probe.py teacher.safetensors drawn/ears.jsonl --draw points.png
+
+The backbone is frozen. Its maps of strides 4 to 32 are brought to one grid of stride 8, standardised per channel,
+and a 1 x 1 convolution turns them into a heat map per landmark; a soft-argmax (the expected place under a softmax:
+integral regression, Sun et al. 2018; Nibali et al. 2018) reads the coordinates. The figure is the normalised mean error
+(NME): mean distance between found and true points, divided by the side of the crop. People in training and test are
+disjoint. The ears are those that make_sample_ears.py draws, with 55 landmarks each.
+
+N ears, K landmarks, C channels, G cells along a side of the grid. Coordinates are x, y in shares of the crop's side.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from backbones import feature_maps
+from PIL import Image, ImageDraw
+
+from ear_teacher_cli.core.embedder import Embedder, load_embedder
+from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.data.pixels import Preprocessing, normalise
+from ear_teacher_cli.errors import EarTeachError, ManifestError
+
+STRIDES = (4, 8, 16, 32)
+GRID_STRIDE = 8
+TRAIN_EARS, TEST_EARS = 240, 120
+STEPS, BATCH, RATE = 300, 32, 1e-2
+SMOOTH_L1_BETA = 0.02  # errors beyond 2 % of the side count linearly
+
+
+@dataclass(frozen=True)
+class Ears:
+    """`pixels` uint8 N,3,H,W; `points` float32 N,K,2; `right`: bool N, whether it is a right ear."""
+
+    pixels: torch.Tensor
+    points: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    nme: float
+    constant_nme: float  # of the mean landmarks of the ear's side, whatever the picture
+    test: Ears
+    predicted: torch.Tensor  # N,K,2
+
+
+def probe(weights: str | Path | Embedder, landmarks: str | Path, seed: int = 0) -> Probe:
+    """Train and test the probe on the maps of any weights that `load_embedder` reads. The same seed, the same result."""
+    embedder = weights if isinstance(weights, Embedder) else load_embedder(str(weights))
+    train, test = read_ears(landmarks, embedder.preprocessing)
+    maps = feature_maps(embedder.backbone, embedder.architecture, embedder.preprocessing.image_size)
+    known, unknown = cached_maps(maps, train.pixels, embedder), cached_maps(maps, test.pixels, embedder)
+    spread, mean = torch.std_mean(known.float(), dim=(0, 2, 3), keepdim=True)  # 1,C,1,1
+    known, unknown = ((m.float() - mean) / spread.clamp_min(1e-6) for m in (known, unknown))
+    head = _train_head(known, train.points, seed)
+    with torch.inference_mode():
+        predicted = soft_argmax(head(unknown))
+    return Probe(nme(predicted, test.points), nme(_mean_points(train, test), test.points), test, predicted)
+
+
+def read_ears(path: str | Path, preprocessing: Preprocessing) -> tuple[Ears, Ears]:
+    """(training ears, test ears) of a .jsonl list with `landmarks`; the last third of the people, by name, is the test."""
+    manifest = read_manifest(path)
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
+    if manifest.identities is None or len(lines) != len(manifest) or not all("landmarks" in line for line in lines):
+        raise ManifestError(
+            f"{path}: not every row has identity and landmarks; give the ears.jsonl of make_sample_ears.py"
+        )
+    people = sorted(set(manifest.identities))
+    if len(people) < 3:
+        raise ManifestError(
+            f"{path}: holds {len(people)} people; the probe needs at least 3, some of them to be tested on"
+        )
+    tested = set(people[-(len(people) // 3) :])
+    chosen = [i for i, who in enumerate(manifest.identities) if who not in tested]
+    held_out = [i for i, who in enumerate(manifest.identities) if who in tested]
+    return tuple(
+        _cut_ears(manifest, lines, _spread_over(indices, most), preprocessing)
+        for indices, most in ((chosen, TRAIN_EARS), (held_out, TEST_EARS))
+    )
+
+
+def _spread_over(indices: list[int], most: int) -> list[int]:
+    """At most `most` of them, evenly, so that all people stay."""
+    return [indices[i] for i in np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)]
+
+
+def _cut_ears(manifest, lines, indices, preprocessing: Preprocessing) -> Ears:
+    pixels, points, right = [], [], []
+    for i in indices:
+        picture = read_picture(manifest.file(i)).image
+        crop = cut(picture, manifest.boxes[i], preprocessing)
+        pixels.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))  # H,W,3 -> 3,H,W
+        inside = points_in_crop(lines[i]["landmarks"], picture.size, manifest.boxes[i], preprocessing)
+        points.append(torch.tensor(inside / preprocessing.image_size, dtype=torch.float32))
+        right.append(lines[i].get("side") == "right")
+    return Ears(torch.stack(pixels), torch.stack(points), torch.tensor(right))
+
+
+@torch.inference_mode()
+def cached_maps(maps: torch.nn.Module, pixels: torch.Tensor, embedder: Embedder) -> torch.Tensor:
+    """uint8 N,3,H,W -> float16 N,C,G,G: maps of STRIDES at stride 8, finer ones averaged, coarser ones interpolated."""
+    device = next(embedder.backbone.parameters()).device
+    maps.to(device)
+    grid = embedder.preprocessing.image_size // GRID_STRIDE
+    chosen = [i for i, stride in enumerate(maps.feature_info.reduction()) if stride in STRIDES]
+    found = []
+    for batch in pixels.split(32):
+        stages = maps(normalise(batch.to(device), embedder.preprocessing))
+        found.append(torch.cat([_to_grid(stages[i].float(), grid) for i in chosen], dim=1).half().cpu())
+    return torch.cat(found)
+
+
+def _to_grid(stage: torch.Tensor, grid: int) -> torch.Tensor:
+    if stage.shape[-1] >= grid:
+        return F.adaptive_avg_pool2d(stage, grid)
+    return F.interpolate(stage, size=(grid, grid), mode="bilinear", align_corners=False)
+
+
+def soft_argmax(heat: torch.Tensor) -> torch.Tensor:
+    """B,K,G,G logits -> B,K,2: the expected x, y of the cells' centres under their softmax (Sun et al. 2018, eq. 3)."""
+    share = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])
+    places = (torch.arange(heat.shape[-1], device=heat.device) + 0.5) / heat.shape[-1]
+    return torch.stack([(share.sum(2) * places).sum(-1), (share.sum(3) * places).sum(-1)], dim=-1)
+
+
+def nme(found: torch.Tensor, true: torch.Tensor) -> float:
+    """N,K,2 twice -> mean distance in shares of the crop's side."""
+    return float((found - true).norm(dim=-1).mean())
+
+
+def _train_head(maps: torch.Tensor, points: torch.Tensor, seed: int) -> torch.nn.Conv2d:
+    """The 1 x 1 convolution, trained for STEPS steps with Adam and a cosine. maps N,C,G,G; points N,K,2."""
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.nn.Conv2d(maps.shape[1], points.shape[1], 1)
+    with torch.no_grad():
+        head.weight.normal_(0, 0.01, generator=generator)
+        head.bias.zero_()
+    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        batch = torch.randint(len(maps), (min(BATCH, len(maps)),), generator=generator)
+        loss = F.smooth_l1_loss(soft_argmax(head(maps[batch])), points[batch], beta=SMOOTH_L1_BETA)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return head
+
+
+def _mean_points(train: Ears, test: Ears) -> torch.Tensor:
+    """N,K,2: the mean training landmarks of each test ear's side (of all, where a side was not seen)."""
+    means = [
+        train.points[train.right == side].mean(0) if (train.right == side).any() else train.points.mean(0)
+        for side in (False, True)
+    ]
+    return torch.stack([means[int(side)] for side in test.right])
+
+
+def draw(result: Probe, path: str | Path, count: int = 8, zoom: int = 3) -> None:
+    """Write `count` test ears with true points (green) and found ones (red)."""
+    count = min(count, len(result.predicted))
+    tiles = []
+    for i in np.linspace(0, len(result.predicted) - 1, count).round().astype(int).tolist():
+        picture = Image.fromarray(result.test.pixels[i].permute(1, 2, 0).numpy())
+        side = picture.width * zoom
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(picture)
+        for points, colour in ((result.test.points[i], (40, 220, 60)), (result.predicted[i], (240, 40, 40))):
+            for x, y in (points * side).tolist():
+                pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=colour)
+        tiles.append(np.asarray(picture))
+    columns = -(-count // 2)
+    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, count - count % columns, columns)]
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Landmark probe on the frozen maps of a backbone.")
+    parser.add_argument("weights", help="an export, a checkpoint, a run, or a plain state dict with --backbone")
+    parser.add_argument("landmarks", help="ears.jsonl of make_sample_ears.py")
+    parser.add_argument("--backbone", help="timm name, for a plain state dict")
+    parser.add_argument("--image-size", type=int, help="side of the crops in pixels, for a plain state dict")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the probe (default: %(default)s)")
+    parser.add_argument("--draw", metavar="FILE.png", help="draw found and true points of a few test ears")
+    options = parser.parse_args(argv)
+    try:
+        result = probe(
+            load_embedder(options.weights, options.backbone, options.image_size), options.landmarks, options.seed
+        )
+    except EarTeachError as error:
+        print(f"landmark_probe: {error}", file=sys.stderr)
+        return error.exit_code
+    print(
+        f"NME {result.nme:.4f} of the crop's side; the mean landmarks of the ear's side give {result.constant_nme:.4f}"
+    )
+    if options.draw:
+        draw(result, options.draw)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""One run of the study, done in a process of its own: train it, then measure it.
+
+A job is a folder with `job.json` (see study.py). `train` leaves `teacher.safetensors`, `measure` leaves the embeddings
+of each list (`NAME.npy`), what became of each picture of it (`NAME.csv`) and the figures (`figures.json`).
+
+N pictures, D embedding, k whitened dimensions.
+"""
+
+import csv
+import json
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from backbones import save_teacher, start_of
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
+
+from ear_teacher_cli.commands.export_backbone import export_backbone
+from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.core.embedder import Embedder, load_embedder
+from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
+from ear_teacher_cli.data.dataset import BadPicture, collate
+from ear_teacher_cli.data.manifest import Manifest, read_manifest
+from ear_teacher_cli.data.pixels import Preprocessing, preprocessing_of
+from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError
+from ear_teacher_cli.machine import usable_cores
+
+GREY_SIDE = 32
+WHITENED = 128  # at most so many dimensions are kept
+
+
+def train(folder: Path) -> None:
+    """Make `teacher.safetensors` as the job says; `cost.json` has the seconds and the memory of its training."""
+    job = read_job(folder)
+    teacher, start = folder / "teacher.safetensors", time.perf_counter()
+    if job["kind"] == "earteach":
+        _earteach_train(folder, job["options"])
+    elif job["kind"] == "lightly":
+        from rivals import train_rival
+
+        train_rival(job["row"], config_of(job), teacher, **job["frozen"])
+    else:  # nothing to learn
+        save_teacher(start_of(config_of(job)), config_of(job), teacher)
+    cost = {"seconds": time.perf_counter() - start, "peak_memory_mb": peak_memory_mb()}
+    (folder / "cost.json").write_text(json.dumps(cost))
+    if job["kind"] == "earteach":
+        # The last checkpoint, not the best: all rows are measured after the same number of steps.
+        export_backbone(folder / "run" / "checkpoints" / "last.ckpt", teacher)
+        shutil.rmtree(folder / "run" / "checkpoints")
+
+
+def measure(folder: Path) -> None:
+    """Write what `teacher.safetensors` is worth to `figures.json`."""
+    job = read_job(folder)
+    torch.manual_seed(job["seed"])
+    if job["kind"] == "step0":
+        figures = {"difference": step_zero_difference(config_of(job), folder / "teacher.safetensors", job)}
+    else:
+        model = Pictures.of(job, folder)
+        mapping = Whitening.fit(
+            model.rows(spread_over(read_manifest(job["train"], job["root_dir"]), job["whiten_on"]))[0]
+        )
+        lists = {name: _measure_list(folder, name, path, model, mapping, job) for name, path in job["lists"].items()}
+        figures = {"lists": lists}
+        if job["landmarks"] and model.embedder and job["kind"] in ("earteach", "lightly", "start"):
+            from landmark_probe import probe
+
+            result = probe(model.embedder, job["landmarks"], job["seed"])
+            figures |= {"nme": result.nme, "constant_nme": result.constant_nme}
+        if job["kind"] == "earteach":
+            figures["psnr"] = _last_psnr(folder / "run" / "metrics.csv")
+    (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "job.json").read_text(encoding="utf-8"))
+
+
+def config_of(job: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(**job["options"])
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    """TrainConfig fields as words of `earteach train`."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def _earteach_train(folder: Path, options: dict[str, Any]) -> None:
+    from ear_teacher_cli.cli import main
+
+    sys.argv = ["earteach", "train", *words_of(options), "--output-dir", str(folder), "--experiment-name", "run"]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+@dataclass
+class Pictures:
+    """Pictures -> rows: by a backbone, or, without one, by their grey pixels. `masked`: without the ear."""
+
+    preprocessing: Preprocessing
+    embedder: Embedder | None
+    masked: bool
+    num_workers: int
+
+    @staticmethod
+    def of(job: dict[str, Any], folder: Path) -> "Pictures":
+        config = config_of(job)
+        workers = min(config.num_workers, usable_cores())
+        if job["kind"] == "grey":
+            tiny = preprocessing_of(config.backbone, GREY_SIDE, config.bbox_buffer, config.pad)
+            return Pictures(tiny, None, False, workers)
+        embedder = load_embedder(str(folder / "teacher.safetensors"))
+        return Pictures(embedder.preprocessing, embedder, job["kind"] == "masked", workers)
+
+    def rows(self, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
+        """(float32 N,D of unit length, their indices in the manifest); unreadable pictures are left out."""
+        crops = Crops(manifest, self.preprocessing, self.masked)
+        found, indices = [], []
+        for batch in DataLoader(crops, batch_size=32, num_workers=self.num_workers, collate_fn=collate):
+            if len(batch["index"]):
+                found.append(self.embedder(batch["pixels"]) if self.embedder else _grey(batch["pixels"]))
+                indices += batch["index"].tolist()
+        if not indices:
+            raise ManifestError(f"{manifest.source}: not one picture could be read; run earteach validate-data")
+        return torch.nn.functional.normalize(torch.cat(found), dim=1).numpy(), indices
+
+
+class Crops(Dataset):
+    """EarDataset's clean crops, `masked`: with the ear painted over, so that only what is around it remains."""
+
+    def __init__(self, manifest: Manifest, preprocessing: Preprocessing, masked: bool):
+        self.manifest, self.preprocessing, self.masked = manifest, preprocessing, masked
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | BadPicture:
+        box = self.manifest.boxes[index]
+        try:
+            picture = read_picture(self.manifest.file(index)).image
+            crop = cut(picture, box, self.preprocessing)
+        except PictureError as error:
+            return BadPicture(index, error.reason, error.detail)
+        if self.masked:
+            mask_ear(crop, picture.size, box, self.preprocessing)
+        return {"index": index, "pixels": torch.from_numpy(np.array(crop)).permute(2, 0, 1)}
+
+
+def mask_ear(crop: Image.Image, size: tuple[int, int], box, preprocessing: Preprocessing) -> None:
+    """Fill the ellipse inscribed in the ear's box (of the picture, where there is none) with the mean colour, in place."""
+    corners = np.reshape(box or (0, 0, *size), (2, 2))
+    (x1, y1), (x2, y2) = points_in_crop(corners, size, box, preprocessing)
+    ImageDraw.Draw(crop).ellipse((x1, y1, x2, y2), fill=preprocessing.fill)
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 B,3,H,W -> float B,H*W: luminance (ITU-R BT.601)."""
+    return (pixels.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1).flatten(1)
+
+
+def spread_over(manifest: Manifest, most: int) -> Manifest:
+    """At most `most` rows of a manifest, evenly."""
+    return manifest.subset(np.linspace(0, len(manifest) - 1, min(most, len(manifest))).round().astype(int).tolist())
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Centring and PCA whitening (Jegou and Chum 2012), fitted on rows of unlabelled pictures."""
+
+    mean: np.ndarray  # D
+    matrix: np.ndarray  # D,k
+
+    @staticmethod
+    def fit(rows: np.ndarray) -> "Whitening":
+        mean = rows.mean(0, dtype=np.float64)
+        values, vectors = np.linalg.eigh(np.cov(rows - mean, rowvar=False))
+        kept = min(WHITENED, len(rows) - 1, rows.shape[1])
+        values, vectors = values[::-1][:kept], vectors[:, ::-1][:, :kept]
+        return Whitening(mean, vectors / np.sqrt(np.maximum(values, 1e-8 * values[0])))
+
+    def apply(self, rows: np.ndarray) -> np.ndarray:
+        """N,D -> N,k of unit length."""
+        white = (rows - self.mean) @ self.matrix
+        return white / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-12)
+
+
+def identity_figures(rows: np.ndarray, identities: list[str]) -> tuple[float, float, np.ndarray]:
+    """(leave-one-out rank-1, equal error rate over all pairs, whether each row's nearest other row is of its identity).
+
+    rows N,D of unit length. At the equal error rate as many pairs of one identity are refused as others accepted.
+    """
+    names = np.asarray(identities)
+    same = names[:, None] == names[None, :]
+    similarity = rows @ rows.T
+    upper = np.triu_indices(len(rows), 1)
+    order = np.argsort(-similarity[upper], kind="stable")
+    genuine = same[upper][order]
+    accepted = np.cumsum(~genuine) / max(1, (~genuine).sum())
+    refused = 1 - np.cumsum(genuine) / max(1, genuine.sum())
+    crossing = np.abs(accepted - refused).argmin()
+    np.fill_diagonal(similarity, -np.inf)  # a picture is not its own neighbour
+    hits = same[np.arange(len(rows)), similarity.argmax(1)]
+    return float(hits.mean()), float((accepted + refused)[crossing] / 2), hits
+
+
+def ears_of(manifest: Manifest) -> list[str]:
+    """The identity of each row: the person, and the side where it is known. Raises ManifestError if there are none."""
+    if manifest.identities is None:
+        raise ManifestError(f"{manifest.source}: has no identities; add the column identity")
+    sides = manifest.sides or [""] * len(manifest)
+    return [f"{who} {side}".strip() for who, side in zip(manifest.identities, sides, strict=True)]
+
+
+def _measure_list(
+    folder: Path, name: str, path: str, model: Pictures, mapping: Whitening, job: dict[str, Any]
+) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    rows, indices = model.rows(manifest)
+    ears = [ears_of(manifest)[i] for i in indices]
+    if job["kind"] == "shuffled":
+        ears = np.random.default_rng(job["seed"]).permutation(ears).tolist()
+    raw_rank1, raw_eer, raw_hits = identity_figures(rows, ears)
+    white_rank1, white_eer, white_hits = identity_figures(mapping.apply(rows), ears)
+    np.save(folder / f"{name}.npy", rows)
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "path", "identity", "raw_hit", "whitened_hit"])
+        for i, index in enumerate(indices):
+            table.writerow([manifest.rows[index], manifest.paths[index], ears[i], int(raw_hits[i]), int(white_hits[i])])
+    counts = np.unique(ears, return_counts=True)[1]
+    return {
+        "raw": {"rank1": raw_rank1, "eer": raw_eer},
+        "whitened": {"rank1": white_rank1, "eer": white_eer},
+        "pictures": len(ears),
+        "ears": len(counts),
+        "chance": float((counts * (counts - 1)).sum() / (len(ears) * max(1, len(ears) - 1))),
+    }
+
+
+def _last_psnr(metrics: Path) -> float:
+    with open(metrics, newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["val/psnr"])
+
+
+@torch.inference_mode()
+def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]) -> float:
+    """Largest difference between the embeddings of a run before its first step and those of the untouched backbone,
+    over 64 pictures of the first list."""
+    module = EarTeacherLightningModule(config)
+    module.load_pretrained()
+    module.eval()
+    embedder = load_embedder(str(teacher))
+    embedder.backbone.cpu()
+    manifest = spread_over(read_manifest(next(iter(job["lists"].values()))), 64)
+    crops = Crops(manifest, embedder.preprocessing, masked=False)
+    pixels = collate([crops[i] for i in range(len(crops))])["pixels"]
+    return float((module(pixels) - embedder(pixels)).abs().max())
+
+
+def run_in_process(step: str, folder: str) -> None:
+    """`train` or `measure` a folder, as the whole life of a process: its words go to log.txt, its exit code says how it went."""
+    import os
+
+    with open(Path(folder) / "log.txt", "a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            {"train": train, "measure": measure}[step](Path(folder))
+        except EarTeachError as error:
+            print(f"study: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)

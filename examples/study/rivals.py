@@ -1,0 +1,158 @@
+"""SimCLR, SimSiam and DINO with the losses and heads of the package `lightly`, everything else as in `earteach train`:
+data set, augmentation, start, what is frozen, AdamW, learning rate, batch and steps.
+
+B pictures, D embedding.
+"""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from backbones import prepare_backbone, save_teacher, start_of
+from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules import (
+    DINOProjectionHead,
+    SimCLRProjectionHead,
+    SimSiamPredictionHead,
+    SimSiamProjectionHead,
+)
+from lightly.models.utils import update_momentum
+from lightly.utils.scheduler import cosine_schedule
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.core.schedule import rate_at
+from ear_teacher_cli.data.augment import Augment
+from ear_teacher_cli.data.datamodule import EarDataModule
+from ear_teacher_cli.data.dataset import derive_seed
+from ear_teacher_cli.data.pixels import normalise
+
+
+class SimCLR(nn.Module):
+    """Chen et al. 2020; temperature 0.2, better than lightly's 0.5 in short runs from a pretrained start."""
+
+    def __init__(self, backbone: nn.Module, dim: int, steps: int):
+        super().__init__()
+        self.backbone, self.head = backbone, SimCLRProjectionHead(dim, dim, 128)
+        self.loss = NTXentLoss(temperature=0.2)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor, step: int) -> torch.Tensor:
+        """Two views, normalised B,3,H,W -> loss."""
+        return self.loss(self.head(self.backbone(first)), self.head(self.backbone(second)))
+
+
+class SimSiam(nn.Module):
+    """Chen and He 2021, with the sizes of the paper."""
+
+    def __init__(self, backbone: nn.Module, dim: int, steps: int):
+        super().__init__()
+        self.backbone = backbone
+        self.projection, self.prediction = (
+            SimSiamProjectionHead(dim, 2048, 2048),
+            SimSiamPredictionHead(2048, 512, 2048),
+        )
+        self.loss = NegativeCosineSimilarity()
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor, step: int) -> torch.Tensor:
+        a, b = self.projection(self.backbone(first)), self.projection(self.backbone(second))
+        return (self.loss(self.prediction(a), b.detach()) + self.loss(self.prediction(b), a.detach())) / 2
+
+
+class DINO(nn.Module):
+    """Caron et al. 2021 on two views (no small crops: they would lose helix or lobe).
+
+    1024 prototypes instead of 65,536, for thousands of pictures instead of a million. The backbone kept is the
+    momentum teacher's, as in the paper.
+    """
+
+    def __init__(self, backbone: nn.Module, dim: int, steps: int):
+        super().__init__()
+        self.student, self.backbone, self.steps = backbone, copy.deepcopy(backbone), steps
+        with warnings.catch_warnings():  # lightly 1.6 uses torch's older weight_norm
+            warnings.simplefilter("ignore", FutureWarning)
+            self.student_head, self.head = (DINOProjectionHead(dim, 2048, 256, 1024) for _ in range(2))
+        self.head.load_state_dict(self.student_head.state_dict())
+        for parameter in [*self.backbone.parameters(), *self.head.parameters()]:
+            parameter.requires_grad_(False)
+        self.loss = DINOLoss(output_dim=1024)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor, step: int) -> torch.Tensor:
+        momentum = cosine_schedule(step, self.steps, 0.996, 1.0)
+        update_momentum(self.student, self.backbone, momentum)
+        update_momentum(self.student_head, self.head, momentum)
+        with torch.no_grad():
+            taught = [self.head(self.backbone(view)) for view in (first, second)]
+        learned = [self.student_head(self.student(view)) for view in (first, second)]
+        return self.loss(taught, learned, teacher_temp=0.04)
+
+
+RIVALS = {"simclr": SimCLR, "simsiam": SimSiam, "dino": DINO}
+
+
+class SecondView:
+    """Another augmented view of the same picture: the same policy, another seed."""
+
+    def __init__(self, augment: Augment):
+        self.augment = augment
+
+    def __call__(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+        return self.augment(pixels, derive_seed(seed, 1))
+
+
+def train_rival(
+    name: str, config: TrainConfig, out: Path, freeze_stages: int = 0, freeze_batchnorm: bool = False
+) -> list[float]:
+    """Train a rival as `config` says (its losses are not used) and write its backbone to `out`; the loss of each step."""
+    data = EarDataModule(config)
+    data.setup()
+    data.train_set.view = SecondView(Augment(data.train_set.preprocessing))
+    loader = data.train_dataloader()
+    steps = len(loader) * config.max_epochs
+    backbone = start_of(config)
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    model = RIVALS[name](backbone, _dim(backbone, config), steps).to(device)
+    prepare_backbone(backbone, freeze_stages, freeze_batchnorm)
+    groups = param_groups_weight_decay(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    warmup = int(steps * config.warmup / config.max_epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, warmup, steps))
+    losses: list[float] = []
+    for epoch in range(config.max_epochs):
+        loader.sampler.set_epoch(epoch)
+        model.train()
+        for module in (backbone, model.backbone):
+            prepare_backbone(module, 0, freeze_batchnorm)
+        for batch in loader:
+            losses.append(_step(model, batch, data.train_set.preprocessing, optimizer, len(losses), device, config))
+            schedule.step()
+        print(f"epoch {epoch + 1}/{config.max_epochs}: {name} loss {losses[-1]:.4f}", flush=True)
+    save_teacher(model.backbone, config, out)
+    return losses
+
+
+def _step(
+    model: nn.Module,
+    batch: dict[str, Any],
+    preprocessing,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    device: torch.device,
+    config: TrainConfig,
+) -> float:
+    torch.manual_seed(derive_seed(config.seed, step))  # stochastic depth, as in earteach's own steps
+    views = [normalise(batch[name].to(device), preprocessing) for name in ("pixels", "view")]
+    loss = model(*views, step)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def _dim(backbone: nn.Module, config: TrainConfig) -> int:
+    from ear_teacher_cli.core.model import embedding_size
+
+    return embedding_size(backbone, config.image_size)

@@ -1,0 +1,164 @@
+"""The study runs on a handful of drawn ears, gives the same table twice, and its parts do what they say."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+STUDY = Path(__file__).parent.parent / "examples" / "study"
+sys.path.insert(0, str(STUDY))
+
+import measure  # noqa: E402
+import study  # noqa: E402
+
+from ear_teacher_cli.data.crop import cut, points_in_crop  # noqa: E402
+from ear_teacher_cli.data.pixels import preprocessing_of  # noqa: E402
+
+
+def words_of(ears: Path, start: Path) -> list[str]:
+    return [
+        *("--train", str(ears / "train_teacher.npy"), "--val", str(ears / "val_teacher.npy")),
+        *("--backbone", "convnext_atto", "--weights", str(start), "--image-size", "32", "--epochs", "1"),
+        *("--batch-size", "8", "--num-workers", "0"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    from random_start import main
+
+    path = tmp_path_factory.mktemp("start") / "start.safetensors"
+    main("convnext_atto", str(path))
+    return path
+
+
+def test_the_same_study_gives_the_same_table(ears, start, tmp_path, capsys):
+    words = [
+        *words_of(ears, start),
+        "--eval",
+        f"drawn={ears / 'eval.csv'}",
+        "--rows",
+        "untouched,kmeans,shuffled,step0",
+    ]
+    tables = []
+    for name in ("once", "again"):
+        assert study.main([str(tmp_path / name), *words]) == 0, capsys.readouterr().err
+        tables.append((tmp_path / name / "table.md").read_text())
+    assert tables[0] == tables[1]
+    assert "| Untouched backbone | – |" in tables[0] and "| k-means classes | 1 |" in tables[0]
+    assert "largest difference 0.0e+00" in tables[0]
+    capsys.readouterr()
+    assert study.main([str(tmp_path / "once"), *words]) == 0
+    assert "study:" not in capsys.readouterr().err  # all of it was there
+    assert study.main([str(tmp_path / "once"), *words, "--epochs", "2"]) == 2
+    assert "other options" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_run_is_told_and_the_others_go_on(ears, start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    words = [*words_of(ears, start), "--choose-on", str(ears / "eval.csv"), "--rows", "grey,simclr"]
+    assert study.main([str(tmp_path / "out"), *words]) == 1
+    said = capsys.readouterr()
+    assert "lightly is not installed: pip install 'ear-teacher-cli[study]'" in said.err
+    assert "32 x 32 grey pixels" in said.out and "choose: rank-1" in said.out
+
+
+def test_a_list_that_training_has_seen_is_refused(ears, start, tmp_path, capsys):
+    words = [*words_of(ears, start), "--eval", f"seen={ears / 'ears.jsonl'}"]
+    assert study.main([str(tmp_path / "out"), *words]) == 1
+    assert "training never saw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["simclr", "simsiam", "dino"])
+def test_a_rival_learns_from_two_views_and_leaves_a_teacher(name, ears, start, tmp_path):
+    pytest.importorskip("lightly", reason="the rivals need the package lightly")
+    from rivals import train_rival
+
+    from ear_teacher_cli.config import TrainConfig
+    from ear_teacher_cli.core.embedder import load_embedder
+
+    config = TrainConfig(
+        train_metadata=str(ears / "train_teacher.npy"),
+        val_metadata=str(ears / "val_teacher.npy"),
+        backbone="convnext_atto",
+        pretrained_path=str(start),
+        image_size=32,
+        batch_size=16,
+        max_epochs=1,
+        num_workers=0,
+        augment=True,
+        accelerator="cpu",
+    )
+    losses = train_rival(name, config, tmp_path / "teacher.safetensors", freeze_stages=1, freeze_batchnorm=True)
+    assert len(losses) == 1 and np.isfinite(losses).all()
+    learned, untouched = (
+        dict(embedder.backbone.named_parameters())
+        for embedder in (
+            load_embedder(str(tmp_path / "teacher.safetensors")),
+            load_embedder(str(start), "convnext_atto", 32),
+        )
+    )
+    changed = {key for key in learned if not torch.equal(learned[key].cpu(), untouched[key].cpu())}
+    assert not any(key.startswith(("stem", "stages.0")) for key in changed)
+    assert name == "dino" or any(key.startswith("stages.3") for key in changed)  # momentum has not moved in one step
+
+
+def test_soft_argmax_finds_a_single_peak():
+    from landmark_probe import soft_argmax
+
+    heat = torch.zeros(1, 2, 8, 8)
+    heat[0, 0, 2, 5] = heat[0, 1, 7, 0] = 1000.0
+    places = soft_argmax(heat)
+    assert places.tolist() == [[[5.5 / 8, 2.5 / 8], [0.5 / 8, 7.5 / 8]]]
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_points_go_where_the_crop_puts_them(pad):
+    preprocessing = preprocessing_of("convnext_atto", 64, 0.1, pad)
+    picture, point = Image.new("RGB", (300, 200)), (131, 92)
+    picture.paste((255, 255, 255), (point[0] - 2, point[1] - 2, point[0] + 2, point[1] + 2))
+    box = (100.0, 40.0, 180.0, 160.0)
+    light = np.asarray(cut(picture, box, preprocessing).convert("L"), float)
+    light[light < 160] = 0  # the padding
+    x, y = points_in_crop(point, picture.size, box, preprocessing)
+    rows, columns = np.nonzero(light)
+    assert abs(columns.mean() + 0.5 - x) < 0.6 and abs(rows.mean() + 0.5 - y) < 0.6
+
+
+def test_the_probe_is_seeded_and_tests_on_other_people(ears, start):
+    from landmark_probe import draw, probe, read_ears
+
+    from ear_teacher_cli.core.embedder import load_embedder
+
+    embedder = load_embedder(str(start), "convnext_atto", 64)
+    first, again = (probe(embedder, ears / "ears.jsonl", seed=1) for _ in range(2))
+    assert first.nme == again.nme and 0 < first.nme < 0.2 and 0 < first.constant_nme < 0.1
+    train, test = read_ears(ears / "ears.jsonl", embedder.preprocessing)
+    assert (len(train.pixels), len(test.pixels)) == (32, 12)
+    assert test.points.shape == (12, 55, 2) and 0 < test.points.min() < test.points.max() < 1
+    draw(first, ears.parent / "points.png", count=3)
+
+
+def test_identity_figures_by_hand():
+    rows = np.array([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
+    rank1, eer, hits = measure.identity_figures(rows, ["a", "a", "b", "b"])
+    assert (rank1, hits.tolist()) == (0.5, [True, False, True, False])  # row 3 is nearest to row 1
+    assert eer == 0.375  # one of two genuine pairs refused, one of four impostor pairs accepted: the mean of the two
+    perfect = measure.identity_figures(np.array([[1, 0], [1, 0.01], [0, 1], [0.01, 1]]), ["a", "a", "b", "b"])
+    assert perfect[0] == 1.0 and perfect[1] == 0.0
+
+
+def test_the_difference_of_a_row_with_itself_is_nothing():
+    hits = np.array([1, 0, 1, 1])
+    assert study.paired_difference(hits, hits, ["a", "a", "b", "b"]) == (0.0, 0.0, 0.0)
+    assert study.paired_difference(hits * 0 + 1, hits * 0, ["a", "a", "b", "b"]) == (1.0, 1.0, 1.0)
+
+
+def test_a_masked_crop_keeps_only_what_is_around_the_ear():
+    preprocessing = preprocessing_of("convnext_atto", 64, 0.1, True)
+    crop = Image.new("RGB", (64, 64), (255, 0, 0))
+    measure.mask_ear(crop, (100, 100), None, preprocessing)
+    assert crop.getpixel((32, 32)) == preprocessing.fill and crop.getpixel((2, 2)) == (255, 0, 0)
