@@ -12,7 +12,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from . import __version__
-from .config import TrainConfig, read_toml
+from .config import PRESETS, TrainConfig, read_toml
+from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, WordsError
 from .files import printable
 from .machine import is_first_process
@@ -149,8 +150,22 @@ def _train_signature() -> inspect.Signature:
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in extra] + parameters)
 
 
+def _describe_presets() -> str:
+    """What each preset sets, in the words of the command line."""
+
+    def flag(name: str, value: Any) -> str:
+        name = name.replace("_", "-")
+        return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+
+    recipes = (f"{name}: {', '.join(flag(*item) for item in values.items())}" for name, values in PRESETS.items())
+    return f"Recipe; --config and options win over it. {'; '.join(recipes)}."
+
+
 def _train(
     context: typer.Context,
+    preset: Annotated[
+        str, typer.Option("--preset", metavar="|".join(PRESETS), help=_describe_presets(), show_default=True)
+    ] = "recommended",
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="TOML file of these options; flags win over it.")
     ] = None,
@@ -172,9 +187,10 @@ def _train(
     Writes checkpoints, TensorBoard events, metrics.csv, the configuration and a collage per epoch under
     OUTPUT_DIR/EXPERIMENT_NAME.
     """
+    recipe = preset_options(preset)
     from_file = read_toml(config) if config else {}
     typed = {name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"}
-    resolved = TrainConfig(**from_file | typed)
+    resolved = TrainConfig(**recipe | from_file | typed)
     talk = Talk(quiet or not is_first_process())
     from .commands import train as verb
 
@@ -263,6 +279,7 @@ def export_backbone(
     Talk(quiet).say(
         f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; loaded "
         f"back into timm strictly, largest difference {made.difference:g}"
+        + (f"; its whitening beside it: {printable(made.whitening.name)}" if made.whitening else "")
     )
 
 
@@ -292,6 +309,9 @@ def embed(
         str | None, typer.Option(metavar="npy|npz|csv", help="Format on stdout. Default: npy.", show_default=False)
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Rows at unit length.")] = True,
+    whiten: Annotated[
+        bool, typer.Option("--whiten/--no-whiten", help="Whitened, where the run fitted a whitening (train --whiten).")
+    ] = True,
     root_dir: RootDir = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
@@ -310,6 +330,7 @@ def embed(
         image_size=image_size,
         format=format,
         normalize=normalize,
+        whiten=whiten,
         root_dir=root_dir,
         batch_size=batch_size,
         num_workers=num_workers,

@@ -33,6 +33,26 @@ PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
 DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
 
 
+# The seed's values of the options whose defaults are not the seed's. Those defaults are the recommended recipe
+# (examples/study has the evidence), which `recommended` spells out.
+_SEED = {
+    "pad": False,
+    "augment": False,
+    "augmentation": "mild",
+    "views": 1,
+    "freeze_stride": 0,
+    "freeze_statistics": False,
+    "learning_rate": 1e-4,
+    "head_rate": 1.0,
+    "denoise": False,
+    "contrastive_weight": 0.0,
+    "pseudo_classes": "batch",
+    "margin_warmup_epochs": 0,
+    "whiten": False,
+    "monitor": "val/loss",
+}
+
+
 def option(default, panel: str, help: str, **checks) -> Any:
     """A field with its help and checks: `low`, `high` (inclusive), `above` (exclusive), `choices`, `multiple`."""
     return field(default=default, metadata={"panel": panel, "help": help, **checks})
@@ -49,9 +69,9 @@ class TrainConfig:
     image_size: int = option(224, "Data", "Side of the square input in pixels, a multiple of 32.", low=32, high=2048, multiple=32)
     bbox_buffer: float = option(0.10, "Data", "Room around the box: this share of its width to the left and right, of its height above and below.", low=0.0, high=2.0)
     pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the seed did.")
-    augment: bool = option(False, "Data", "Vary the training pictures, as --augmentation says.")
-    augmentation: str = option("mild", "Data", "How --augment, and the second view of validation, vary a picture: rotation (15 degrees), shift (5 %), scale (0.8-1.1) and mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greys, lost resolution.", choices=AUGMENTATIONS)
-    views: int = option(1, "Data", "Augmented views of each picture in a step; 2 doubles its cost.", low=1, high=2)
+    augment: bool = option(True, "Data", "Vary the training pictures, as --augmentation says.")
+    augmentation: str = option("strong", "Data", "How --augment, and the second view of validation, vary a picture: rotation (15 degrees), shift (5 %), scale (0.8-1.1) and mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greys, lost resolution.", choices=AUGMENTATIONS)
+    views: int = option(2, "Data", "Augmented views of each picture in a step; 2 doubles its cost.", low=1, high=2)
     side_policy: str = option("as-is", "Data", "What to do with known sides: nothing; mirror every right ear to a left one; or separate them, so that no pseudo-class holds both.", choices=SIDE_POLICIES)
     hflip: float = option(0.0, "Data", "Probability of a horizontal flip. 0 because a flipped left ear is a right ear: another ear, not the same one again.", low=0.0, high=1.0)
     max_bad: float = option(0.01, "Data", "Share of pictures that may turn out unreadable (each is skipped and listed in bad_images.csv) before the run stops.", low=0.0, high=1.0)
@@ -62,18 +82,18 @@ class TrainConfig:
     embedding_dim: int | None = option(None, "Model", "Size of the embedding. Taken from the backbone (ConvNeXt-Tiny: 768); if given, it must agree.", low=1)
     projection_dim: int = option(256, "Model", "Size of the projection and prediction heads' output.", low=2)
 
-    freeze_stride: int = option(0, "Model", "Keep the backbone as it started up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: all of it learns.", low=0, high=16)
-    freeze_statistics: bool = option(False, "Model", "Keep the backbone's batch-norm statistics as they started.")
+    freeze_stride: int = option(8, "Model", "Keep a pretrained backbone as it started up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: all of it learns.", low=0, high=16)
+    freeze_statistics: bool = option(True, "Model", "Keep a pretrained backbone's batch-norm statistics as they started.")
 
-    learning_rate: float = option(1e-4, "Training", "Peak learning rate.", above=0.0)
+    learning_rate: float = option(3e-4, "Training", "Peak learning rate.", above=0.0)
     layer_decay: float = option(1.0, "Training", "Learning rate of each layer of the backbone, as a share of the next one's; 1: all alike.", above=0.0, high=1.0)
-    head_rate: float = option(1.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0)
+    head_rate: float = option(10.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0)
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(10, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
     max_epochs: int = option(100, "Training", "Epochs to train.", low=1)
     reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0)
     denoise: bool = option(False, "Training", "Reconstruct the picture in its own light: augmented in place and size only.")
-    contrastive_weight: float = option(0.0, "Training", "Weight of the contrastive loss: find the other view of a picture among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
+    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of a picture among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0)
     metric_weight: float = option(0.1, "Training", "Weight of the metric loss.", low=0.0)
@@ -85,7 +105,7 @@ class TrainConfig:
     arcface_scale: float = option(64.0, "Training", "Scale of the cosines before the softmax.", above=0.0)
     margin_warmup_epochs: int = option(5, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
-    whiten: bool = option(False, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
+    whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop when --monitor has not improved for so many epochs; 0: never.", low=0)
     monitor: str = option("val/loss", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
     fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse.")
@@ -136,6 +156,15 @@ class TrainConfig:
         return self.contrastive_weight > 0 or self.consistency_weight > 0
 
     @property
+    def kept_stride(self) -> int:
+        """`freeze_stride` where there is something to keep: random weights all have to learn."""
+        return self.freeze_stride if self.pretrained else 0
+
+    @property
+    def keeps_statistics(self) -> bool:
+        return self.freeze_statistics and self.pretrained
+
+    @property
     def experiment_dir(self) -> Path:
         return Path(self.output_dir) / self.experiment_name
 
@@ -155,6 +184,19 @@ class TrainConfig:
     def as_toml(self) -> str:
         """The configuration as TOML that `--config` reads back; options that are unset are left out."""
         return "".join(f"{name} = {_toml(value)}\n" for name, value in self.as_dict().items() if value is not None)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The options that a recipe of PRESETS sets, with their values. Raises ConfigError."""
+    if name not in PRESETS:
+        raise ConfigError("preset", f"{name!r} is not known", f"choose one of {', '.join(PRESETS)}")
+    return dict(PRESETS[name])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "seed": _SEED,
+    "recommended": {name: getattr(TrainConfig, name) for name in _SEED},
+}
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from ear_teacher_cli.config import PRESETS
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
 os.environ.pop("EARTEACH_WEIGHTS", None)
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 BACKBONE = "test_convnext"  # timm's own ConvNeXt for tests: 207,128 parameters
+# One view, nothing frozen, reconstruction and k-means classes: the short way for tests that are not of the recipe.
+PLAIN = {**PRESETS["seed"], "pad": True, "pseudo_classes": "kmeans", "margin_warmup_epochs": 5}
+PLAIN_WORDS = ["--preset", "seed", "--pad", "--pseudo-classes", "kmeans", "--margin-warmup-epochs", "5"]
 SMALL = [
     "--backbone",
     BACKBONE,
@@ -28,6 +33,7 @@ SMALL = [
     "1e-3",
     "--num-collage-samples",
     "4",
+    *PLAIN_WORDS,
 ]
 
 
@@ -88,7 +94,7 @@ def run(ears, manifests, tmp_path_factory) -> Path:
 def small_config(manifests: list[str], **changes):
     from ear_teacher_cli.config import TrainConfig
 
-    options = dict(
+    options = PLAIN | dict(
         train_metadata=manifests[1],
         val_metadata=manifests[3],
         backbone=BACKBONE,
@@ -105,3 +111,8 @@ def small_config(manifests: list[str], **changes):
 def read_table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_epochs(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without its row of before training."""
+    return [row for row in read_table(run / "metrics.csv") if row["epoch"] != "0"]

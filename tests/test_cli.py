@@ -11,7 +11,7 @@ import pytest
 
 from ear_teacher_cli import __version__
 from ear_teacher_cli.cli import _train
-from ear_teacher_cli.config import TrainConfig, read_toml
+from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
 from ear_teacher_cli.errors import ConfigError
 
 COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "embed"]
@@ -46,8 +46,8 @@ SEED_DEFAULTS = dict(
 )
 
 
-def test_the_seeds_defaults_are_the_defaults():
-    config = TrainConfig()
+def test_the_seeds_preset_has_the_seeds_defaults():
+    config = TrainConfig(**PRESETS["seed"])
     assert {name: getattr(config, name) for name in SEED_DEFAULTS if name != "arcface_margin"} | {
         "arcface_margin": config.margin
     } == SEED_DEFAULTS
@@ -77,7 +77,7 @@ def test_every_option_of_the_seed_takes_its_underscores(option, earteach):
 
 
 def test_options_and_config_fields_are_the_same():
-    own = {"context", "config", "dry_run", "overwrite", "quiet"}
+    own = {"context", "config", "preset", "dry_run", "overwrite", "quiet"}
     assert set(_train.__signature__.parameters) - own == {f.name for f in dataclasses.fields(TrainConfig)}
     for field in dataclasses.fields(TrainConfig):
         assert _train.__signature__.parameters[field.name].default == field.default
@@ -140,7 +140,10 @@ def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
             "--metric-loss: 'triplet' is not known; choose one of arcface, cosface, none",
         ),
         (["train", "--backbone", "convnext_tinny", "--no-pretrained"], "--backbone: timm has no model"),
-        (["train", "--metric-loss", "none", "--reconstruction-weight", "0"], "nothing to learn"),
+        (["train", "--preset", "seed", "--metric-loss", "none", "--reconstruction-weight", "0"], "nothing to learn"),
+        (["train", "--preset", "best"], "--preset: 'best' is not known; choose one of seed, recommended"),
+        (["train", "--views", "1"], "--contrastive-weight: compares two views, but there is one; add --views 2"),
+        (["train", "--no-augment"], "--views: 2 of a picture that does not vary are one; add --augment"),
         (["train", "--experiment-name", "a/b"], "--experiment-name"),
         (
             ["train", "--no-pretrained", "--accelerator", "abacus"],

@@ -97,7 +97,7 @@ def test_directions_are_centred_and_of_unit_length():
     ],
 )
 def test_how_many_classes(kind, pictures, most, count):
-    assert class_count(kind, pictures, most) == count
+    assert class_count(kind, pictures_manifest([f"{i}.png" for i in range(pictures)], "list"), most) == count
 
 
 def test_rounds_come_at_the_start_then_rarely_and_not_in_the_last_fifth():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, read_table, small_config
+from conftest import SMALL, read_epochs, small_config
 
 from ear_teacher_cli.commands.train import resume, train
 from ear_teacher_cli.core.checkpoint import read_checkpoint
@@ -79,7 +79,7 @@ def test_resume_to_more_epochs(run, tmp_path, earteach):
     assert said.code == 0, said.err
     assert "restored last.ckpt: epoch 6 of 6, step 18" in said.err and "6 pseudo-classes (round 0)" in said.err
     assert read_checkpoint(copy / "checkpoints" / "last.ckpt").epoch == 7
-    assert [row["epoch"] for row in read_table(copy / "metrics.csv")] == list("1234567")
+    assert [row["epoch"] for row in read_epochs(copy)] == list("1234567")
     assert earteach("resume", copy, "--max-epochs", 3).code == 2
     # the memory of the three best moved with the folder
     assert len(list((copy / "checkpoints").glob("best-*"))) == 3
@@ -184,8 +184,8 @@ def test_a_schedule_goes_on_from_the_same_epoch_on_other_devices(run, tmp_path, 
     content["hyper_parameters"]["batch_size"] = 4  # 6 steps an epoch instead of 3
     torch.save(content, path)
     resume(copy, QUIET)
-    rates = [float(row["train/lr"]) for row in read_table(copy / "metrics.csv")]
-    whole = [float(row["train/lr"]) for row in read_table(run / "metrics.csv")]
+    rates = [float(row["train/lr"]) for row in read_epochs(copy)]
+    whole = [float(row["train/lr"]) for row in read_epochs(run)]
     assert rates[-1] == pytest.approx(1e-3 * rate_at(35, 7, 36), rel=1e-3)  # the last of 6 x 6 steps
     assert whole[-1] == pytest.approx(1e-3 * rate_at(17, 3, 18), rel=1e-3)
 

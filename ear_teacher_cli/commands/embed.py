@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
+from ..core.whitening import Whitening
 from ..data.dataset import BadPicture
 from ..data.manifest import Box, Manifest, read_input
 from ..errors import EarTeachError, WordsError
@@ -50,6 +51,7 @@ def embed(
     image_size: int | None = None,
     format: str | None = None,
     normalize: bool = True,
+    whiten: bool = True,
     root_dir: str | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
@@ -58,7 +60,8 @@ def embed(
 ) -> Embedded:
     """Embed `source` (a folder, a manifest, a picture, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
 
-    `normalize`: rows at unit length (L2). Raises EarTeachError if not one picture could be embedded.
+    `normalize`: rows at unit length (L2). `whiten`: as the run fitted it to its training embeddings, where it did;
+    rows that are not normalised are not whitened either. Raises EarTeachError if not one picture could be embedded.
     """
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
@@ -70,11 +73,15 @@ def embed(
         f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
         f"{embedder.preprocessing.image_size} px"
     )
+    whitening = embedder.whitening if whiten and normalize else None
+    if whitening:
+        talk.say("whitened as the run fitted it (--no-whiten: raw)")
     with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
         file = stack.enter_context(_output(out))
-        rows = _WRITERS[kind](file, embedder.embedding_dim)
+        dim = whitening.matrix.shape[1] if whitening else embedder.embedding_dim
+        rows = _WRITERS[kind](file, dim)
         names = _Names(stack.enter_context(_output(str(sidecars["names"]))), manifest) if "names" in sidecars else None
-        skipped = _run(embedder, manifest, normalize, batch_size, num_workers, rows, names, talk)
+        skipped = _run(embedder, manifest, normalize, whitening, batch_size, num_workers, rows, names, talk)
         if rows.count == 0:
             raise EarTeachError(
                 f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
@@ -83,15 +90,16 @@ def embed(
         if names:
             names.finish()
         if "about" in sidecars:
-            about = _provenance(embedder, manifest, normalize, rows.count, skipped)
+            about = _provenance(embedder, manifest, dim, normalize, whitening is not None, rows.count, skipped)
             stack.enter_context(_output(str(sidecars["about"]))).write(json.dumps(about, indent=2).encode() + b"\n")
-    return Embedded(rows.count, skipped, embedder.embedding_dim, out)
+    return Embedded(rows.count, skipped, dim, out)
 
 
 def _run(
     embedder: Embedder,
     manifest: Manifest,
     normalize: bool,
+    whitening: Whitening | None,
     batch_size: int,
     num_workers: int,
     rows: "_Rows",
@@ -104,20 +112,24 @@ def _run(
         if names:
             names.add(manifest, rows.count, good, bad)
         if good:
-            vectors = F.normalize(vectors, dim=1) if normalize else vectors
-            rows.add(vectors.numpy(), [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
+            vectors = (F.normalize(vectors, dim=1) if normalize else vectors).numpy()
+            vectors = whitening.apply(vectors) if whitening else vectors
+            rows.add(vectors, [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
         skipped += len(bad)
     return skipped
 
 
-def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool, rows: int, skipped: int) -> dict[str, Any]:
+def _provenance(
+    embedder: Embedder, manifest: Manifest, dim: int, normalize: bool, whitened: bool, rows: int, skipped: int
+) -> dict[str, Any]:
     """What `out.json` says: how to read the numbers, and whether two files may be compared."""
     return {
         "rows": rows,
         "skipped": skipped,
-        "dim": embedder.embedding_dim,
+        "dim": dim,
         "dtype": "float32",
         "normalized": normalize,
+        "whitened": whitened,
         "input": Path(manifest.source).name,
         "weights": Path(embedder.source).name,
         "weights_sha256": embedder.sha256,

@@ -1,6 +1,7 @@
 """`export-backbone`: the teacher's backbone alone, under timm's names, proven before it is called done."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from ..core import runs
 from ..core.checkpoint import read_checkpoint, read_safetensors
-from ..core.embedder import Embedder, export_header, load_embedder
+from ..core.embedder import Embedder, export_header, load_embedder, whitening_beside
 from ..core.weights import sha256_of
 from ..errors import WeightsError, WordsError
 from ..files import printable, refuse_existing, whole_file
@@ -23,6 +24,7 @@ class Export:
     embedding_dim: int
     tensors: int
     difference: float  # largest |difference| between the checkpoint's and the export's embeddings
+    whitening: Path | None  # the file beside it, if the run fitted one
 
 
 def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False) -> Export:
@@ -37,12 +39,20 @@ def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False
     checkpoint = read_checkpoint(path)
     teacher = load_embedder(str(path))
     state = {name: tensor.contiguous() for name, tensor in checkpoint.backbone_state.items()}
-    header = export_header(teacher.architecture, teacher.embedding_dim, teacher.preprocessing, sha256_of(path))
-    with whole_file(out) as temporary:
+    about = (teacher.architecture, teacher.embedding_dim, teacher.preprocessing, sha256_of(path))
+    with ExitStack() as stack:  # left in reverse: the export takes its name first, its whitening last
+        mark = None
+        if "whitening" in checkpoint.content:
+            beside = stack.enter_context(whole_file(refuse_existing(whitening_beside(out), overwrite)))
+            save_file(checkpoint.content["whitening"], beside)
+            mark = sha256_of(beside)
+        temporary = stack.enter_context(whole_file(out))
+        header = export_header(*about, mark)
         save_file(state, temporary, metadata=header)
         _sort_header(temporary)
         difference = _prove(temporary, teacher)
-    return Export(out, teacher.architecture, teacher.embedding_dim, len(state), difference)
+    whitening = whitening_beside(out) if mark else None
+    return Export(out, teacher.architecture, teacher.embedding_dim, len(state), difference, whitening)
 
 
 def _sort_header(path: Path) -> None:

@@ -231,6 +231,8 @@ def _optional_callbacks(config: TrainConfig) -> list[pl.Callback]:
     chosen: list[pl.Callback] = []
     if config.early_stop:
         chosen.append(EarlyStopping(config.monitor, patience=config.early_stop, mode=MONITORS[config.monitor]))
+    if config.whiten:
+        chosen.append(callbacks.FitWhitening())
     if config.ema_decay:
         chosen.append(callbacks.MovingAverage(config.ema_decay))
     return chosen

@@ -249,6 +249,13 @@ def quality_figures(figures: dict[str, float]) -> str:
     return ", ".join(text.format(figures[name]) for name, text in words.items() if name in figures)
 
 
+class FitWhitening(Callback):
+    """After each validation, with the weights that were validated (the moving average, if there is one)."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.fit_whitening()
+
+
 class Reporter(Callback):
     """One line per epoch, and progress in between. Rates count from an epoch's first batch: making pseudo-classes
     before it has its own progress."""

@@ -23,13 +23,15 @@ from . import runs
 from .checkpoint import read_checkpoint, read_safetensors, read_tensors
 from .model import build_backbone, embedding_size
 from .weights import Receipt, load_from_hub, load_state, sha256_of
+from .whitening import Whitening
 
 EXPORT_FORMAT = "1"
 
 
 @dataclass
 class Embedder:
-    """uint8 B,3,H,W -> float32 B,D on the CPU, computed where the backbone lies. `source`, `sha256`: which weights."""
+    """uint8 B,3,H,W -> float32 B,D on the CPU, computed where the backbone lies. `source`, `sha256`: which weights.
+    `whitening`: what the run fitted to its training embeddings, for the caller to apply; None if it did not."""
 
     backbone: nn.Module
     architecture: str
@@ -38,6 +40,7 @@ class Embedder:
     source: str
     sha256: str
     receipt: Receipt
+    whitening: Whitening | None = None
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -61,20 +64,24 @@ def load_embedder(weights: str | None, backbone: str | None = None, image_size: 
     if path.is_dir():
         path = runs.checkpoint_of(path, best=True)
     try:
-        name, preprocessing, state = _own_export(path) if path.suffix == ".safetensors" else _own_checkpoint(path)
+        name, preprocessing, state, whitening = (
+            _own_export(path) if path.suffix == ".safetensors" else _own_checkpoint(path)
+        )
     except ForeignWeightsError as error:
         if backbone is None:
             raise WeightsError(
                 f"{printable(path)}: is not of earteach; say of which model it is with --backbone NAME"
             ) from error
         name, preprocessing, state = backbone, _default_preprocessing(backbone, image_size), read_tensors(path)
+        whitening = None
     else:
         if backbone not in (None, name) or image_size not in (None, preprocessing.image_size):
             raise WordsError(
                 f"{printable(path)}: is of {name} at {preprocessing.image_size} px and says so; leave --backbone and --image-size out"
             )
     module = build_backbone(name, preprocessing.image_size)
-    return _ready(module, name, preprocessing, load_state(module, name, state, printable(path), sha256_of(path)))
+    receipt = load_state(module, name, state, printable(path), sha256_of(path))
+    return _ready(module, name, preprocessing, receipt, whitening)
 
 
 def embed_pictures(
@@ -94,16 +101,26 @@ def embed_pictures(
             steps.advance(len(good) + len(batch["bad"]))
 
 
+def whitening_beside(export: Path) -> Path:
+    """Where the whitening of an export lies: timm opens the export only if nothing but the backbone is in it."""
+    return export.with_suffix(".whitening.safetensors")
+
+
 def export_header(
-    architecture: str, embedding_dim: int, preprocessing: Preprocessing, source_sha256: str
+    architecture: str,
+    embedding_dim: int,
+    preprocessing: Preprocessing,
+    source_sha256: str,
+    whitening_sha256: str | None = None,
 ) -> dict[str, str]:
     """Metadata of an exported .safetensors: everything inference needs, as text."""
     about = {"architecture": architecture, "embedding_dim": embedding_dim, **preprocessing.as_dict()}
     about |= {"source_sha256": source_sha256, "earteach": __version__, "earteach_export": EXPORT_FORMAT}
+    about |= {"whitening_sha256": whitening_sha256} if whitening_sha256 else {}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
-def _own_export(path: Path) -> tuple[str, Preprocessing, dict]:
+def _own_export(path: Path) -> tuple[str, Preprocessing, dict, Whitening | None]:
     state, header = read_safetensors(path)
     if header.get("earteach_export") != EXPORT_FORMAT:
         raise ForeignWeightsError(f"{printable(path)}: was not written by earteach export-backbone")
@@ -113,14 +130,33 @@ def _own_export(path: Path) -> tuple[str, Preprocessing, dict]:
             for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std", "mirror")
             if name in header or name != "mirror"
         }
-        return header["architecture"], Preprocessing.from_dict(about, printable(path)), state
+        name, preprocessing = header["architecture"], Preprocessing.from_dict(about, printable(path))
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{printable(path)}: its header is not whole ({error!r}); export it again") from error
 
+    whitening = _exported_whitening(path, header["whitening_sha256"]) if "whitening_sha256" in header else None
+    return name, preprocessing, state, whitening
 
-def _own_checkpoint(path: Path) -> tuple[str, Preprocessing, dict]:
+
+def _exported_whitening(export: Path, sha256: str) -> Whitening:
+    path = whitening_beside(export)
+    if not path.is_file():
+        raise WeightsError(f"{printable(export)}: its whitening, {path.name}, is not beside it; copy it there, too")
+    if sha256_of(path) != sha256:
+        raise WeightsError(f"{printable(path)}: is of another export than {export.name}; export both again")
+    return whitening_of(read_safetensors(path)[0])
+
+
+def _own_checkpoint(path: Path) -> tuple[str, Preprocessing, dict, Whitening | None]:
     checkpoint = read_checkpoint(path)
-    return checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state
+    state = checkpoint.content.get("whitening")
+    whitening = whitening_of(state) if state else None
+    return checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state, whitening
+
+
+def whitening_of(tensors: dict[str, torch.Tensor]) -> Whitening:
+    """From `mean` D and `matrix` D,K."""
+    return Whitening(tensors["mean"].double().numpy(), tensors["matrix"].double().numpy())
 
 
 def _from_timm(name: str, image_size: int | None) -> Embedder:
@@ -134,12 +170,14 @@ def _default_preprocessing(backbone: str, image_size: int | None) -> Preprocessi
     return preprocessing_of(backbone, image_size or TrainConfig.image_size, TrainConfig.bbox_buffer, TrainConfig.pad)
 
 
-def _ready(backbone: nn.Module, name: str, preprocessing: Preprocessing, receipt: Receipt) -> Embedder:
+def _ready(
+    backbone: nn.Module, name: str, preprocessing: Preprocessing, receipt: Receipt, whitening: Whitening | None = None
+) -> Embedder:
     dim = embedding_size(backbone, preprocessing.image_size)
     backbone.eval().requires_grad_(False)
     if torch.cuda.is_available():
         backbone.cuda()
-    return Embedder(backbone, name, dim, preprocessing, receipt.source, receipt.sha256, receipt)
+    return Embedder(backbone, name, dim, preprocessing, receipt.source, receipt.sha256, receipt, whitening)
 
 
 def _newest() -> str:

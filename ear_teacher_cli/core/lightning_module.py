@@ -17,7 +17,7 @@ from ..data.dataset import Batch, derive_seed
 from ..data.pixels import from_unit, normalise, preprocessing_for, to_unit
 from ..errors import EarTeachError, PictureError
 from ..talk import Talk
-from . import diagnostics, losses, weights
+from . import diagnostics, losses, weights, whitening
 from . import pseudo_classes as classes
 from .checkpoint import describe
 from .finetune import parameter_groups
@@ -25,6 +25,9 @@ from .metrics import rank1_and_eer
 from .model import TeacherModel
 from .schedule import rate_at
 
+# A whitening of D numbers needs some multiple of D pictures, and no more; what few pictures say of the small
+# components is noise, so its covariance is moved a tenth towards a multiple of the identity.
+WHITEN_ON, WHITEN_SHRINK = 4096, 0.1
 # Gradients of a mean over 150,000 pixels vanish in half precision unless scaled.
 _GRADIENT_SCALE = 2.0**12
 
@@ -59,6 +62,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.bad: dict[tuple[str, int], PictureError] = {}  # (train or val, row index) -> why it was skipped
         self.start: dict[str, float] = {}  # quality and health of the embeddings before training
         self.nmi: float | None = None  # of the last two rounds of k-means
+        self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (core.whitening)
         self._held_out: list[tuple[torch.Tensor, ...]] = []  # this epoch's validation: rows, embeddings, of views
 
     def load_pretrained(self) -> weights.Receipt:
@@ -214,6 +218,15 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.start = self._quality()
         self.train()
 
+    @torch.no_grad()
+    def fit_whitening(self) -> None:
+        """Fit `whitening` to the clean training pictures, at most WHITEN_ON of them, evenly spaced. On rank 0 alone."""
+        if not self.trainer.is_global_zero:
+            return
+        rows = range(0, len(self._train_set()), -(-len(self._train_set()) // WHITEN_ON))
+        fitted = whitening.fit(self._embed_train_set(rows, "whitening")[0].numpy(), shrink=WHITEN_SHRINK)
+        self.whitening = {name: torch.from_numpy(value).float() for name, value in asdict(fitted).items()}
+
     def _quality(self) -> dict[str, float]:
         """What the held-out embeddings of this epoch, of all ranks, are worth. Empty with fewer than two pictures."""
         held_out = [torch.cat(column) for column in zip(*self._held_out, strict=True)]
@@ -246,6 +259,8 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed(), self._steps_per_epoch()
         )
         checkpoint["earteach"]["start"] = self.start
+        if self.whitening is not None:
+            checkpoint["whitening"] = self.whitening
         if self.classes is not None:
             checkpoint["pseudo_classes"] = {**self.classes.as_dict(), "nmi": self.nmi}
 
@@ -313,18 +328,20 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.optimizers().optimizer.state.pop(self.prototypes, None)  # old momentum belongs to old prototypes
 
     @torch.no_grad()
-    def _embed_train_set(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeddings M,D, their rows M) of all readable training pictures, unaugmented, evaluation mode, float32."""
+    def _embed_train_set(self, wanted: range | None = None, doing: str = "making pseudo-classes"):
+        """(embeddings M,D, their rows M) of the readable training pictures (`wanted`: of these rows), unaugmented,
+        evaluation mode, float32."""
+        was_training = self.training
         self.eval()
         found, rows = [], []
-        with self.talk.progress("making pseudo-classes", len(self._train_set()), "pictures") as steps:
-            for batch in self.trainer.datamodule.clean_dataloader():
+        with self.talk.progress(doing, len(wanted or self._train_set()), "pictures") as steps:
+            for batch in self.trainer.datamodule.clean_dataloader(wanted):
                 self._note_bad("train", batch)
                 if len(batch["index"]):
                     found.append(self(batch["pixels"].to(self.device)).float().cpu())
                     rows.append(batch["index"])
                 steps.advance(len(batch["index"]) + len(batch["bad"]))
-        self.train()
+        self.train(was_training)
         if len(found) == 0:
             raise EarTeachError("training pictures: not one could be read; run earteach validate-data")
         return torch.cat(found), torch.cat(rows)

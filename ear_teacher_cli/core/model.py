@@ -49,8 +49,8 @@ class TeacherModel(nn.Module):
                 f"{config.embedding_dim} given, but {config.backbone} has {self.embedding_dim}",
                 "leave the option out",
             )
-        freeze_to_stride(self.backbone, config.freeze_stride)
-        self.keep_statistics = config.freeze_statistics
+        freeze_to_stride(self.backbone, config.kept_stride)
+        self.keep_statistics = config.keeps_statistics
         asked = config.learns_classes or config.compares_views
         self.projection = projection_head(self.embedding_dim, config.projection_dim) if asked else None
         predicts = config.learns_classes or config.consistency_weight > 0

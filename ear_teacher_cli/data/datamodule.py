@@ -3,7 +3,7 @@
 import os
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from ..config import TrainConfig
 from ..errors import EarTeachError, ManifestError
@@ -71,9 +71,10 @@ class EarDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set, shuffle=False)
 
-    def clean_dataloader(self) -> DataLoader:
-        """All training pictures unaugmented in manifest order, on every rank the same: what k-means clusters."""
-        return self._loader(self.clean_set, shuffle=False, all_ranks=True)
+    def clean_dataloader(self, rows: range | None = None) -> DataLoader:
+        """All training pictures (or those of `rows`) unaugmented in manifest order, on every rank the same: what
+        k-means clusters."""
+        return self._loader(Subset(self.clean_set, rows) if rows else self.clean_set, shuffle=False, all_ranks=True)
 
     def _loader(self, dataset: EarDataset, *, shuffle: bool, all_ranks: bool = False) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
