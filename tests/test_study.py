@@ -66,6 +66,11 @@ def test_a_row_that_cannot_be_run_is_told_and_the_others_go_on(ears, start, tmp_
     assert "32 x 32 grey pixels" in said.out and "choose: rank-1" in said.out
 
 
+def test_why_a_run_failed_is_told_without_frames(tmp_path):
+    (tmp_path / "log.txt").write_text("words\n╭─ Error ─╮\n│ No such option: --preset │\n╰─────────╯\n")
+    assert study._last_line(tmp_path / "log.txt").startswith("No such option: --preset (see ")
+
+
 def test_a_list_that_training_has_seen_is_refused(ears, start, tmp_path, capsys):
     words = [*words_of(ears, start), "--eval", f"seen={ears / 'ears.jsonl'}"]
     assert study.main([str(tmp_path / "out"), *words]) == 1

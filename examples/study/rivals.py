@@ -127,6 +127,8 @@ def train_rival(
         for module in (backbone, model.backbone):
             prepare_backbone(module, 0, freeze_batchnorm)
         for batch in loader:
+            if len(batch["index"]) < 2:  # too few readable pictures for batch statistics, as in earteach's own steps
+                continue
             losses.append(_step(model, batch, data.train_set.preprocessing, optimizer, len(losses), device, config))
             schedule.step()
         print(f"epoch {epoch + 1}/{config.max_epochs}: {name} loss {losses[-1]:.4f}", flush=True)

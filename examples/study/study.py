@@ -270,8 +270,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was said") + f" (see {log})"
+    """The last line with a word in it, without the frame that Typer draws around errors."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    said = next((line.strip("│ ") for line in reversed(lines) if re.search(r"\w", line)), "nothing was said")
+    return f"{said} (see {log})"
 
 
 def _versions() -> dict[str, str]:
