@@ -54,5 +54,6 @@ step "Embed people that training never saw, before and after."
 run earteach embed ears/eval.csv start.npy --weights start.safetensors --backbone "$backbone" --image-size "$size"
 run earteach embed ears/eval.csv teacher.npy --weights teacher.safetensors
 
-step "Is the nearest photo the same ear? (Minutes from random weights teach reconstruction first; see README.)"
-run python "$examples/rank1.py" ears/eval.csv start.npy teacher.npy
+step "Who is who? The teacher alone, with curves and the pairs that confuse it; then against the untrained start."
+run earteach evaluate teacher.npy ears/eval.csv --plots plots --sheet look-alikes.png
+run earteach evaluate --compare start.npy teacher.npy ears/eval.csv

@@ -14,7 +14,7 @@ from ear_teacher_cli.cli import _train
 from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
 from ear_teacher_cli.errors import ConfigError
 
-COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "embed"]
+COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "embed", "evaluate"]
 # As the seed prints it in "Custom Configuration", with its underscores.
 SEED_COMMAND = """--batch_size 64 --learning_rate 1e-3 --max_epochs 200 --reconstruction_weight 1.0 --metric_weight 0.1
     --metric_loss arcface --num_pseudo_classes 512 --arcface_margin 0.5 --precision bf16-mixed --devices 1
@@ -167,6 +167,7 @@ def test_impossible_values_name_the_flag_and_the_range(words, named, manifests, 
         ["embed", "nope", "x.npy"],
         ["train", "--config", "nope.toml"],
         ["embed", "nope.jpg", "x.npy"],
+        ["evaluate", "nope.npy"],
     ],
 )
 def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, earteach):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rank1 import chance, rank1_hits
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,11 +33,19 @@ def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     demo = tmp_path / "demo"
-    assert {"worst.png", "collage.png", "teacher.safetensors", "teacher.npy", "teacher.csv", "teacher.json"} <= {
-        p.name for p in demo.iterdir()
-    }
+    assert {
+        "worst.png",
+        "collage.png",
+        "plots",
+        "look-alikes.png",
+        "teacher.safetensors",
+        "teacher.npy",
+        "teacher.csv",
+        "teacher.json",
+    } <= {p.name for p in demo.iterdir()}
     assert "timm alone: (1, 64)" in done.stdout
-    assert re.search(r"^start +rank-1 .*\nteacher +rank-1 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^A: start.npy.*\nB: teacher.npy", done.stdout, re.MULTILINE)
+    assert re.search(r"^rank-1( +[-+]?\d+\.\d){3} +\[", done.stdout, re.MULTILINE)
 
 
 def test_the_readmes_walk_through_is_the_demo():
@@ -47,12 +54,6 @@ def test_the_readmes_walk_through_is_the_demo():
     assert set(re.findall(r"^earteach (\S+)", walk_through, re.MULTILINE)) == set(
         re.findall(r"^run .*?earteach (\S+)", demo, re.MULTILINE)
     )
-
-
-def test_rank1_by_hand():
-    rows = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0.8, 0.2]])
-    assert rank1_hits(rows, ["a", "a", "b", "b", "c"]) == [True, True, True, True, False]
-    assert chance(["a", "a", "b", "b"]) == 1 / 3
 
 
 def test_drawn_ears_know_their_boxes_sides_and_landmarks():

@@ -110,7 +110,8 @@ def evaluate(
     picture's folder. `centre_on`, `whiten_on`: none, or for each source a file of embeddings or 'none'. `fars` empty:
     metrics.FARS as far as the impostor pairs carry them. Raises EarTeachError.
     """
-    inputs = (*sources, labels, *centre_on, *whiten_on)
+    beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
+    inputs = (*sources, *beside, labels, weights, *centre_on, *whiten_on)
     _refuse_outputs(json_file, plots, sheet, overwrite, inputs)
     if sheet and len(sources) > 1:
         raise WordsError("--sheet: shows one file's pairs; leave --compare out")
@@ -199,7 +200,7 @@ def _interval(figure: metrics.Figure, sign: str = "") -> str:
     return "" if math.isnan(figure.low) else f"[{100 * figure.low:{sign}.1f}, {100 * figure.high:{sign}.1f}]"
 
 
-def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None, overwrite: bool, inputs: Sequence[str | None]) -> None:  # fmt: skip
+def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None, overwrite: bool, inputs: Sequence[str | Path | None]) -> None:  # fmt: skip
     from ..core.plots import PLOTS
 
     for path in [None if json_file == "-" else json_file, sheet]:

@@ -72,13 +72,11 @@ def _roc(curves: Sequence[Curve], smallest_far: float) -> Any:
     axis.plot(chance, 100 * chance, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), label="chance")
     if smallest_far > left:
         axis.axvspan(left, smallest_far, color="#f0f1f3", linewidth=0)
-        axis.text(
-            left * 1.12, 99, "too few pairs", color=_FAINT, fontsize=8, va="top", rotation=90 if smallest_far < 4 * left else 0
-        )  # fmt: skip
+        axis.text(left * 1.12, 99, "too few\npairs", color=_FAINT, fontsize=8, va="top")
     axis.set(
         xscale="log", xlim=(left, 1), ylim=(0, 101), xlabel="false accept rate (FAR)", ylabel="true accept rate, %"
     )
-    _legend(axis, "lower right" if curves[0].measured.figure("AUC").value > 0.9 else "upper left")
+    _legend(figure, axis)
     return figure
 
 
@@ -96,7 +94,7 @@ def _cmc(curves: Sequence[Curve], smallest_far: float) -> Any:
         lowest = min(lowest, np.nanmin([value, low]))
     axis.set(xlim=(0.6, shown + 0.4), xlabel="rank k", ylabel="queries with a match among the k nearest, %")
     axis.set(ylim=(max(0, 10 * np.floor(lowest / 10 - 0.2)), 101), xticks=[1, 5, 10, 15, 20])
-    _legend(axis, "lower right")
+    _legend(figure, axis)
     return figure
 
 
@@ -105,7 +103,8 @@ def _scores(curves: Sequence[Curve], smallest_far: float) -> Any:
     middles = bin_similarities()
     filled = [np.flatnonzero(c.measured.tally.genuine + c.measured.tally.impostor) for c in curves]
     low, high = min(middles[f[-1]] for f in filled), max(middles[f[0]] for f in filled)
-    edges = np.linspace(low, max(high, low + 1e-6), 71)
+    fewest = min(c.measured.tally.genuine.sum() for c in curves)
+    edges = np.linspace(low, max(high, low + 1e-6), 1 + int(np.clip(3 * np.cbrt(fewest), 15, 70)))
     for axis, curve in zip(axes, curves, strict=True):
         parts = (("impostor pairs", curve.measured.tally.impostor), ("genuine pairs", curve.measured.tally.genuine))
         for (name, counts), colour in zip(parts, (_COLOURS[1], _COLOURS[0]), strict=True):
@@ -114,10 +113,12 @@ def _scores(curves: Sequence[Curve], smallest_far: float) -> Any:
             axis.stairs(share, edges, color=colour, linewidth=1.3, label=name)
         axis.set(ylabel="share of pairs, %", ylim=(0, None), xlim=(edges[0], edges[-1]))
         axis.set_title(curve.name, fontsize=10, color=_INK, loc="left")
-        _legend(axis, "upper right")
+    _legend(figure, axes[0])
     axes[-1].set_xlabel("cosine similarity")
     return figure
 
 
-def _legend(axis: "Axes", place: str) -> None:
-    axis.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8.5, labelcolor=_INK, loc=place)
+def _legend(figure: Any, axis: "Axes") -> None:
+    """Above the axes: no corner of a curve is empty for sure."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5, labelcolor=_INK)
