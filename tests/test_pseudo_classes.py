@@ -5,13 +5,16 @@ import torch
 
 from ear_teacher_cli.core.pseudo_classes import (
     PseudoClasses,
+    agreement_of_rounds,
     class_count,
     class_means,
     directions,
+    figures,
     fingerprint,
     fixed_labels,
     is_round,
     kmeans,
+    kmeans_by_side,
     same_photo,
 )
 from ear_teacher_cli.data.manifest import pictures_manifest
@@ -116,3 +119,30 @@ def test_labels_of_another_manifest_are_refused():
     assert torch.equal(PseudoClasses.from_dict(state, fingerprint(first)).labels, torch.tensor([0, 1]))
     with pytest.raises(WeightsError, match="manifest has changed"):
         PseudoClasses.from_dict(state, fingerprint(second))
+
+
+def test_agreement_of_rounds_is_the_normalised_mutual_information():
+    draw = torch.Generator().manual_seed(0)
+    before, after = (torch.randint(0, 7, (300,), generator=draw) for _ in range(2))
+    metrics = pytest.importorskip("sklearn.metrics", reason="compared with scikit-learn where it is installed")
+    expected = metrics.normalized_mutual_info_score(before.numpy(), after.numpy())
+    assert agreement_of_rounds(before, after) == pytest.approx(expected, abs=1e-9)
+    assert agreement_of_rounds(before, (before + 3) % 7) == pytest.approx(1)  # other ids, the same groups
+    with_unread = before.clone()
+    with_unread[:5] = -1
+    assert agreement_of_rounds(with_unread, before) == pytest.approx(1)
+
+
+def test_figures_of_classes_by_hand():
+    found = figures(torch.tensor([0, 0, 1, 1, -1]), 4)
+    assert found["in_use"] == 0.5 and found["largest"] == 0.5 and found["entropy"] == pytest.approx(0.5)
+
+
+def test_kmeans_by_side_keeps_sides_and_ids_apart():
+    points, truth = blobs(8, 6)
+    sides = ["left" if group < 3 else "right" for group in truth.tolist()]
+    labels = kmeans_by_side(points, sides, 8, seed=0)
+    left = {x for x, side in zip(labels.tolist(), sides, strict=True) if side == "left"}
+    right = {x for x, side in zip(labels.tolist(), sides, strict=True) if side == "right"}
+    assert (len(left), len(right)) == (3, 5) and left | right == set(range(8))
+    assert torch.equal(kmeans_by_side(points, sides, 8, seed=0, start=labels), labels)

@@ -94,10 +94,10 @@ def test_a_rival_learns_from_two_views_and_leaves_a_teacher(name, ears, start, t
         batch_size=16,
         max_epochs=1,
         num_workers=0,
-        augment=True,
+        freeze_stride=4,
         accelerator="cpu",
     )
-    losses = train_rival(name, config, tmp_path / "teacher.safetensors", freeze_stages=1, freeze_batchnorm=True)
+    losses = train_rival(name, config, tmp_path / "teacher.safetensors")
     assert len(losses) == 1 and np.isfinite(losses).all()
     learned, untouched = (
         dict(embedder.backbone.named_parameters())
@@ -147,19 +147,14 @@ def test_the_probe_is_seeded_and_tests_on_other_people(ears, start):
     draw(first, ears.parent / "points.png", count=3)
 
 
-def test_identity_figures_by_hand():
-    rows = np.array([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
-    rank1, eer, hits = measure.identity_figures(rows, ["a", "a", "b", "b"])
-    assert (rank1, hits.tolist()) == (0.5, [True, False, True, False])  # row 3 is nearest to row 1
-    assert eer == 0.375  # one of two genuine pairs refused, one of four impostor pairs accepted: the mean of the two
-    perfect = measure.identity_figures(np.array([[1, 0], [1, 0.01], [0, 1], [0.01, 1]]), ["a", "a", "b", "b"])
-    assert perfect[0] == 1.0 and perfect[1] == 0.0
+def test_the_difference_is_paired_by_resample():
+    def run(rank1, draws):
+        draws = {"rows": np.arange(4), **{f"{way}_rank1": np.array(draws) for way in study.WAYS}}
+        return {"lists": {"x": {way: {"rank1": rank1} for way in study.WAYS}}, "draws": {"x": draws}}
 
-
-def test_the_difference_of_a_row_with_itself_is_nothing():
-    hits = np.array([1, 0, 1, 1])
-    assert study.paired_difference(hits, hits, ["a", "a", "b", "b"]) == (0.0, 0.0, 0.0)
-    assert study.paired_difference(hits * 0 + 1, hits * 0, ["a", "a", "b", "b"]) == (1.0, 1.0, 1.0)
+    results = {"untouched": [run(0.5, [0.4, 0.6])], "kmeans": [run(0.6, [0.5, 0.7]), run(0.8, [0.7, 0.9])]}
+    said = study._against(results, study.ROWS, "kmeans", "x", "rank1")
+    assert said == "+20.0 [+20.0, +20.0] / +20.0 [+20.0, +20.0]"  # 0.7 - 0.5, in both resamples alike
 
 
 def test_a_masked_crop_keeps_only_what_is_around_the_ear():

@@ -343,7 +343,8 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
     config = module.config
     pixels = torch.cat([batch[name] for name in ("pixels", "view") if name in batch]).to(module.device)
     embedding = module(pixels)
-    loss = config.reconstruction_weight * F.mse_loss(module.model.decoder(embedding), to_unit(pixels))
+    remade = module.model.decoder(embedding[: len(batch["pixels"])])
+    loss = config.reconstruction_weight * F.mse_loss(remade, to_unit(pixels[: len(remade)]))
     if config.learns_classes:
         labels = torch.arange(len(pixels), device=module.device) % len(prototypes)
         features = module.model.predict(embedding)

@@ -161,7 +161,7 @@ def figures(labels: torch.Tensor, count: int) -> dict[str, float]:
 
 
 def _entropy(counts: torch.Tensor) -> torch.Tensor:
-    shares = counts[counts > 0] / counts.sum()
+    shares = counts[counts > 0].double() / counts.sum()
     return -(shares * shares.log()).sum()
 
 

@@ -3,13 +3,13 @@
 import os
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..errors import EarTeachError, ManifestError
 from ..machine import usable_cores
 from .augment import Augment
-from .dataset import EarDataset, EpochSampler, collate
+from .dataset import Draw, EarDataset, EpochSampler, collate
 from .manifest import Manifest, read_manifest
 from .pixels import preprocessing_for
 
@@ -54,7 +54,7 @@ class EarDataModule(pl.LightningDataModule):
             preprocessing,
             augment=augment,
             view=augment if config.views == 2 else None,
-            targets=config.denoise,
+            denoise=config.denoise,
         )
         self.clean_set = EarDataset(train, preprocessing)
         self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing, config.augmentation))
@@ -74,9 +74,11 @@ class EarDataModule(pl.LightningDataModule):
     def clean_dataloader(self, rows: range | None = None) -> DataLoader:
         """All training pictures (or those of `rows`) unaugmented in manifest order, on every rank the same: what
         k-means clusters."""
-        return self._loader(Subset(self.clean_set, rows) if rows else self.clean_set, shuffle=False, all_ranks=True)
+        return self._loader(self.clean_set, shuffle=False, all_ranks=True, rows=rows)
 
-    def _loader(self, dataset: EarDataset, *, shuffle: bool, all_ranks: bool = False) -> DataLoader:
+    def _loader(
+        self, dataset: EarDataset, *, shuffle: bool, all_ranks: bool = False, rows: range | None = None
+    ) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
         workers = min(self.config.num_workers, usable_cores())
         sampler = EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world)
@@ -88,7 +90,7 @@ class EarDataModule(pl.LightningDataModule):
             # a last training batch may be one picture, which has no batch statistics; but one batch there must be
             drop_last=shuffle and len(sampler) > self.config.batch_size,
             collate_fn=collate,
-            sampler=sampler,
+            sampler=[Draw(row, 0) for row in rows] if rows else sampler,
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
         )

@@ -35,10 +35,10 @@ class BadPicture(NamedTuple):
 
 
 class EarDataset(Dataset):
-    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view', 'target', 'view_target']}, or a BadPicture.
+    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'target']}, or a BadPicture.
 
     `pixels` is augmented if `augment` is given; with `view` a second, augmented picture comes beside it. With
-    `targets` each of the two has a target: moved as it is, but in its own light.
+    `denoise` there is a `target` of the first: moved as it is, but in its own light.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class EarDataset(Dataset):
         *,
         augment: Augment | None = None,
         view: Augment | None = None,
-        targets: bool = False,
+        denoise: bool = False,
     ):
         self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
-        self.targets = targets
+        self.denoise = denoise
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -66,24 +66,21 @@ class EarDataset(Dataset):
         if self.preprocessing.mirror and self.manifest.side(index) == "right":
             pixels = pixels.flip(-1)
         item = {"index": index, "pixels": pixels}
-        # of two augmented views the second has a seed of its own; beside a clean picture it has the picture's
-        for name, augment, key in (
-            ("pixels", self.augment, seed),
-            ("view", self.view, derive_seed(seed, 1) if self.augment else seed),
-        ):
-            if augment:
-                item[name], target = augment.with_target(pixels, key)
-                if self.targets:
-                    item["target" if name == "pixels" else "view_target"] = target
+        if self.augment:
+            item["pixels"], target = self.augment.with_target(pixels, seed)
+            if self.denoise:
+                item["target"] = target
+        if self.view:  # the second of two augmented views has a seed of its own; beside a clean picture, the picture's
+            item["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
         return item
 
 
 def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
-    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view', 'target', 'view_target'], 'bad': list of BadPicture}; B may be 0."""
+    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of BadPicture}; B may be 0."""
     good = [item for item in items if not isinstance(item, BadPicture)]
     batch: Batch = {"bad": [item for item in items if isinstance(item, BadPicture)]}
     batch["index"] = torch.tensor([item["index"] for item in good], dtype=torch.int64)
-    for name in ("pixels", "view", "target", "view_target"):
+    for name in ("pixels", "view", "target"):
         if good and name in good[0]:
             batch[name] = torch.stack([item[name] for item in good])
     return batch

@@ -1,18 +1,17 @@
-"""Backbones of the study: how each starts, what of it learns, and how it is kept."""
+"""Backbones of the study: how each starts, and how it is kept."""
 
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import group_parameters
 from torch import nn
 
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.core.embedder import export_header
 from ear_teacher_cli.core.model import build_backbone, embedding_size
 from ear_teacher_cli.core.weights import load_pretrained
-from ear_teacher_cli.data.pixels import preprocessing_of
+from ear_teacher_cli.data.pixels import preprocessing_for
 
 
 def start_of(config: TrainConfig) -> nn.Module:
@@ -26,26 +25,10 @@ def start_of(config: TrainConfig) -> nn.Module:
 
 def save_teacher(backbone: nn.Module, config: TrainConfig, path: Path) -> None:
     """Write a backbone as `earteach export-backbone` does, so that `earteach embed --weights` reads it."""
-    preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
+    preprocessing = preprocessing_for(config)
     dim = embedding_size(backbone.cpu(), config.image_size)
     state = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(state, path, metadata=export_header(config.backbone, dim, preprocessing, source_sha256=""))
-
-
-def prepare_backbone(backbone: nn.Module, freeze_stages: int, freeze_batchnorm: bool) -> None:
-    """Freeze the stem and the first `freeze_stages` stages, and hold batch normalisation at its own statistics.
-
-    Call it again after each `backbone.train()`, which would let the statistics go.
-    """
-    if freeze_stages:
-        groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
-        for group in range(freeze_stages + 1):  # group 0 is the stem
-            for name in groups.get(group, ()):
-                backbone.get_parameter(name).requires_grad_(False)
-    if freeze_batchnorm:
-        for module in backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
 
 
 def feature_maps(weights: nn.Module, name: str, image_size: int) -> nn.Module:

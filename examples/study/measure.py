@@ -1,9 +1,9 @@
 """One run of the study, done in a process of its own: train it, then measure it.
 
-A job is a folder with `job.json` (see study.py). `train` leaves `teacher.safetensors`, `measure` leaves the embeddings
-of each list (`NAME.npy`), what became of each picture of it (`NAME.csv`) and the figures (`figures.json`).
+A job is a folder with `job.json` (see study.py). `train` leaves `teacher.safetensors`, `measure` leaves
+the figures (`figures.json`), and of each list what the paired differences need (`NAME.npz`).
 
-N pictures, D embedding, k whitened dimensions.
+N pictures, D embedding.
 """
 
 import csv
@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from ear_teacher_cli.commands.export_backbone import export_backbone
 from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.core import metrics, pairs, whitening
 from ear_teacher_cli.core.embedder import Embedder, load_embedder
-from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli.core.lightning_module import WHITEN_SHRINK, EarTeacherLightningModule
 from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
 from ear_teacher_cli.data.dataset import BadPicture, collate
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
-from ear_teacher_cli.data.pixels import Preprocessing, preprocessing_of
+from ear_teacher_cli.data.pixels import Preprocessing, preprocessing_for
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError
 from ear_teacher_cli.machine import usable_cores
 
 GREY_SIDE = 32
-WHITENED = 128  # at most so many dimensions are kept
+RESAMPLES = 2000
+FIGURES = {"rank1": "rank-1", "eer": "EER"}  # ours -> core.metrics' names
 
 
 def train(folder: Path) -> None:
@@ -46,7 +48,7 @@ def train(folder: Path) -> None:
     elif job["kind"] == "lightly":
         from rivals import train_rival
 
-        train_rival(job["row"], config_of(job), teacher, **job["frozen"])
+        train_rival(job["row"], config_of(job), teacher)
     else:  # nothing to learn
         save_teacher(start_of(config_of(job)), config_of(job), teacher)
     cost = {"seconds": time.perf_counter() - start, "peak_memory_mb": peak_memory_mb()}
@@ -65,9 +67,8 @@ def measure(folder: Path) -> None:
         figures = {"difference": step_zero_difference(config_of(job), folder / "teacher.safetensors", job)}
     else:
         model = Pictures.of(job, folder)
-        mapping = Whitening.fit(
-            model.rows(spread_over(read_manifest(job["train"], job["root_dir"]), job["whiten_on"]))[0]
-        )
+        learned = model.rows(spread_over(read_manifest(job["train"], job["root_dir"]), job["whiten_on"]))[0]
+        mapping = whitening.fit(learned, shrink=WHITEN_SHRINK)
         lists = {name: _measure_list(folder, name, path, model, mapping, job) for name, path in job["lists"].items()}
         figures = {"lists": lists}
         if job["landmarks"] and model.embedder and job["kind"] in ("earteach", "lightly", "start"):
@@ -131,7 +132,7 @@ class Pictures:
         config = config_of(job)
         workers = min(config.num_workers, usable_cores())
         if job["kind"] == "grey":
-            tiny = preprocessing_of(config.backbone, GREY_SIDE, config.bbox_buffer, config.pad)
+            tiny = replace(preprocessing_for(config), image_size=GREY_SIDE)
             return Pictures(tiny, None, False, workers)
         embedder = load_embedder(str(folder / "teacher.safetensors"))
         return Pictures(embedder.preprocessing, embedder, job["kind"] == "masked", workers)
@@ -187,78 +188,34 @@ def spread_over(manifest: Manifest, most: int) -> Manifest:
     return manifest.subset(np.linspace(0, len(manifest) - 1, min(most, len(manifest))).round().astype(int).tolist())
 
 
-@dataclass(frozen=True)
-class Whitening:
-    """Centring and PCA whitening (Jegou and Chum 2012), fitted on rows of unlabelled pictures."""
-
-    mean: np.ndarray  # D
-    matrix: np.ndarray  # D,k
-
-    @staticmethod
-    def fit(rows: np.ndarray) -> "Whitening":
-        mean = rows.mean(0, dtype=np.float64)
-        values, vectors = np.linalg.eigh(np.cov(rows - mean, rowvar=False))
-        kept = min(WHITENED, len(rows) - 1, rows.shape[1])
-        values, vectors = values[::-1][:kept], vectors[:, ::-1][:, :kept]
-        return Whitening(mean, vectors / np.sqrt(np.maximum(values, 1e-8 * values[0])))
-
-    def apply(self, rows: np.ndarray) -> np.ndarray:
-        """N,D -> N,k of unit length."""
-        white = (rows - self.mean) @ self.matrix
-        return white / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-12)
-
-
-def identity_figures(rows: np.ndarray, identities: list[str]) -> tuple[float, float, np.ndarray]:
-    """(leave-one-out rank-1, equal error rate over all pairs, whether each row's nearest other row is of its identity).
-
-    rows N,D of unit length. At the equal error rate as many pairs of one identity are refused as others accepted.
-    """
-    names = np.asarray(identities)
-    same = names[:, None] == names[None, :]
-    similarity = rows @ rows.T
-    upper = np.triu_indices(len(rows), 1)
-    order = np.argsort(-similarity[upper], kind="stable")
-    genuine = same[upper][order]
-    accepted = np.cumsum(~genuine) / max(1, (~genuine).sum())
-    refused = 1 - np.cumsum(genuine) / max(1, genuine.sum())
-    crossing = np.abs(accepted - refused).argmin()
-    np.fill_diagonal(similarity, -np.inf)  # a picture is not its own neighbour
-    hits = same[np.arange(len(rows)), similarity.argmax(1)]
-    return float(hits.mean()), float((accepted + refused)[crossing] / 2), hits
-
-
-def ears_of(manifest: Manifest) -> list[str]:
-    """The identity of each row: the person, and the side where it is known. Raises ManifestError if there are none."""
-    if manifest.identities is None:
-        raise ManifestError(f"{manifest.source}: has no identities; add the column identity")
-    sides = manifest.sides or [""] * len(manifest)
-    return [f"{who} {side}".strip() for who, side in zip(manifest.identities, sides, strict=True)]
+def ears_of(manifest: Manifest, indices: list[int]) -> tuple[list[str], list[str] | None]:
+    """(person, side) of the rows; no sides where one is unknown. Raises ManifestError if a row names nobody."""
+    if manifest.identities is None or not all(manifest.identities[i] for i in indices):
+        raise ManifestError(f"{manifest.source}: has no identities; fill in the column identity")
+    sides = [manifest.side(i) for i in indices]
+    return [manifest.identities[i] for i in indices], None if None in sides else sides
 
 
 def _measure_list(
-    folder: Path, name: str, path: str, model: Pictures, mapping: Whitening, job: dict[str, Any]
+    folder: Path, name: str, path: str, model: Pictures, mapping: whitening.Whitening, job: dict[str, Any]
 ) -> dict[str, Any]:
+    """Figures of a list; `NAME.npz` keeps the pictures' rows in the list, and each figure under the bootstrap."""
     manifest = read_manifest(path)
     rows, indices = model.rows(manifest)
-    ears = [ears_of(manifest)[i] for i in indices]
+    people, sides = ears_of(manifest, indices)
     if job["kind"] == "shuffled":
-        ears = np.random.default_rng(job["seed"]).permutation(ears).tolist()
-    raw_rank1, raw_eer, raw_hits = identity_figures(rows, ears)
-    white_rank1, white_eer, white_hits = identity_figures(mapping.apply(rows), ears)
-    np.save(folder / f"{name}.npy", rows)
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["row", "path", "identity", "raw_hit", "whitened_hit"])
-        for i, index in enumerate(indices):
-            table.writerow([manifest.rows[index], manifest.paths[index], ears[i], int(raw_hits[i]), int(white_hits[i])])
-    counts = np.unique(ears, return_counts=True)[1]
-    return {
-        "raw": {"rank1": raw_rank1, "eer": raw_eer},
-        "whitened": {"rank1": white_rank1, "eer": white_eer},
-        "pictures": len(ears),
-        "ears": len(counts),
-        "chance": float((counts * (counts - 1)).sum() / (len(ears) * max(1, len(ears) - 1))),
-    }
+        people, sides = np.random.default_rng(job["seed"]).permutation(people).tolist(), None
+    order = pairs.arrange(people, sides)
+    drawn = metrics.resamples(order.groups, RESAMPLES, 0)
+    figures, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
+    for way, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
+        measured = metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
+        figures[way] = {key: measured.figure(word).value for key, word in FIGURES.items()}
+        draws |= {f"{way}_{key}": measured.draws[word] for key, word in FIGURES.items()}
+    np.savez(folder / f"{name}.npz", **draws)
+    counts = np.unique(order.ear, return_counts=True)[1]
+    chance = float((counts * (counts - 1)).sum() / (len(rows) * max(1, len(rows) - 1)))
+    return {**figures, "pictures": len(rows), "people": order.people, "ears": len(counts), "chance": chance}
 
 
 def _last_psnr(metrics: Path) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbones import prepare_backbone, save_teacher, start_of
+from backbones import save_teacher, start_of
 from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import (
     DINOProjectionHead,
@@ -20,12 +20,11 @@ from lightly.models.modules import (
 )
 from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.core.finetune import freeze_to_stride, keep_statistics, parameter_groups
 from ear_teacher_cli.core.schedule import rate_at
-from ear_teacher_cli.data.augment import Augment
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.dataset import derive_seed
 from ear_teacher_cli.data.pixels import normalise
@@ -92,31 +91,18 @@ class DINO(nn.Module):
 RIVALS = {"simclr": SimCLR, "simsiam": SimSiam, "dino": DINO}
 
 
-class SecondView:
-    """Another augmented view of the same picture: the same policy, another seed."""
-
-    def __init__(self, augment: Augment):
-        self.augment = augment
-
-    def __call__(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
-        return self.augment(pixels, derive_seed(seed, 1))
-
-
-def train_rival(
-    name: str, config: TrainConfig, out: Path, freeze_stages: int = 0, freeze_batchnorm: bool = False
-) -> list[float]:
+def train_rival(name: str, config: TrainConfig, out: Path) -> list[float]:
     """Train a rival as `config` says (its losses are not used) and write its backbone to `out`; the loss of each step."""
     data = EarDataModule(config)
     data.setup()
-    data.train_set.view = SecondView(Augment(data.train_set.preprocessing))
     loader = data.train_dataloader()
     steps = len(loader) * config.max_epochs
     backbone = start_of(config)
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    freeze_to_stride(backbone, config.kept_stride)
     model = RIVALS[name](backbone, _dim(backbone, config), steps).to(device)
-    prepare_backbone(backbone, freeze_stages, freeze_batchnorm)
-    groups = param_groups_weight_decay(model, config.weight_decay)
+    groups = parameter_groups(model, backbone, config)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     warmup = int(steps * config.warmup / config.max_epochs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, warmup, steps))
@@ -125,7 +111,7 @@ def train_rival(
         loader.sampler.set_epoch(epoch)
         model.train()
         for module in (backbone, model.backbone):
-            prepare_backbone(module, 0, freeze_batchnorm)
+            keep_statistics(module, config.keeps_statistics)
         for batch in loader:
             if len(batch["index"]) < 2:  # too few readable pictures for batch statistics, as in earteach's own steps
                 continue

@@ -1,0 +1,44 @@
+"""Figures of collapse on embeddings of known shape, and the verdict."""
+
+import pytest
+import torch
+
+from ear_teacher_cli.core.diagnostics import Health, health, retrieval, verdict
+
+
+def normal(rows: int, size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_embeddings_all_over_the_sphere_are_healthy():
+    found = health(normal(2000, 32))
+    assert found.spread == pytest.approx(1, abs=0.01)
+    assert 30 < found.effective_rank <= 32
+    assert found.abs_cosine == pytest.approx((2 / (3.14159 * 32)) ** 0.5, rel=0.05)
+
+
+def test_effective_rank_counts_directions():
+    found = health(normal(500, 4) @ normal(4, 64, 1))
+    assert 3 < found.effective_rank <= 4
+
+
+def test_one_direction_is_a_collapse():
+    point, jitter = torch.ones(1, 64), normal(200, 64)
+    found = health(point + 1e-3 * jitter)
+    assert found.spread < 0.01
+    line = health(torch.linspace(-1, 1, 200)[:, None] * normal(1, 64))
+    assert line.effective_rank == pytest.approx(1, abs=0.01) and line.abs_cosine == pytest.approx(1, abs=0.01)
+    assert health(torch.ones(10, 8)).spread == pytest.approx(0, abs=1e-6)
+
+
+def test_the_verdict_names_the_figure_that_fell():
+    start = Health(0.6, 200.0, 0.1)
+    assert verdict(Health(0.55, 180.0, 0.12), start) is None
+    assert verdict(Health(0.1, 180.0, 0.12), start) == "spread 0.1 of 0.6 before training"
+    assert "effective rank 20 of 200" in verdict(Health(0.1, 20.0, 0.9), start)
+
+
+def test_retrieval_finds_a_picture_from_its_own_view():
+    rows = normal(50, 16)
+    assert retrieval(rows, 3 * rows + 0.01) == 100
+    assert retrieval(rows, rows.roll(1, 0)) == 0
