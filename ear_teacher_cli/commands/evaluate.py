@@ -523,8 +523,8 @@ def _write_plots(report: Report, folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     names = [Path(system.name).stem for system in report.systems]
-    if len(set(names)) < len(names):
-        names = [system.name for system in report.systems]
+    if len(names) > 1:
+        names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
     curves = [Curve(printable(name), system.measured) for name, system in zip(names, report.systems, strict=True)]
     draw_plots(folder, curves, metrics.smallest_far(report.counts["impostor_pairs"]))
 

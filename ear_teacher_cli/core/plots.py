@@ -62,10 +62,13 @@ def _roc(curves: Sequence[Curve], smallest_far: float) -> Any:
     for curve, colour in zip(curves, _COLOURS, strict=False):
         far, tar = roc(curve.measured.tally.genuine, curve.measured.tally.impostor)
         turns = np.flatnonzero(np.diff(far, prepend=-1) + np.diff(tar, prepend=-1))  # most bins are empty
+        grid = np.geomspace(left, 1, 400)  # a line between two points is bent by the logarithm
+        x, y = np.concatenate([far[turns], grid]), np.concatenate([tar[turns], np.interp(grid, far, tar)])
+        line = np.lexsort((y, x))
         even = curve.measured.figure("EER")
         area = curve.measured.figure("AUC").value
         label = f"{curve.name}\nAUC {area:.3f}, EER {100 * even.value:.1f} %"
-        axis.plot(np.maximum(far[turns], left / 10), 100 * tar[turns], color=colour, linewidth=1.8, label=label)
+        axis.plot(np.maximum(x[line], left / 10), 100 * y[line], color=colour, linewidth=1.8, label=label)
         point = float(eer(far, tar))
         axis.plot(point, 100 * (1 - point), "o", color=colour, markeredgecolor="white", markersize=7)
     chance = np.geomspace(left, 1, 200)
