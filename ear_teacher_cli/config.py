@@ -44,6 +44,8 @@ _SEED = {
     "freeze_statistics": False,
     "learning_rate": 1e-4,
     "head_rate": 1.0,
+    "warmup_epochs": 10,
+    "max_epochs": 100,
     "denoise": False,
     "contrastive_weight": 0.0,
     "pseudo_classes": "batch",
@@ -89,8 +91,8 @@ class TrainConfig:
     layer_decay: float = option(1.0, "Training", "Learning rate of each layer of the backbone, as a share of the next one's; 1: all alike.", above=0.0, high=1.0)
     head_rate: float = option(10.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0)
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
-    warmup_epochs: int = option(10, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
-    max_epochs: int = option(100, "Training", "Epochs to train.", low=1)
+    warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
+    max_epochs: int = option(10, "Training", "Epochs to train.", low=1)
     reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0)
     denoise: bool = option(False, "Training", "Reconstruct the picture in its own light: augmented in place and size only.")
     contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of a picture among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ..config import MONITORS, TrainConfig, read_toml, with_changes
+from ..config import TrainConfig, read_toml, with_changes
 from ..core import callbacks, runs
 from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
 from ..core.lightning_module import EarTeacherLightningModule
@@ -209,7 +208,6 @@ def _fit(
                 callbacks.MetricsFile(folder / runs.METRICS),
                 callbacks.BadPictureList(folder / runs.BAD),
                 callbacks.Reporter(talk),
-                *_optional_callbacks(config),
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS, config.monitor),
             ],
             plugins=[WholeFileCheckpointIO()],
@@ -225,17 +223,6 @@ def _fit(
                 raise
     interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
     return Outcome(folder, trainer.current_epoch, runs.best_checkpoint(folder), interrupted)
-
-
-def _optional_callbacks(config: TrainConfig) -> list[pl.Callback]:
-    chosen: list[pl.Callback] = []
-    if config.early_stop:
-        chosen.append(EarlyStopping(config.monitor, patience=config.early_stop, mode=MONITORS[config.monitor]))
-    if config.whiten:
-        chosen.append(callbacks.FitWhitening())
-    if config.ema_decay:
-        chosen.append(callbacks.MovingAverage(config.ema_decay))
-    return chosen
 
 
 def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:

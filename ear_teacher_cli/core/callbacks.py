@@ -253,7 +253,8 @@ class FitWhitening(Callback):
     """After each validation, with the weights that were validated (the moving average, if there is one)."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.fit_whitening()
+        if not trainer.sanity_checking:
+            pl_module.fit_whitening()
 
 
 class Reporter(Callback):

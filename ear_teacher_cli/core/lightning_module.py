@@ -10,14 +10,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from ..config import TrainConfig
+from ..config import MONITORS, TrainConfig
 from ..data.dataset import Batch, derive_seed
 from ..data.pixels import from_unit, normalise, preprocessing_for, to_unit
 from ..errors import EarTeachError, PictureError
 from ..talk import Talk
-from . import diagnostics, losses, weights, whitening
+from . import callbacks, diagnostics, losses, weights, whitening
 from . import pseudo_classes as classes
 from .checkpoint import describe
 from .finetune import parameter_groups
@@ -101,6 +102,17 @@ class EarTeacherLightningModule(pl.LightningModule):
             optimizer, lambda step: rate_at(max(0, step + shift), warmup, total)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What belongs to the recipe, whoever makes the Trainer."""
+        config, chosen = self.config, []
+        if config.early_stop:
+            chosen.append(EarlyStopping(config.monitor, patience=config.early_stop, mode=MONITORS[config.monitor]))
+        if config.whiten:
+            chosen.append(callbacks.FitWhitening())
+        if config.ema_decay:  # last: what the others see after validation is the average
+            chosen.append(callbacks.MovingAverage(config.ema_decay))
+        return chosen
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 B,3,H,W -> embedding float B,D."""
@@ -198,6 +210,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._held_out = []
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
         found = {f"val/{name}": value for name, value in self._quality().items()}
         if self.classes is not None and self.config.pseudo_classes != "batch":
             state = classes.figures(self.classes.labels.cpu(), self.classes.count)

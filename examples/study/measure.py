@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
 from ear_teacher_cli.commands.export_backbone import export_backbone
-from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.config import TrainConfig, preset
 from ear_teacher_cli.core import metrics, pairs, whitening
 from ear_teacher_cli.core.embedder import Embedder, load_embedder
 from ear_teacher_cli.core.lightning_module import WHITEN_SHRINK, EarTeacherLightningModule
@@ -86,7 +86,8 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def config_of(job: dict[str, Any]) -> TrainConfig:
-    return TrainConfig(**job["options"])
+    options = dict(job["options"])
+    return TrainConfig(**preset(options.pop("preset", "recommended")) | options)
 
 
 def peak_memory_mb() -> float:
@@ -238,15 +239,14 @@ def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]
     return float((module(pixels) - embedder(pixels)).abs().max())
 
 
-def run_in_process(step: str, folder: str) -> None:
-    """`train` or `measure` a folder, as the whole life of a process: its words go to log.txt, its exit code says how it went."""
-    import os
+def main(step: str, folder: str) -> int:
+    try:
+        {"train": train, "measure": measure}[step](Path(folder))
+    except EarTeachError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
-    with open(Path(folder) / "log.txt", "a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            {"train": train, "measure": measure}[step](Path(folder))
-        except EarTeachError as error:
-            print(f"study: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -13,10 +13,10 @@ file), OUT/cost.md time and memory.
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -252,24 +252,14 @@ def job_of(name: str, row: Row, seed: int, options: argparse.Namespace, lists: d
 
 
 def in_process(step: str, folder: Path) -> int:
-    """`train` or `measure` in a process of its own, for honest seconds and memory; its exit code.
-
-    Where there is a fork server, torch is imported there once, and not once in every process.
-    """
-    from measure import run_in_process
-
-    ways = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
-    if "forkserver" in ways:
-        context.set_forkserver_preload(["torch", "timm", "pytorch_lightning"])
-    process = context.Process(target=run_in_process, args=(step, str(folder)))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.terminate()
-        raise
-    return process.exitcode
+    """`train` or `measure` in a process of its own, for honest seconds and memory; its exit code, its words in log.txt."""
+    words = [sys.executable, str(Path(__file__).parent / "measure.py"), step, str(folder)]
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
 
 
 def _read(path: Path) -> dict[str, Any]:
