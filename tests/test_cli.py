@@ -211,8 +211,8 @@ def test_cosface_has_its_own_margin_also_through_a_saved_config(tmp_path):
 
 
 def test_a_warmup_that_does_not_fit_is_a_fifth_of_the_run():
-    assert TrainConfig(max_epochs=3).warmup == pytest.approx(0.6)
-    assert TrainConfig(max_epochs=100).warmup == 10
+    assert TrainConfig(max_epochs=3, warmup_epochs=10).warmup == pytest.approx(0.6)
+    assert TrainConfig(max_epochs=100, warmup_epochs=10).warmup == 10
 
 
 def test_16_mixed_falls_back_in_one_line(manifests, earteach):

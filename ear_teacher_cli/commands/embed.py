@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import torch.nn.functional as F
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
-from ..core.whitening import Whitening
 from ..data.dataset import BadPicture
 from ..data.manifest import Box, Manifest, read_input
 from ..errors import EarTeachError, WordsError
@@ -81,7 +79,7 @@ def embed(
         dim = whitening.matrix.shape[1] if whitening else embedder.embedding_dim
         rows = _WRITERS[kind](file, dim)
         names = _Names(stack.enter_context(_output(str(sidecars["names"]))), manifest) if "names" in sidecars else None
-        skipped = _run(embedder, manifest, normalize, whitening, batch_size, num_workers, rows, names, talk)
+        skipped = _run(embedder, manifest, normalize, whiten, batch_size, num_workers, rows, names, talk)
         if rows.count == 0:
             raise EarTeachError(
                 f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
@@ -99,7 +97,7 @@ def _run(
     embedder: Embedder,
     manifest: Manifest,
     normalize: bool,
-    whitening: Whitening | None,
+    whiten: bool,
     batch_size: int,
     num_workers: int,
     rows: "_Rows",
@@ -112,9 +110,8 @@ def _run(
         if names:
             names.add(manifest, rows.count, good, bad)
         if good:
-            vectors = (F.normalize(vectors, dim=1) if normalize else vectors).numpy()
-            vectors = whitening.apply(vectors) if whitening else vectors
-            rows.add(vectors, [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
+            found = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
+            rows.add(found, [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
         skipped += len(bad)
     return skipped
 

@@ -20,7 +20,7 @@ from ..core.metrics import Measured
 from ..core.pairs import Order
 from ..core.whitening import Whitening, centre, fit, unit
 from ..data.embeddings import Embeddings, read_embeddings, read_rows
-from ..data.manifest import Box, Manifest, read_input, read_manifest
+from ..data.manifest import Box, Manifest, read_input, read_manifest, side_of
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..talk import Talk
@@ -28,7 +28,6 @@ from ..talk import Talk
 FEW_PEOPLE = 20
 LOOK_ALIKES = 12
 _BLOCK = 4096
-_SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def _embedded(
     rows, kept = [], []
     for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, talk):
         if good:
-            rows.append(vectors.numpy())
+            rows.append(embedder.unit_rows(vectors))
             kept += good
     if not kept:
         raise EarTeachError(f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing to score")
@@ -358,7 +357,7 @@ def _labelled(
     kept = [i for i, person in enumerate(people) if person]
     _leave_out(left_out, "no identity", len(people) - len(kept), "pictures without an identity", talk)
     if sides is not None:
-        sides = [_SIDES.get(side.strip().casefold(), "") for side in sides]
+        sides = [side_of(side) or "" for side in sides]
         sided = [i for i in kept if sides[i]]
         if sided:
             lost = len(kept) - len(sided)

@@ -38,7 +38,7 @@ def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False
     path = runs.checkpoint_of(Path(source), best=True)
     checkpoint = read_checkpoint(path)
     teacher = load_embedder(str(path))
-    state = {name: tensor.contiguous() for name, tensor in checkpoint.backbone_state.items()}
+    state = checkpoint.backbone_state
     about = (teacher.architecture, teacher.embedding_dim, teacher.preprocessing, sha256_of(path))
     with ExitStack() as stack:  # left in reverse: the export takes its name first, its whitening last
         mark = None

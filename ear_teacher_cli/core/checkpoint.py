@@ -38,8 +38,10 @@ class Checkpoint:
 
     @property
     def model_state(self) -> dict[str, torch.Tensor]:
-        """TeacherModel's tensors under its own names."""
-        return {k.removeprefix("model."): v for k, v in self.content["state_dict"].items() if k.startswith("model.")}
+        """TeacherModel's tensors under its own names, contiguous as safetensors wants them (training has them
+        channels_last)."""
+        state = self.content["state_dict"].items()
+        return {k.removeprefix("model."): v.contiguous() for k, v in state if k.startswith("model.")}
 
     @property
     def backbone_state(self) -> dict[str, torch.Tensor]:

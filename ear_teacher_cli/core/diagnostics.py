@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 # Shares of the untouched start below which a figure counts as fallen. A recipe that learns moves them far less; one
 # that collapses goes on falling (both are measured in examples/study/README.md).
-FALLEN_SPREAD = 0.5
+FALLEN_SPREAD = 0.25
 FALLEN_RANK = 0.5
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -41,6 +43,11 @@ class Embedder:
     sha256: str
     receipt: Receipt
     whitening: Whitening | None = None
+
+    def unit_rows(self, embeddings: torch.Tensor, whiten: bool = True) -> np.ndarray:
+        """float32 B,D -> float32 rows of unit length, B,D, or B,K whitened where the run fitted a whitening."""
+        rows = F.normalize(embeddings, dim=1).numpy()
+        return self.whitening.apply(rows) if self.whitening and whiten else rows
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -327,8 +327,14 @@ class EarTeacherLightningModule(pl.LightningModule):
     def _make_classes(self) -> None:
         """A round of pseudo-classes on rank 0, told to all: labels, and class means as prototypes."""
         result = None
+        mark = classes.fingerprint(self._train_set().manifest)
+        if (
+            self.config.pseudo_classes == "batch"
+        ):  # nothing of the pictures is in these classes, nor in their prototypes
+            labels = classes.fixed_labels(len(self._train_set()), len(self.prototypes), self.config.seed)
+            self.classes = classes.PseudoClasses(labels, len(self.prototypes), 0, mark)
+            return
         if self.trainer.is_global_zero:
-            mark = classes.fingerprint(self._train_set().manifest)
             embeddings, rows = self._embed_train_set()
             labels = self._label(embeddings, rows)
             means = self._class_means(embeddings, labels[rows])
@@ -338,8 +344,6 @@ class EarTeacherLightningModule(pl.LightningModule):
         before = self.classes.labels.cpu() if self.classes else None
         self.classes = classes.PseudoClasses.from_dict(state, None)
         self.nmi = None if before is None else classes.agreement_of_rounds(before, self.classes.labels)
-        if self.config.pseudo_classes == "batch":
-            return  # nothing of the pictures is in these classes, so neither is it in their prototypes
         with torch.no_grad():
             self.prototypes.copy_(means)
         self.optimizers().optimizer.state.pop(self.prototypes, None)  # old momentum belongs to old prototypes
@@ -370,7 +374,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             return torch.arange(len(manifest))
         if self.config.pseudo_classes == "identity":
             return classes.identity_labels(manifest)
-        if self.config.pseudo_classes in ("fixed", "batch"):
+        if self.config.pseudo_classes == "fixed":
             return classes.fixed_labels(len(manifest), count, seed)
         if len(rows) < count:
             raise EarTeachError(

@@ -64,8 +64,7 @@ class Manifest:
 
     def side(self, index: int) -> str | None:
         """'left', 'right', or None where the row does not say (l, r, L, Right... are read as such)."""
-        word = str(self.sides[index]).strip().lower() if self.sides else ""
-        return {"l": "left", "r": "right"}.get(word[:1]) if word in ("l", "r", "left", "right") else None
+        return side_of(self.sides[index]) if self.sides else None
 
     def ear(self, index: int) -> tuple[str, str | None] | None:
         """Whose ear it is, (identity, side or None), or None where the row does not say: a person's ears are two."""
@@ -100,6 +99,12 @@ class Manifest:
             identities=take(self.identities),
             sides=take(self.sides),
         )
+
+
+def side_of(word: str) -> str | None:
+    """'left' or 'right' of left, l, right, r in any case; None of anything else."""
+    word = word.strip().casefold()
+    return {"l": "left", "r": "right"}[word[0]] if word in ("l", "r", "left", "right") else None
 
 
 def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Manifest:

@@ -51,7 +51,7 @@ def train(folder: Path) -> None:
         train_rival(job["row"], config_of(job), teacher)
     else:  # nothing to learn
         save_teacher(start_of(config_of(job)), config_of(job), teacher)
-    cost = {"seconds": time.perf_counter() - start, "peak_memory_mb": peak_memory_mb()}
+    cost = {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds(), "peak_memory_mb": peak_memory_mb()}
     (folder / "cost.json").write_text(json.dumps(cost))
     if job["kind"] == "earteach":
         # The last checkpoint, not the best: all rows are measured after the same number of steps.
@@ -88,6 +88,13 @@ def read_job(folder: Path) -> dict[str, Any]:
 def config_of(job: dict[str, Any]) -> TrainConfig:
     options = dict(job["options"])
     return TrainConfig(**preset(options.pop("preset", "recommended")) | options)
+
+
+def cpu_seconds() -> float:
+    """Seconds of all cores, of this process and of those that loaded its pictures, imports included: what a run costs
+    even where it had to share the machine."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def peak_memory_mb() -> float:
