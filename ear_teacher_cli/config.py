@@ -31,6 +31,9 @@ MONITORS = {
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
 # Margins of the papers: ArcFace (Deng et al. 2019, sec. 3.1) 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
 DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
+# (scale, margin): `paper` the seed's scale and the loss's own margin, for classes that are right; `gentle` those of
+# speaker verification on pseudo-classes, which are often wrong.
+MARGIN_PRESETS: dict[str, tuple[float, float | None]] = {"paper": (64.0, None), "gentle": (30.0, 0.2)}
 
 
 # The seed's values of the options whose defaults are not the seed's. Those defaults are the recommended recipe
@@ -103,8 +106,9 @@ class TrainConfig:
     pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the seed's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
     num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
     cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
-    arcface_margin: float | None = option(None, "Training", "Margin: radians for ArcFace (default 0.5), cosine for CosFace (default 0.35).", low=0.0, high=1.5)
-    arcface_scale: float = option(64.0, "Training", "Scale of the cosines before the softmax.", above=0.0)
+    arcface_margin: float | None = option(None, "Training", "Margin, radians for ArcFace and cosine for CosFace, instead of --margin-preset's.", low=0.0, high=1.5)
+    arcface_scale: float | None = option(None, "Training", "Scale of the cosines before the softmax, instead of --margin-preset's.", above=0.0)
+    margin_preset: str = option("paper", "Training", "Scale and margin of the metric loss: paper: 64, and ArcFace 0.5 or CosFace 0.35; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(5, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
@@ -144,6 +148,8 @@ class TrainConfig:
         for name in ("contrastive_weight", "consistency_weight"):
             if getattr(self, name) and self.views != 2:
                 raise ConfigError(name, "compares two views, but there is one", "add --views 2")
+        if self.monitor == "val/metric_loss" and not self.learns_classes:
+            raise ConfigError("monitor", "val/metric_loss is not part of this run", "choose another, or a metric loss")
         if self.views == 2 and not self.augment:
             raise ConfigError("views", "2 of a picture that does not vary are one", "add --augment")
 
@@ -172,8 +178,14 @@ class TrainConfig:
 
     @property
     def margin(self) -> float:
-        """The margin really used: the loss's own unless one is given."""
-        return DEFAULT_MARGIN[self.metric_loss] if self.arcface_margin is None else self.arcface_margin
+        """The margin really used: the one given, else the preset's, else the loss's own."""
+        given = (self.arcface_margin, MARGIN_PRESETS[self.margin_preset][1], DEFAULT_MARGIN[self.metric_loss])
+        return next(margin for margin in given if margin is not None)
+
+    @property
+    def scale(self) -> float:
+        """The scale really used."""
+        return MARGIN_PRESETS[self.margin_preset][0] if self.arcface_scale is None else self.arcface_scale
 
     @property
     def warmup(self) -> float:
@@ -202,13 +214,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
-    """A config from a checkpoint's dict. Raises EarTeachError if names are unknown to this version."""
+    """A config from a checkpoint's dict; options it has not, as an older version had none, at the seed's values.
+
+    Raises EarTeachError if names are unknown to this version.
+    """
     unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
     if unknown:
         raise EarTeachError(
             f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
         )
-    return TrainConfig(**values)
+    return TrainConfig(**PRESETS["seed"] | values)
 
 
 def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -48,8 +48,9 @@ SEED_DEFAULTS = dict(
 
 def test_the_seeds_preset_has_the_seeds_defaults():
     config = TrainConfig(**PRESETS["seed"])
-    assert {name: getattr(config, name) for name in SEED_DEFAULTS if name != "arcface_margin"} | {
-        "arcface_margin": config.margin
+    assert {name: getattr(config, name) for name in SEED_DEFAULTS if not name.startswith("arcface")} | {
+        "arcface_margin": config.margin,
+        "arcface_scale": config.scale,
     } == SEED_DEFAULTS
     assert config.hflip == 0.0 and config.backbone == "convnext_tiny"
 
@@ -142,6 +143,10 @@ def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
         (["train", "--backbone", "convnext_tinny", "--no-pretrained"], "--backbone: timm has no model"),
         (["train", "--preset", "seed", "--metric-loss", "none", "--reconstruction-weight", "0"], "nothing to learn"),
         (["train", "--preset", "best"], "--preset: 'best' is not known; choose one of seed, recommended"),
+        (
+            ["train", "--monitor", "val/metric_loss", "--pseudo-classes", "none"],
+            "--monitor: val/metric_loss is not part of this run",
+        ),
         (["train", "--views", "1"], "--contrastive-weight: compares two views, but there is one; add --views 2"),
         (["train", "--no-augment"], "--views: 2 of a picture that does not vary are one; add --augment"),
         (["train", "--experiment-name", "a/b"], "--experiment-name"),

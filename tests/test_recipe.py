@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import BACKBONE, SMALL, read_epochs, read_table, small_config
 
 from ear_teacher_cli.commands.train import resume, train
-from ear_teacher_cli.config import PRESETS, TrainConfig
+from ear_teacher_cli.config import PRESETS, TrainConfig, from_dict
 from ear_teacher_cli.core import runs
 from ear_teacher_cli.core.checkpoint import read_checkpoint, read_safetensors
 from ear_teacher_cli.core.finetune import freeze_to_stride, keep_statistics, parameter_groups
@@ -288,3 +288,21 @@ def test_a_collapse_is_named_and_can_end_the_run(manifests, tmp_path, monkeypatc
     assert said.code == 1 and "the embeddings collapse: effective rank" in said.err
     with pytest.raises(EarTeachError, match="holds no checkpoint"):
         runs.checkpoint_of(tmp_path / "b", best=True)
+
+
+def test_a_monitor_that_cannot_be_measured_is_refused_before_training(manifests, tmp_path, earteach):
+    said = earteach("train", *manifests, *SMALL, "--monitor", "val/rank1", "--output-dir", tmp_path)
+    assert said.code == 2 and "--monitor: val/rank1 needs identities" in said.err and "epoch 1" not in said.err
+
+
+def test_a_checkpoint_of_before_these_options_keeps_its_recipe():
+    old = {
+        name: value for name, value in TrainConfig().as_dict().items() if name not in ("views", "contrastive_weight")
+    }
+    assert (from_dict(old, "old.ckpt").views, from_dict(old, "old.ckpt").contrastive_weight) == (1, 0.0)
+
+
+def test_margin_presets_give_way_to_what_is_given():
+    assert (TrainConfig().scale, TrainConfig().margin) == (64, 0.5)
+    gentle = TrainConfig(margin_preset="gentle", arcface_margin=0.3)
+    assert (gentle.scale, gentle.margin) == (30, 0.3)

@@ -19,11 +19,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ..config import TrainConfig, read_toml, with_changes
+from ..config import TrainConfig, from_dict, read_toml, with_changes
 from ..core import callbacks, runs
 from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
 from ..core.lightning_module import EarTeacherLightningModule
-from ..core.losses import contrastive_loss, metric_loss
+from ..core.losses import consistency_loss, contrastive_loss, metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
@@ -231,7 +231,7 @@ def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
         raise EarTeachError(
             f"{printable(folder)}: holds neither a checkpoint nor {runs.CONFIG}; give a folder that earteach train made"
         )
-    config = TrainConfig(**read_toml(folder / runs.CONFIG))
+    config = from_dict(read_toml(folder / runs.CONFIG), printable(folder / runs.CONFIG))
     if config.experiment_name != folder.resolve().name:
         raise EarTeachError(
             f"{printable(folder)}: its {runs.CONFIG} is of {config.experiment_name!r}; start it with `earteach train --config`"
@@ -336,12 +336,13 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
         labels = torch.arange(len(pixels), device=module.device) % len(prototypes)
         features = module.model.predict(embedding)
         loss = loss + config.metric_weight * metric_loss(
-            config.metric_loss, features, prototypes, labels, config.margin, config.arcface_scale
+            config.metric_loss, features, prototypes, labels, config.margin, config.scale
         )
-    if config.contrastive_weight:
-        loss = loss + config.contrastive_weight * contrastive_loss(
-            module.model.projection(embedding), config.temperature
-        )
+    if config.compares_views:
+        projection = module.model.projection(embedding)
+        loss = loss + config.contrastive_weight * contrastive_loss(projection, config.temperature)
+        if config.consistency_weight:
+            loss = loss + config.consistency_weight * consistency_loss(module.model.prediction(projection), projection)
     loss.backward()
     return float(loss.detach())
 

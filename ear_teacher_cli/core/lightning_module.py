@@ -305,7 +305,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             return features.sum() * 0
         margin = losses.margin_at(self.current_epoch, self.config.margin, self.config.margin_warmup_epochs)
         return losses.metric_loss(
-            self.config.metric_loss, features[known], self.prototypes, labels[known], margin, self.config.arcface_scale
+            self.config.metric_loss, features[known], self.prototypes, labels[known], margin, self.config.scale
         )
 
     def _held_out_metric(self, embedding: torch.Tensor, of_view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,7 +320,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.prototypes,
             labels,
             self.config.margin,
-            self.config.arcface_scale,
+            self.config.scale,
         )
         return loss, agreement
 

@@ -6,7 +6,8 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
-from ..errors import EarTeachError, ManifestError
+from ..errors import ConfigError, EarTeachError, ManifestError
+from ..files import printable
 from ..machine import usable_cores
 from .augment import Augment
 from .dataset import Draw, EarDataset, EpochSampler, collate
@@ -43,6 +44,8 @@ class EarDataModule(pl.LightningDataModule):
             _refuse_wrong_root(manifest)
         if len(train) < 2:
             raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
+        if config.monitor in ("val/rank1", "val/eer"):
+            _require_identities(val, config.monitor)
         if config.side_policy != "as-is":
             for manifest in (train, val) if preprocessing.mirror else (train,):
                 _require_sides(manifest, config.side_policy)
@@ -93,6 +96,16 @@ class EarDataModule(pl.LightningDataModule):
             sampler=[Draw(row, 0) for row in rows] if rows else sampler,
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
+        )
+
+
+def _require_identities(manifest: Manifest, monitor: str) -> None:
+    named = {manifest.ear(i) for i in range(len(manifest))} - {None}
+    if len(named) < 2:
+        raise ConfigError(
+            "monitor",
+            f"{monitor} needs identities, and {printable(manifest.source)} names {len(named)}",
+            "add an identity column, or choose val/retrieval",
         )
 
 
