@@ -53,6 +53,7 @@ _SEED = {
     "contrastive_weight": 0.0,
     "pseudo_classes": "batch",
     "margin_warmup_epochs": 0,
+    "keep_start": 0.0,
     "whiten": False,
     "monitor": "val/loss",
 }
@@ -111,6 +112,7 @@ class TrainConfig:
     margin_preset: str = option("paper", "Training", "Scale and margin of the metric loss: paper: 64, and ArcFace 0.5 or CosFace 0.35; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(5, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
+    keep_start: float = option(0.5, "Training", "Validate, export and embed with a pretrained backbone's weights moved back this share of the way to where they started (WiSE-FT): against forgetting what other cameras show.", low=0.0, high=1.0)
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop when --monitor has not improved for so many epochs; 0: never.", low=0)
     monitor: str = option("val/loss", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
@@ -167,6 +169,10 @@ class TrainConfig:
     def kept_stride(self) -> int:
         """`freeze_stride` where there is something to keep: random weights all have to learn."""
         return self.freeze_stride if self.pretrained else 0
+
+    @property
+    def kept_share(self) -> float:
+        return self.keep_start if self.pretrained else 0.0
 
     @property
     def keeps_statistics(self) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -99,15 +100,13 @@ def recommended(manifests, tmp_path_factory):
 
 
 def test_the_recommended_recipe_is_exact_on_resume(recommended, manifests, tmp_path):
-    import shutil
-
     copy = shutil.copytree(recommended, tmp_path / recommended.name)
     for path in (copy / "checkpoints").glob("*.ckpt"):
         if read_checkpoint(path).epoch != 1:
             path.unlink()
     resume(copy, QUIET)
     ours, theirs = (read_checkpoint(p / "checkpoints" / "last.ckpt").content for p in (copy, recommended))
-    for part in ("state_dict", "current_model_state", "whitening"):
+    for part in ("state_dict", "learning_state", "whitening"):
         assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
     assert [row["val/retrieval"] for row in read_table(copy / "metrics.csv")] == [
         row["val/retrieval"] for row in read_table(recommended / "metrics.csv")
@@ -116,7 +115,7 @@ def test_the_recommended_recipe_is_exact_on_resume(recommended, manifests, tmp_p
 
 def test_validation_and_checkpoints_have_the_moving_average(recommended):
     content = read_checkpoint(recommended / "checkpoints" / "last.ckpt").content
-    average, now = content["state_dict"], content["current_model_state"]
+    average, now = content["state_dict"], content["learning_state"]
     assert set(average) == set(now) and "prototypes" in average
     moved = "model.backbone.stages.3.blocks.0.conv_dw.weight"
     assert not torch.equal(average[moved], now[moved])
@@ -306,3 +305,35 @@ def test_margin_presets_give_way_to_what_is_given():
     assert (TrainConfig().scale, TrainConfig().margin) == (64, 0.5)
     gentle = TrainConfig(margin_preset="gentle", arcface_margin=0.3)
     assert (gentle.scale, gentle.margin) == (30, 0.3)
+
+
+@pytest.fixture
+def from_pretrained(run, manifests, tmp_path, earteach):
+    """A run that starts from another run's backbone and keeps half of it."""
+    assert earteach("export-backbone", run, tmp_path / "start.safetensors").code == 0
+    options = RECOMMENDED | {"pretrained": True, "pretrained_path": str(tmp_path / "start.safetensors")}
+    return train(small_config(manifests, output_dir=str(tmp_path / "out"), **options), QUIET).experiment
+
+
+def test_half_of_the_start_is_kept_in_what_is_handed_on(from_pretrained, tmp_path):
+    start = read_safetensors(tmp_path / "start.safetensors")[0]
+    checkpoint = read_checkpoint(from_pretrained / "checkpoints" / "last.ckpt")
+    learned = checkpoint.content["learning_state"]
+    moved = 0
+    for name, tensor in checkpoint.backbone_state.items():
+        half = (start[name] + learned[f"model.backbone.{name}"]) / 2
+        assert torch.allclose(tensor, half, atol=1e-6), name
+        moved += not torch.equal(start[name], learned[f"model.backbone.{name}"])
+        assert not name.startswith(("stem.", "stages.0.", "stages.1.")) or torch.equal(tensor, start[name])
+    assert moved > 10
+
+
+def test_keeping_half_is_exact_on_resume(from_pretrained, tmp_path):
+    copy = shutil.copytree(from_pretrained, tmp_path / "again" / from_pretrained.name)
+    for path in (copy / "checkpoints").glob("*.ckpt"):
+        if read_checkpoint(path).epoch != 1:
+            path.unlink()
+    resume(copy, QUIET)
+    ours, theirs = (read_checkpoint(p / "checkpoints" / "last.ckpt").content for p in (copy, from_pretrained))
+    for part in ("state_dict", "learning_state", "whitening"):
+        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ..config import MONITORS
@@ -64,17 +64,81 @@ def checkpoint_callbacks(folder: Path, monitor: str) -> list[PortableCheckpoint]
     ]
 
 
-class MovingAverage(EMAWeightAveraging):
-    """Lightning's, over all that learns and over batch-norm statistics. Validation and checkpoints have the average;
-    training goes on with the weights themselves, which are in the checkpoint beside it."""
+class Averages(Callback):
+    """The weights that are validated, saved, exported and embedded with, where they are not those that learn.
 
-    def __init__(self, decay: float):
-        super().__init__(decay=decay, use_buffers=True)
+    `ema_decay`: a moving average of all weights and batch-norm statistics, updated each step; 0 takes them as they
+    are. `keep_start`: of the backbone, this share of its weights before training and the rest of the average (WiSE-FT,
+    Wortsman et al. 2022, eq. 1). A checkpoint's `state_dict` has the result; what training goes on with is beside it.
+    """
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Lightning sets callbacks up before the module, whose prototypes the average has to have as well.
-        pl_module.setup(stage)
-        super().setup(trainer, pl_module, stage)
+    def __init__(self, ema_decay: float, keep_start: float):
+        self.ema_decay, self.keep_start = ema_decay, keep_start
+        self.start: dict[str, torch.Tensor] = {}  # the backbone's tensors before training
+        self.average: dict[str, torch.Tensor] = {}
+        self.learning: dict[str, torch.Tensor] = {}  # set aside while the result is in their place
+        self.step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            copies = _floats(pl_module)
+            self.start = {k: v for k, v in copies.items() if self.keep_start and k.startswith("model.backbone.")}
+            self.average = copies if self.ema_decay else {}
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.ema_decay and trainer.global_step > self.step:
+            now = pl_module.state_dict()
+            for name, tensor in self.average.items():
+                tensor.lerp_(now[name].to(tensor), 1 - self.ema_decay)
+        self.step = trainer.global_step
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.learning = _floats(pl_module)
+            _put(pl_module, self._result(pl_module))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.learning:
+            _put(pl_module, self.learning)
+            self.learning = {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["learning_state"] = checkpoint["state_dict"]
+        checkpoint["averages"] = {"start": self.start, "average": self.average}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **self._result(pl_module)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        pl_module.load_state_dict(checkpoint["learning_state"])
+        for name in ("start", "average"):
+            tensors = checkpoint["averages"][name]
+            setattr(self, name, {k: v.to(pl_module.device, copy=True) for k, v in tensors.items()})
+        self.step = checkpoint["global_step"]
+
+    @torch.no_grad()
+    def _result(self, module: pl.LightningModule) -> dict[str, torch.Tensor]:
+        result = {k: v.clone() for k, v in self.average.items()} or _floats(module)
+        for name, start in self.start.items():
+            result[name].lerp_(start.to(result[name]), self.keep_start)
+        return result
+
+
+def _floats(module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    """Copies of all that has decimals: weights and batch-norm statistics, not counters."""
+    return {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+
+
+@torch.no_grad()
+def _put(module: pl.LightningModule, tensors: dict[str, torch.Tensor]) -> None:
+    state = module.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
 
 
 class Collages(Callback):

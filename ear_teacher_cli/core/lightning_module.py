@@ -110,8 +110,8 @@ class EarTeacherLightningModule(pl.LightningModule):
             chosen.append(EarlyStopping(config.monitor, patience=config.early_stop, mode=MONITORS[config.monitor]))
         if config.whiten:
             chosen.append(callbacks.FitWhitening())
-        if config.ema_decay:  # last: what the others see after validation is the average
-            chosen.append(callbacks.MovingAverage(config.ema_decay))
+        if config.ema_decay or config.kept_share:
+            chosen.append(callbacks.Averages(config.ema_decay, config.kept_share))
         return chosen
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

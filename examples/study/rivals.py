@@ -101,6 +101,7 @@ def train_rival(name: str, config: TrainConfig, out: Path) -> list[float]:
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     freeze_to_stride(backbone, config.kept_stride)
+    started = [parameter.detach().to(device, copy=True) for parameter in backbone.parameters()]
     model = RIVALS[name](backbone, _dim(backbone, config), steps).to(device)
     groups = parameter_groups(model, backbone, config)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
@@ -118,6 +119,9 @@ def train_rival(name: str, config: TrainConfig, out: Path) -> list[float]:
             losses.append(_step(model, batch, data.train_set.preprocessing, optimizer, len(losses), device, config))
             schedule.step()
         print(f"epoch {epoch + 1}/{config.max_epochs}: {name} loss {losses[-1]:.4f}", flush=True)
+    with torch.no_grad():
+        for learned, start in zip(model.backbone.parameters(), started, strict=True):
+            learned.lerp_(start, config.kept_share)
     save_teacher(model.backbone, config, out)
     return losses
 

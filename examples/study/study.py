@@ -18,13 +18,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ear_teacher_cli.core.callbacks import read_metrics
+from ear_teacher_cli.core.diagnostics import Health, verdict
 from ear_teacher_cli.core.metrics import interval
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError, WordsError
@@ -65,6 +67,7 @@ ROWS = {
 }
 LEARN = ("earteach", "lightly")
 WAYS = ("raw", "whitened")
+COSTS = ("seconds", "cpu_seconds", "peak_memory_mb")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,8 +220,18 @@ def run_row(
         (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         for part in ("figures.json", "cost.json"):
             (folder / part).unlink()
+    result |= health_of(folder / "run" / "metrics.csv")
     result["draws"] = {which: dict(np.load(folder / f"{which}.npz")) for which in result.get("lists", {})}
     results.setdefault(name, []).append(result)
+
+
+def health_of(metrics: Path) -> dict[str, Any]:
+    """Spread and effective rank of our own runs before training and after it, and the verdict."""
+    if not metrics.exists():
+        return {}
+    rows = read_metrics(metrics)
+    start, end = (Health(*(float(row[f"val/{spec.name}"]) for spec in fields(Health))) for row in (rows[0], rows[-1]))
+    return {"health": (start, end), "collapsed": verdict(end, start) is not None}
 
 
 def job_of(name: str, row: Row, seed: int, options: argparse.Namespace, lists: dict[str, str]) -> dict[str, Any]:
@@ -313,15 +326,29 @@ def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], lists:
             f"{100 * about['chance']:.1f} %.",
             _markdown(lines),
         ]
-    lines = [["", "landmark NME, %", "PSNR, dB"]]
+    lines = [["", "landmark NME, %", "PSNR, dB", "spread", "effective rank", "verdict"]]
     for name, runs in results.items():
         cells = [
             spread([100 * run["nme"] for run in runs if "nme" in run], 2),
             spread([run["psnr"] for run in runs if "psnr" in run], 1),
+            *_health_cells([run for run in runs if "health" in run]),
         ]
         if set(cells) != {"–"}:
             lines.append([rows[name].label, *cells])
     return "\n\n".join([*parts, _markdown(lines), "\n".join(_notes(results, rows))]) + "\n"
+
+
+def _health_cells(runs: list[dict[str, Any]]) -> list[str]:
+    """Before training -> after it, means over seeds."""
+    if not runs:
+        return ["–"] * 3
+    means = [
+        [np.mean([getattr(run["health"][when], figure) for run in runs]) for when in (0, 1)]
+        for figure in ("spread", "effective_rank")
+    ]
+    fallen = sum(run["collapsed"] for run in runs)
+    verdict = f"collapsed ({fallen} of {len(runs)})" if fallen else "in order"
+    return [f"{means[0][0]:.2f} → {means[0][1]:.2f}", f"{means[1][0]:.0f} → {means[1][1]:.0f}", verdict]
 
 
 def _against(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], name: str, which: str, figure: str) -> str:
@@ -366,10 +393,10 @@ def _notes(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> li
 
 def cost(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> str:
     """Time and memory of training as Markdown, means over seeds."""
-    lines = [["", "seconds a run", "peak memory, MB"]]
+    lines = [["", "seconds a run", "CPU seconds", "peak memory, MB"]]
     for name, runs in results.items():
         if rows[name].kind in LEARN:
-            means = (np.mean([run[figure] for run in runs]) for figure in ("seconds", "peak_memory_mb"))
+            means = (np.mean([run[figure] for run in runs]) for figure in COSTS)
             lines.append([rows[name].label, *(f"{mean:.0f}" for mean in means)])
     return _markdown(lines) + "\n"
 
