@@ -401,6 +401,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="With --weights: do not whiten as the run fitted it.")] = False,
     whiten_dim: Annotated[
         int | None,
         typer.Option(help="Keep this many whitened dimensions. Default: all that vary.", min=1, show_default=False),
@@ -463,6 +464,7 @@ def evaluate(
         centre_on=center or (),
         whiten_on=whiten or (),
         whiten_dim=whiten_dim,
+        whitened=not raw,
         fars=far or (),
         by_sides=sides,
         bootstrap=bootstrap,

@@ -49,7 +49,6 @@ _SEED = {
     "head_rate": 1.0,
     "warmup_epochs": 10,
     "max_epochs": 100,
-    "denoise": False,
     "contrastive_weight": 0.0,
     "pseudo_classes": "batch",
     "margin_warmup_epochs": 0,
@@ -115,7 +114,7 @@ class TrainConfig:
     keep_start: float = option(0.5, "Training", "Validate, export and embed with a pretrained backbone's weights moved back this share of the way to where they started (WiSE-FT): against forgetting what other cameras show.", low=0.0, high=1.0)
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop when --monitor has not improved for so many epochs; 0: never.", low=0)
-    monitor: str = option("val/loss", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
+    monitor: str = option("val/retrieval", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
     fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse.")
     num_collage_samples: int = option(10, "Training", "Validation pictures in the collage.", low=1, high=100)
     precision: str = option("16-mixed", "Training", "Arithmetic; where the hardware cannot, 32-true is used and said.", choices=PRECISIONS)
@@ -148,12 +147,21 @@ class TrainConfig:
                 "raise it, or choose --metric-loss arcface and a --metric-weight above 0",
             )
         for name in ("contrastive_weight", "consistency_weight"):
+            flag = name.replace("_", "-")
             if getattr(self, name) and self.views != 2:
-                raise ConfigError(name, "compares two views, but there is one", "add --views 2")
+                raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or --{flag} 0")
+        if self.num_pseudo_classes == 1:
+            raise ConfigError(
+                "num_pseudo_classes", "1 leaves nothing to tell apart", "use 2 or more, or 0 for no bound"
+            )
         if self.monitor == "val/metric_loss" and not self.learns_classes:
             raise ConfigError("monitor", "val/metric_loss is not part of this run", "choose another, or a metric loss")
         if self.views == 2 and not self.augment:
-            raise ConfigError("views", "2 of a picture that does not vary are one", "add --augment")
+            raise ConfigError(
+                "views",
+                "2 of a picture that does not vary are one",
+                "add --augment, or --views 1 --contrastive-weight 0",
+            )
 
     @property
     def learns_classes(self) -> bool:

@@ -147,8 +147,11 @@ def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
             ["train", "--monitor", "val/metric_loss", "--pseudo-classes", "none"],
             "--monitor: val/metric_loss is not part of this run",
         ),
-        (["train", "--views", "1"], "--contrastive-weight: compares two views, but there is one; add --views 2"),
-        (["train", "--no-augment"], "--views: 2 of a picture that does not vary are one; add --augment"),
+        (
+            ["train", "--views", "1"],
+            "--contrastive-weight: compares two views, but there is one; add --views 2, or --contrastive-weight 0",
+        ),
+        (["train", "--no-augment"], "--views: 2 of a picture that does not vary are one; add --augment, or --views 1"),
         (["train", "--experiment-name", "a/b"], "--experiment-name"),
         (
             ["train", "--no-pretrained", "--accelerator", "abacus"],

@@ -291,7 +291,11 @@ def test_a_collapse_is_named_and_can_end_the_run(manifests, tmp_path, monkeypatc
 
 def test_a_monitor_that_cannot_be_measured_is_refused_before_training(manifests, tmp_path, earteach):
     said = earteach("train", *manifests, *SMALL, "--monitor", "val/rank1", "--output-dir", tmp_path)
-    assert said.code == 2 and "--monitor: val/rank1 needs identities" in said.err and "epoch 1" not in said.err
+    assert (
+        said.code == 2
+        and "--monitor: val/rank1 needs identities with several pictures" in said.err
+        and "epoch 1" not in said.err
+    )
 
 
 def test_a_checkpoint_of_before_these_options_keeps_its_recipe():

@@ -66,18 +66,18 @@ def embed(
     for path in [out, *sidecars.values()] if out != "-" else []:
         refuse_existing(path, overwrite, inputs=(source, weights))
     manifest = read_input(source, root_dir)
-    embedder = load_embedder(weights, backbone, image_size)
+    embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
     talk.say(
         f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
         f"{embedder.preprocessing.image_size} px"
     )
-    whitening = embedder.whitening if whiten and normalize else None
+    whitening = embedder.whitening
     if whitening:
         talk.say("whitened as the run fitted it (--no-whiten: raw)")
     with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
         file = stack.enter_context(_output(out))
         dim = whitening.matrix.shape[1] if whitening else embedder.embedding_dim
-        rows = _WRITERS[kind](file, dim)
+        rows = _WRITERS[kind](file, dim, manifest)
         names = _Names(stack.enter_context(_output(str(sidecars["names"]))), manifest) if "names" in sidecars else None
         skipped = _run(embedder, manifest, normalize, whiten, batch_size, num_workers, rows, names, talk)
         if rows.count == 0:
@@ -111,7 +111,7 @@ def _run(
             names.add(manifest, rows.count, good, bad)
         if good:
             found = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
-            rows.add(found, [manifest.paths[i] for i in good], [manifest.boxes[i] for i in good])
+            rows.add(found, good)
         skipped += len(bad)
     return skipped
 
@@ -175,12 +175,18 @@ def _output(out: str) -> Iterator[BinaryIO]:
             yield file
 
 
+def _labels(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest knows of who is on its pictures, by column."""
+    known = {"identity": manifest.identities, "side": manifest.sides}
+    return {name: column for name, column in known.items() if column is not None}
+
+
 class _Rows(Protocol):
     """A way to write embeddings. `count`: rows so far."""
 
     count: int
 
-    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None: ...
+    def add(self, vectors: np.ndarray, indices: list[int]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -188,11 +194,11 @@ class _Rows(Protocol):
 class _Npy:
     """float32 [N, D]. numpy pads the header so that N can be written last, in place."""
 
-    def __init__(self, file: BinaryIO, dim: int):
+    def __init__(self, file: BinaryIO, dim: int, manifest: Manifest):
         self.file, self.dim, self.count = file, dim, 0
         self._write_header()
 
-    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
+    def add(self, vectors: np.ndarray, indices: list[int]) -> None:
         self.file.write(vectors.astype("<f4", copy=False).tobytes())
         self.count += len(vectors)
 
@@ -210,9 +216,10 @@ class _Npy:
 class _Npz:
     """`embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole picture)."""
 
-    def __init__(self, file: BinaryIO, dim: int):
+    def __init__(self, file: BinaryIO, dim: int, manifest: Manifest):
         self.file, self.spool = file, tempfile.TemporaryFile()
-        self.rows = _Npy(self.spool, dim)
+        self.rows = _Npy(self.spool, dim, manifest)
+        self.manifest = manifest
         self.paths: list[str] = []
         self.boxes: list[Box] = []
 
@@ -220,10 +227,10 @@ class _Npz:
     def count(self) -> int:
         return self.rows.count
 
-    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
-        self.rows.add(vectors, paths, boxes)
-        self.paths += paths
-        self.boxes += [box or (float("nan"),) * 4 for box in boxes]
+    def add(self, vectors: np.ndarray, indices: list[int]) -> None:
+        self.rows.add(vectors, indices)
+        self.paths += [self.manifest.paths[i] for i in indices]
+        self.boxes += [self.manifest.boxes[i] or (float("nan"),) * 4 for i in indices]
 
     def finish(self) -> None:
         self.rows.finish()
@@ -238,19 +245,21 @@ class _Npz:
 
 
 class _Csv:
-    """row, path, x1, y1, x2, y2, then e0 ... e(D-1), each float32 in the fewest digits that give it back."""
+    """row, path, x1, y1, x2, y2, identity and side where known, then e0 ... e(D-1), each float32 in the fewest digits that give it back."""
 
-    def __init__(self, file: BinaryIO, dim: int):
+    def __init__(self, file: BinaryIO, dim: int, manifest: Manifest):
         self.text, self.count = (
             io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True),
             0,
         )
         self.writer = csv.writer(self.text)
-        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *(f"e{i}" for i in range(dim))])
+        self.manifest, self.labels = manifest, _labels(manifest)
+        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *self.labels, *(f"e{i}" for i in range(dim))])
 
-    def add(self, vectors: np.ndarray, paths: list[str], boxes: list[Box | None]) -> None:
-        for vector, path, box in zip(vectors, paths, boxes, strict=True):
-            self.writer.writerow([self.count, path, *(box or ("",) * 4), *vector.astype(str)])
+    def add(self, vectors: np.ndarray, indices: list[int]) -> None:
+        for vector, i in zip(vectors, indices, strict=True):
+            box, labels = self.manifest.boxes[i] or ("",) * 4, [column[i] for column in self.labels.values()]
+            self.writer.writerow([self.count, self.manifest.paths[i], *box, *labels, *vector.astype(str)])
             self.count += 1
 
     def finish(self) -> None:
@@ -269,8 +278,7 @@ class _Names:
     def __init__(self, file: BinaryIO, manifest: Manifest):
         self.text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         self.writer = csv.writer(self.text)
-        known = {"identity": manifest.identities, "side": manifest.sides}
-        self.labels = {name: column for name, column in known.items() if column is not None}
+        self.labels = _labels(manifest)
         self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status", *self.labels])
 
     def add(self, manifest: Manifest, next_row: int, good: list[int], bad: list[BadPicture]) -> None:

@@ -32,7 +32,7 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class System:
-    """One file's part of a report. `transform`: '', 'centred on x.npy' or 'whitened on x.npy'."""
+    """One file's part of a report. `transform`: what was done to its rows, as in 'whitened on x.npy'."""
 
     name: str
     weights: str
@@ -90,6 +90,7 @@ def evaluate(
     centre_on: Sequence[str] = (),
     whiten_on: Sequence[str] = (),
     whiten_dim: int | None = None,
+    whitened: bool = True,
     fars: Sequence[float] = (),
     by_sides: bool = True,
     bootstrap: int = 1000,
@@ -106,7 +107,8 @@ def evaluate(
     """Score one file of embeddings, or compare two on the rows both have.
 
     `labels`: a manifest with identities, or None for what the embeddings' own list says, else the name of each
-    picture's folder. `centre_on`, `whiten_on`: none, or for each source a file of embeddings or 'none'. `fars` empty:
+    picture's folder. `whitened`: pictures are embedded with the whitening of their `weights`, where these have one.
+    `centre_on`, `whiten_on`: none, or for each source a file of embeddings or 'none'. `fars` empty:
     metrics.FARS as far as the impostor pairs carry them. Raises EarTeachError.
     """
     beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
@@ -118,7 +120,9 @@ def evaluate(
     if weights is not None:
         if len(sources) > 1:
             raise WordsError("--weights: --compare takes embeddings; embed the pictures with each first")
-        files = [_embedded(sources[0], weights, backbone, image_size, root_dir, batch_size, num_workers, talk)]
+        files = [
+            _embedded(sources[0], weights, backbone, image_size, root_dir, batch_size, num_workers, whitened, talk)
+        ]
     else:
         files = [read_embeddings(source) for source in sources]
     left_out: dict[str, int] = {}
@@ -133,17 +137,23 @@ def evaluate(
     systems = []
     for file, own, (transform, said) in zip(files, places, transforms, strict=True):
         measured = metrics.measure(_unit_rows(file, own, transform), order, fars, drawn)
-        systems.append(System(file.source, file.weights, _dim(file, transform), said, measured))
+        made = ", ".join(part for part in ("whitened by its run" if file.whitened else "", said) if part)
+        systems.append(System(file.source, file.weights, _dim(file, transform), made, measured))
+    if len(files) > 1 and files[0].whitened != files[1].whitened and not whiten_on:
+        talk.warn(
+            "--compare: one file is whitened by its run and the other is not, which is part of the difference; "
+            "--whiten FILE for the other, or embed with --no-whiten, takes it out"
+        )
     report = _report(systems, order, sides is not None, left_out, bootstrap, seed)
     report.look_alikes.update(_look_alikes(systems[-1], order, files[-1], places[-1], people, sides))
     _say_limits(report, talk)
-    if plots is not None:
-        _write_plots(report, Path(plots))
-    if sheet is not None:
-        _write_sheet(report, files[-1], root_dir or root, sheet, talk)
     if json_file not in (None, "-"):
         with whole_file(json_file) as temporary:
             temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if plots is not None:
+        _write_plots(report, Path(plots))
+    if sheet is not None:
+        _write_sheet(report, files[-1], root_dir or root or files[-1].root, sheet, talk)
     return report
 
 
@@ -260,24 +270,33 @@ def _embedded(
     root_dir: str | None,
     batch_size: int,
     num_workers: int,
+    whiten: bool,
     talk: Talk,
 ) -> Embeddings:
     """Pictures as embeddings in memory."""
     from ..core.embedder import embed_pictures, load_embedder
 
     manifest = read_input(source, root_dir)
-    embedder = load_embedder(weights, backbone, image_size)
+    embedder = load_embedder(weights, backbone, image_size, whiten)
     talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
     rows, kept = [], []
     for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, talk):
         if good:
-            rows.append(embedder.unit_rows(vectors))
+            rows.append(embedder.unit_rows(vectors, whiten))
             kept += good
     if not kept:
         raise EarTeachError(f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing to score")
     part = manifest.subset(kept)
     return Embeddings(
-        source, np.concatenate(rows), part.paths, part.boxes, part.identities, part.sides, Path(embedder.source).name
+        source,
+        np.concatenate(rows),
+        part.paths,
+        part.boxes,
+        part.identities,
+        part.sides,
+        Path(embedder.source).name,
+        embedder.whitening is not None and whiten,
+        manifest.root,
     )
 
 

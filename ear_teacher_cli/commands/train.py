@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ..config import TrainConfig, from_dict, read_toml, with_changes
 from ..core import callbacks, runs
 from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
-from ..core.lightning_module import EarTeacherLightningModule
+from ..core.lightning_module import WHITEN_ON, EarTeacherLightningModule
 from ..core.losses import consistency_loss, contrastive_loss, metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
@@ -95,6 +95,13 @@ def resume(
             f"{printable(run)}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on"
         )
         return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
+    waited = [v["wait_count"] for k, v in checkpoint.content["callbacks"].items() if k.startswith("EarlyStopping")]
+    if waited and waited[0] >= config.early_stop and max_epochs is None:
+        talk.say(
+            f"{printable(run)}: finished, {config.monitor} had not improved for {config.early_stop} epochs; give --max-epochs "
+            "to go on"
+        )
+        return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
     try:
         config, data = _prepare(config, talk)
     except ManifestError as error:
@@ -124,11 +131,14 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
         start = time.perf_counter()
         loss = _one_step(module, batch, prototypes.requires_grad_())
         seconds = time.perf_counter() - start
-    pictures = len(data.train_set) + len(data.val_set) / 3  # a forward pass is about a third of a step
+    # a forward pass is about a third of a step; validation takes two, whitening and its share of k-means one
+    forward = 2 * len(data.val_set) + (min(len(data.train_set), WHITEN_ON) if config.whiten else 0)
+    pictures = len(data.train_set) + forward / 3 / config.views
     total = seconds * pictures / len(batch["index"]) * config.max_epochs / config.devices
     weights = 4 * sum(p.numel() for p in module.parameters())
     kept = 4 + config.max_epochs // 5
-    return config, Estimate(len(loader), seconds, total, 3 * weights * kept, loss)
+    copies = 3 + (config.kept_share > 0) + (config.ema_decay > 0) + bool(config.kept_share or config.ema_decay)
+    return config, Estimate(len(loader), seconds, total, copies * weights * kept, loss)
 
 
 def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModule]:
@@ -203,11 +213,11 @@ def _fit(
             log_every_n_steps=min(10, steps),
             callbacks=[
                 callbacks.StopOnNaN(),
-                callbacks.Watch(talk, config.fail_on_collapse),
                 callbacks.Collages(config.num_collage_samples, config.seed),
                 callbacks.MetricsFile(folder / runs.METRICS),
                 callbacks.BadPictureList(folder / runs.BAD),
                 callbacks.Reporter(talk),
+                callbacks.Watch(talk, config.fail_on_collapse),
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS, config.monitor),
             ],
             plugins=[WholeFileCheckpointIO()],

@@ -79,20 +79,27 @@ class Averages(Callback):
         self.learning: dict[str, torch.Tensor] = {}  # set aside while the result is in their place
         self.step = 0
 
+    def forget(self, name: str) -> None:
+        """Begin the average of this tensor anew, at what it is after the next step."""
+        self.average.pop(name, None)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
-            copies = _floats(pl_module)
-            self.start = {k: v for k, v in copies.items() if self.keep_start and k.startswith("model.backbone.")}
-            self.average = copies if self.ema_decay else {}
+        if trainer.global_step == 0 and self.keep_start:
+            self.start = {k: v for k, v in _floats(pl_module).items() if k.startswith("model.backbone.")}
+        for tensors in (self.start, self.average):  # a checkpoint's were loaded before the module moved
+            tensors.update({k: v.to(pl_module.device) for k, v in tensors.items()})
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.ema_decay and trainer.global_step > self.step:
-            now = pl_module.state_dict()
-            for name, tensor in self.average.items():
-                tensor.lerp_(now[name].to(tensor), 1 - self.ema_decay)
+            decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))  # young, it follows closely
+            for name, tensor in pl_module.state_dict().items():
+                if name in self.average:
+                    self.average[name].lerp_(tensor, 1 - decay)
+                elif tensor.is_floating_point():
+                    self.average[name] = tensor.clone()
         self.step = trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,6 +111,9 @@ class Averages(Callback):
         if self.learning:
             _put(pl_module, self.learning)
             self.learning = {}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _put(pl_module, self._result(pl_module))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -123,7 +133,7 @@ class Averages(Callback):
 
     @torch.no_grad()
     def _result(self, module: pl.LightningModule) -> dict[str, torch.Tensor]:
-        result = {k: v.clone() for k, v in self.average.items()} or _floats(module)
+        result = _floats(module) | {k: v.clone() for k, v in self.average.items()}
         for name, start in self.start.items():
             result[name].lerp_(start.to(result[name]), self.keep_start)
         return result
@@ -206,7 +216,7 @@ class MetricsFile(Callback):
     def __init__(self, path: Path):
         self.path = path
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 and pl_module.start:
             self._add(trainer, 0, {f"val/{name}": value for name, value in pl_module.start.items()})
 
@@ -268,11 +278,12 @@ class Watch(Callback):
         self.talk, self.fail_on_collapse = talk, fail_on_collapse
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > 0 or pl_module.start:
+        if pl_module.start:  # a resumed run has it from its checkpoint
             return
         pl_module.measure_start()
         if pl_module.start:
-            self.talk.say(f"before training: {quality_figures(pl_module.start)}")
+            when = "resuming" if trainer.global_step else "training"
+            self.talk.say(f"before {when}: {quality_figures(pl_module.start)}")
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{name}": value for name, value in pl_module.start.items()}, step=0)
 
@@ -317,7 +328,7 @@ class FitWhitening(Callback):
     """After each validation, with the weights that were validated (the moving average, if there is one)."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             pl_module.fit_whitening()
 
 

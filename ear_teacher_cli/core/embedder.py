@@ -55,7 +55,9 @@ class Embedder:
         return self.backbone(normalise(pixels.to(device), self.preprocessing)).float().cpu()
 
 
-def load_embedder(weights: str | None, backbone: str | None = None, image_size: int | None = None) -> Embedder:
+def load_embedder(
+    weights: str | None, backbone: str | None = None, image_size: int | None = None, whiten: bool = True
+) -> Embedder:
     """From a run folder, a checkpoint, an export, `timm:NAME`, or (with `backbone`) a plain state dict.
 
     None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. Raises EarTeachError.
@@ -72,7 +74,7 @@ def load_embedder(weights: str | None, backbone: str | None = None, image_size: 
         path = runs.checkpoint_of(path, best=True)
     try:
         name, preprocessing, state, whitening = (
-            _own_export(path) if path.suffix == ".safetensors" else _own_checkpoint(path)
+            _own_export(path, whiten) if path.suffix == ".safetensors" else _own_checkpoint(path)
         )
     except ForeignWeightsError as error:
         if backbone is None:
@@ -99,6 +101,13 @@ def embed_pictures(
     loader = DataLoader(
         EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers, collate_fn=collate
     )
+    if embedder.preprocessing.mirror:
+        unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
+        if unknown:
+            talk.warn(
+                f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
+                "embedded as they are. A manifest with a side column puts it right"
+            )
     with talk.progress("embedding", len(manifest), "pictures") as steps:
         for batch in loader:
             for bad in batch["bad"]:
@@ -127,7 +136,7 @@ def export_header(
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
-def _own_export(path: Path) -> tuple[str, Preprocessing, dict, Whitening | None]:
+def _own_export(path: Path, whiten: bool) -> tuple[str, Preprocessing, dict, Whitening | None]:
     state, header = read_safetensors(path)
     if header.get("earteach_export") != EXPORT_FORMAT:
         raise ForeignWeightsError(f"{printable(path)}: was not written by earteach export-backbone")
@@ -141,7 +150,9 @@ def _own_export(path: Path) -> tuple[str, Preprocessing, dict, Whitening | None]
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{printable(path)}: its header is not whole ({error!r}); export it again") from error
 
-    whitening = _exported_whitening(path, header["whitening_sha256"]) if "whitening_sha256" in header else None
+    whitening = (
+        _exported_whitening(path, header["whitening_sha256"]) if whiten and "whitening_sha256" in header else None
+    )
     return name, preprocessing, state, whitening
 
 

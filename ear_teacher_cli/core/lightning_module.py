@@ -22,13 +22,13 @@ from . import callbacks, diagnostics, losses, weights, whitening
 from . import pseudo_classes as classes
 from .checkpoint import describe
 from .finetune import parameter_groups
-from .metrics import rank1_and_eer
+from .metrics import can_be_scored, rank1_and_eer
 from .model import TeacherModel
 from .schedule import rate_at
 
-# A whitening of D numbers needs some multiple of D pictures, and no more; what few pictures say of the small
-# components is noise, so its covariance is moved a tenth towards a multiple of the identity.
-WHITEN_ON, WHITEN_SHRINK = 2048, 0.1
+# Pictures, evenly spaced, that a whitening is fitted on (a multiple of the numbers of an embedding is enough), and
+# that quality and health are measured on: comparing all pairs of a large validation set would cost more than training.
+WHITEN_ON, JUDGED_ON = 2048, 4096
 # Gradients of a mean over 150,000 pixels vanish in half precision unless scaled.
 _GRADIENT_SCALE = 2.0**12
 
@@ -80,6 +80,11 @@ class EarTeacherLightningModule(pl.LightningModule):
             raise EarTeachError(
                 f"data: its crops ({dataset.preprocessing}) are not the model's ({self.preprocessing}); give EarDataModule "
                 "and EarTeacherLightningModule the same backbone, image_size, bbox_buffer and pad"
+            )
+        config = getattr(self.trainer.datamodule, "config", self.config)
+        if self.config.compares_views and (config.views, config.augment) != (2, True):
+            raise EarTeachError(
+                "data: gives one view of each picture; give EarDataModule views=2 and augment=True, too"
             )
         if self.trainer.ckpt_path is None:  # a new run, perhaps of a module that load_from_checkpoint gave
             if self.config.pretrained and self.receipt is None and self._restored is None:
@@ -241,7 +246,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         if not self.trainer.is_global_zero:
             return
         rows = range(0, len(self._train_set()), -(-len(self._train_set()) // WHITEN_ON))
-        fitted = whitening.fit(self._embed_train_set(rows, "whitening")[0].numpy(), shrink=WHITEN_SHRINK)
+        embeddings = self._embed_train_set(rows, "whitening")[0].numpy()
+        try:
+            fitted = whitening.fit(embeddings, shrink=whitening.SHRINK)
+        except EarTeachError as error:
+            self.talk.warn(f"{error}; this epoch has none")
+            return
         self.whitening = {name: torch.from_numpy(value).float() for name, value in asdict(fitted).items()}
 
     def _quality(self) -> dict[str, float]:
@@ -256,12 +266,18 @@ class EarTeacherLightningModule(pl.LightningModule):
         index, order = torch.unique(index.long(), return_inverse=True)  # ranks may share a picture to come out even
         first = torch.empty(len(index), dtype=torch.long).scatter_(0, order, torch.arange(len(order)))
         embeddings, of_views = embeddings[first], of_views[first]
+        if not torch.isfinite(embeddings).all():
+            return {}  # diverged: the loss says so
+        some = torch.linspace(0, len(index) - 1, min(len(index), JUDGED_ON)).round().long()
+        found = {
+            "retrieval": diagnostics.retrieval(embeddings[some], of_views[some]),
+            **asdict(diagnostics.health(embeddings[some])),
+        }
         manifest = self.trainer.datamodule.val_set.manifest
-        found = {"retrieval": diagnostics.retrieval(embeddings, of_views), **asdict(diagnostics.health(embeddings))}
-        ears = [manifest.ear(i) for i in index.tolist()]
+        ears = [manifest.ear(i) for i in index[some].tolist()]
         named = [i for i, ear in enumerate(ears) if ear]
-        if len({ears[i] for i in named}) > 1:
-            rank1, eer = rank1_and_eer(embeddings[named].numpy(), [str(ears[i]) for i in named])
+        if can_be_scored([ears[i] for i in named]):
+            rank1, eer = rank1_and_eer(embeddings[some][named].numpy(), [str(ears[i]) for i in named])
             found |= {"rank1": 100 * rank1, "eer": 100 * eer}
         return found
 
@@ -289,7 +305,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             return
         if self.prototypes is None:  # load_from_checkpoint, without a trainer
             self._allocate(state["count"])
-        expected = classes.fingerprint(self._train_set().manifest) if self._trainer is not None else None
+        expected = self._fingerprint() if self._trainer is not None else None
         self.classes = classes.PseudoClasses.from_dict(state, expected)
         self.nmi = state.get("nmi")
 
@@ -302,7 +318,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         labels = labels.repeat(len(features) // len(index))
         known = labels >= 0  # unreadable when the classes were made, or without an identity
         if not known.any():
-            return features.sum() * 0
+            return features.sum() * 0 + self.prototypes.sum() * 0  # no parameter without a gradient
         margin = losses.margin_at(self.current_epoch, self.config.margin, self.config.margin_warmup_epochs)
         return losses.metric_loss(
             self.config.metric_loss, features[known], self.prototypes, labels[known], margin, self.config.scale
@@ -327,7 +343,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def _make_classes(self) -> None:
         """A round of pseudo-classes on rank 0, told to all: labels, and class means as prototypes."""
         result = None
-        mark = classes.fingerprint(self._train_set().manifest)
+        mark = self._fingerprint()
         if (
             self.config.pseudo_classes == "batch"
         ):  # nothing of the pictures is in these classes, nor in their prototypes
@@ -346,7 +362,15 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.nmi = None if before is None else classes.agreement_of_rounds(before, self.classes.labels)
         with torch.no_grad():
             self.prototypes.copy_(means)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, callbacks.Averages):
+                callback.forget("prototypes")  # the average of old ones is of no class
         self.optimizers().optimizer.state.pop(self.prototypes, None)  # old momentum belongs to old prototypes
+
+    def _fingerprint(self) -> str:
+        """Of the training manifest, with the columns that the classes are made from."""
+        labelled = self.config.pseudo_classes == "identity" or self.config.side_policy == "separate"
+        return classes.fingerprint(self._train_set().manifest, labelled)
 
     @torch.no_grad()
     def _embed_train_set(self, wanted: range | None = None, doing: str = "making pseudo-classes"):
@@ -387,6 +411,10 @@ class EarTeacherLightningModule(pl.LightningModule):
         labels = torch.full((len(manifest),), -1)
         options: dict[str, Any] = {"start": start, "apart": apart}
         if self.config.side_policy == "separate":
+            if count < 4:
+                raise EarTeachError(
+                    f"{manifest.source}: {count} pseudo-classes are too few for two sides; leave sides as-is"
+                )
             sides = [manifest.side(row) for row in rows.tolist()]
             labels[rows] = classes.kmeans_by_side(classes.directions(embeddings), sides, count, seed, **options)
         else:

@@ -19,6 +19,7 @@ R resamples     G groups     C coarse bins
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,11 @@ def rank1_and_eer(embeddings: np.ndarray, identities: Sequence[str]) -> tuple[fl
     counted = tally(side, side, 1, None)
     check_population(order, counted)
     return float(np.mean(counted.first == 1)), float(eer(*roc(counted.genuine, counted.impostor)))
+
+
+def can_be_scored(identities: Sequence[Any]) -> bool:
+    """Whether there are two identities, and two pictures of one of them."""
+    return 1 < len(set(identities)) < len(identities)
 
 
 def check_population(order: Order, counted: Tally) -> None:

@@ -97,11 +97,13 @@ def fixed_labels(pictures: int, count: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(labels)
 
 
-def fingerprint(manifest: Manifest) -> str:
-    """sha256 over the rows (paths and boxes) of a manifest."""
+def fingerprint(manifest: Manifest, labelled: bool = False) -> str:
+    """sha256 over the rows (paths and boxes; `labelled`: identities and sides, too) of a manifest."""
     digest = hashlib.sha256()
     for path, box in zip(manifest.paths, manifest.boxes, strict=True):
         digest.update(f"{path}\0{box}\n".encode("utf-8", "surrogateescape"))
+    for index in range(len(manifest) if labelled else 0):
+        digest.update(f"{manifest.ear(index)}\0{manifest.side(index)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

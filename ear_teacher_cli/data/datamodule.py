@@ -44,6 +44,8 @@ class EarDataModule(pl.LightningDataModule):
             _refuse_wrong_root(manifest)
         if len(train) < 2:
             raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
+        if len(val) < 2:
+            raise EarTeachError(f"{val.source}: holds one picture; validation needs at least 2")
         if config.monitor in ("val/rank1", "val/eer"):
             _require_identities(val, config.monitor)
         if config.side_policy != "as-is":
@@ -100,11 +102,12 @@ class EarDataModule(pl.LightningDataModule):
 
 
 def _require_identities(manifest: Manifest, monitor: str) -> None:
-    named = {manifest.ear(i) for i in range(len(manifest))} - {None}
-    if len(named) < 2:
+    named = [ear for i in range(len(manifest)) if (ear := manifest.ear(i))]
+    if not 1 < len(set(named)) < len(named):
         raise ConfigError(
             "monitor",
-            f"{monitor} needs identities, and {printable(manifest.source)} names {len(named)}",
+            f"{monitor} needs identities with several pictures; {printable(manifest.source)} names {len(set(named))} in "
+            f"{len(named)} pictures",
             "add an identity column, or choose val/retrieval",
         )
 

@@ -6,7 +6,7 @@ The rows of a `.npy` stay on the disk until they are used.
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Embeddings:
     identities: Sequence[str] | None = None
     sides: Sequence[str] | None = None
     weights: str = ""  # the name of the weights' file, if `x.json` says it
+    whitened: bool = False  # by the run that made them, as `x.json` says
+    root: Path | None = None  # where the pictures lie, if they were embedded just now
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,6 +152,4 @@ def _checked(found: Embeddings, path: Path, where: str, about: dict[str, Any]) -
             f"{where}: has {len(found)} rows, but {printable(path.with_suffix('.json').name)} says "
             f"{printable(about['rows'])}; they are not of one embed: embed again"
         )
-    return Embeddings(
-        found.source, found.rows, found.paths, found.boxes, found.identities, found.sides, str(about.get("weights", ""))
-    )
+    return replace(found, weights=str(about.get("weights", "")), whitened=about.get("whitened") is True)

@@ -26,7 +26,7 @@ from ear_teacher_cli.commands.export_backbone import export_backbone
 from ear_teacher_cli.config import TrainConfig, preset
 from ear_teacher_cli.core import metrics, pairs, whitening
 from ear_teacher_cli.core.embedder import Embedder, load_embedder
-from ear_teacher_cli.core.lightning_module import WHITEN_SHRINK, EarTeacherLightningModule
+from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
 from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
 from ear_teacher_cli.data.dataset import BadPicture, collate
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
@@ -68,7 +68,7 @@ def measure(folder: Path) -> None:
     else:
         model = Pictures.of(job, folder)
         learned = model.rows(spread_over(read_manifest(job["train"], job["root_dir"]), job["whiten_on"]))[0]
-        mapping = whitening.fit(learned, shrink=WHITEN_SHRINK)
+        mapping = whitening.fit(learned)
         lists = {name: _measure_list(folder, name, path, model, mapping, job) for name, path in job["lists"].items()}
         figures = {"lists": lists}
         if job["landmarks"] and model.embedder and job["kind"] in ("earteach", "lightly", "start"):
@@ -176,6 +176,8 @@ class Crops(Dataset):
             return BadPicture(index, error.reason, error.detail)
         if self.masked:
             mask_ear(crop, picture.size, box, self.preprocessing)
+        if self.preprocessing.mirror and self.manifest.side(index) == "right":
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return {"index": index, "pixels": torch.from_numpy(np.array(crop)).permute(2, 0, 1)}
 
 
@@ -246,9 +248,10 @@ def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]
     return float((module(pixels) - embedder(pixels)).abs().max())
 
 
-def main(step: str, folder: str) -> int:
+def main(folder: str) -> int:
     try:
-        {"train": train, "measure": measure}[step](Path(folder))
+        train(Path(folder))
+        measure(Path(folder))
     except EarTeachError as error:
         print(f"study: {error}", file=sys.stderr)
         return error.exit_code
@@ -256,4 +259,4 @@ def main(step: str, folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1]))

@@ -79,7 +79,7 @@ class DINO(nn.Module):
         self.loss = DINOLoss(output_dim=1024)
 
     def forward(self, first: torch.Tensor, second: torch.Tensor, step: int) -> torch.Tensor:
-        momentum = cosine_schedule(step, self.steps, 0.996, 1.0)
+        momentum = cosine_schedule(step, self.steps, 0.9, 1.0)
         update_momentum(self.student, self.backbone, momentum)
         update_momentum(self.student_head, self.head, momentum)
         with torch.no_grad():

@@ -21,10 +21,11 @@ import sys
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
+from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.core.callbacks import read_metrics
 from ear_teacher_cli.core.diagnostics import Health, verdict
 from ear_teacher_cli.core.metrics import interval
@@ -138,7 +139,7 @@ def run_study(options: argparse.Namespace) -> int:
         for seed in others:
             run_row(name, rows[name], seed, options, lists, results, failures)
     results = {name: results[name] for name in rows if name in results}
-    for file, text in (("table.md", table(results, rows, lists)), ("cost.md", cost(results, rows))):
+    for file, text in (("table.md", table(results, rows)), ("cost.md", cost(results, rows))):
         (options.out / file).write_text(text, encoding="utf-8")
         print(text)
     for name, reason in failures.items():
@@ -182,11 +183,23 @@ def chosen_rows(names: str, tries: list[str]) -> dict[str, Row]:
         pairs = [change.split("=", 1) for change in changes.split(",")]
         if name not in ROWS or ROWS[name].kind != "earteach" or any(len(pair) < 2 for pair in pairs):
             raise WordsError(f"--try {text}: is not ROW:option=value; write it as in kmeans:learning_rate=3e-4")
-        options = {option.replace("-", "_"): value for option, value in pairs}
+        options = {option.replace("-", "_"): _typed(option.replace("-", "_"), value) for option, value in pairs}
         rows[re.sub(r"[^\w.]+", "_", text)] = Row(
             f"{ROWS[name].label}, {changes}", "earteach", {**ROWS[name].options, **options}
         )
     return rows
+
+
+def _typed(option: str, word: str) -> Any:
+    """A word of --try as the value of a TrainConfig field. Raises WordsError."""
+    if option not in {spec.name for spec in fields(TrainConfig)}:
+        raise WordsError(f"--try {option}: is no option of earteach train; see its --help")
+    kinds = get_type_hints(TrainConfig)[option]
+    if bool in (kinds, *get_args(kinds)):
+        if word not in ("true", "false"):
+            raise WordsError(f"--try {option}={word}: is on or off; write true or false")
+        return word == "true"
+    return word
 
 
 def run_row(
@@ -212,10 +225,9 @@ def run_row(
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         folder.mkdir()
         (folder / "job.json").write_text(json.dumps(job, indent=2), encoding="utf-8")
-        for step in ("train", "measure"):
-            if code := in_process(step, folder):
-                failures[f"{name}, seed {seed}"] = f"{step} ended with {code}: {_last_line(folder / 'log.txt')}"
-                return
+        if code := in_process(folder):
+            failures[f"{name}, seed {seed}"] = f"ended with {code}: {_last_line(folder / 'log.txt')}"
+            return
         result = {"job": job, **_read(folder / "figures.json"), **_read(folder / "cost.json"), "versions": _versions()}
         (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         for part in ("figures.json", "cost.json"):
@@ -264,9 +276,9 @@ def job_of(name: str, row: Row, seed: int, options: argparse.Namespace, lists: d
     }
 
 
-def in_process(step: str, folder: Path) -> int:
-    """`train` or `measure` in a process of its own, for honest seconds and memory; its exit code, its words in log.txt."""
-    words = [sys.executable, str(Path(__file__).parent / "measure.py"), step, str(folder)]
+def in_process(folder: Path) -> int:
+    """Do a job in a process of its own, for honest seconds and memory; its exit code, its words in log.txt."""
+    words = [sys.executable, str(Path(__file__).parent / "measure.py"), str(folder)]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
         try:
@@ -303,13 +315,15 @@ def best_rows(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], co
         name: np.mean([figures["whitened"]["rank1"] for figures in results[name][0]["lists"].values()])
         for name in learned
     }
-    return sorted(learned, key=lambda name: -score[name])[:count]
+    # the recommended preset always: it is the claim
+    return sorted(learned, key=lambda name: (name != "recommended", -score[name]))[:count]
 
 
-def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], lists: dict[str, str]) -> str:
+def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> str:
     """The figures as Markdown, raw / whitened: of each list a table, then the other figures."""
     parts = []
-    for which in lists:
+    measured = next((runs[0]["lists"] for runs in results.values() if "lists" in runs[0]), {})
+    for which in measured:
         lines = [["", "seeds", "rank-1, %", "EER, %", "rank-1 against untouched", "EER against untouched"]]
         for name, runs in results.items():
             if rows[name].kind == "step0":
@@ -320,11 +334,17 @@ def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], lists:
                 cells.append(" / ".join(spread(values, 1) for values in ways))
             cells += [_against(results, rows, name, which, figure) for figure in ("rank1", "eer")]
             lines.append(cells)
-        about = next(runs[0]["lists"][which] for runs in results.values() if "lists" in runs[0])
+        about = measured[which]
+        rivals = [name for name in ("seed", "fixed", "kmeans", "simclr", "simsiam", "dino") if name in results]
+        duel = [["recommended against", *("rank-1", "EER")]] if "recommended" in results and rivals else []
+        for name in rivals if duel else ():
+            pair = (_difference(results["recommended"], results[name], which, figure) for figure in ("rank1", "eer"))
+            duel.append([rows[name].label, *pair])
         parts += [
             f"**{which}**: {about['pictures']} pictures, {about['people']} people, {about['ears']} ears; rank-1 by chance "
             f"{100 * about['chance']:.1f} %.",
             _markdown(lines),
+            *([_markdown(duel)] if duel else []),
         ]
     lines = [["", "landmark NME, %", "PSNR, dB", "spread", "effective rank", "verdict"]]
     for name, runs in results.items():
@@ -352,21 +372,27 @@ def _health_cells(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _against(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], name: str, which: str, figure: str) -> str:
-    """Difference from the untouched backbone treated alike, in points; in brackets its 95 % interval, of the mean over
-    seeds, under a bootstrap over people that draws the same people for both."""
     if name == "untouched" or "untouched" not in results or rows[name].kind == "shuffled":
         return "–"
-    base, cells = results["untouched"][0], []
+    return _difference(results[name], results["untouched"], which, figure)
+
+
+def _difference(mine: list[dict[str, Any]], theirs: list[dict[str, Any]], which: str, figure: str) -> str:
+    """Mean over seeds of `mine` less that of `theirs`, both treated alike, in points; in brackets its 95 % interval
+    under a bootstrap over people that draws the same people for all."""
+    pictures = [run["draws"][which]["rows"].tolist() for run in [*mine, *theirs]]
+    if any(rows != pictures[0] for rows in pictures):
+        return "–"  # not the same pictures could be read
+    cells = []
     for way in WAYS:
-        if any(run["draws"][which]["rows"].tolist() != base["draws"][which]["rows"].tolist() for run in results[name]):
-            return "–"  # not the same pictures could be read
-        mean, drawn = (
-            np.mean([run["lists"][which][way][figure] for run in results[name]]) - base["lists"][which][way][figure],
-            np.mean([run["draws"][which][f"{way}_{figure}"] for run in results[name]], axis=0)
-            - base["draws"][which][f"{way}_{figure}"],
+        value, drawn = (
+            np.mean([run["lists"][which][way][figure] for run in mine])
+            - np.mean([run["lists"][which][way][figure] for run in theirs]),
+            np.mean([run["draws"][which][f"{way}_{figure}"] for run in mine], axis=0)
+            - np.mean([run["draws"][which][f"{way}_{figure}"] for run in theirs], axis=0),
         )
         low, high = interval(drawn)
-        cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        cells.append(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
     return " / ".join(cells)
 
 
