@@ -140,7 +140,8 @@ def test_ctrl_c_before_the_first_epoch_is_done_loses_nothing(run, manifests, tmp
 def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, tmp_path, earteach):
     """DistributedDataParallel over gloo on the CPU: the code path of several GPUs."""
     words = ["train", *manifests, *SMALL, "--batch-size", 4, "--max-epochs", 1, "--output-dir", tmp_path]
-    words += ["--devices", 2, "--accelerator", "cpu"]
+    # the whole recipe: two views, averages, whitening on one rank, held-out embeddings gathered from both
+    words += ["--devices", 2, "--accelerator", "cpu", "--preset", "recommended", "--ema-decay", 0.9]
     command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -148,6 +149,7 @@ def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, t
     one, two = (read_checkpoint(p / "checkpoints" / "last.ckpt").content for p in (run, tmp_path / "ear_teacher"))
     assert torch.equal(one["pseudo_classes"]["labels"], two["pseudo_classes"]["labels"])
     assert two["global_step"] == 3  # 24 pictures, 2 x 4 at a time
+    assert two["whitening"]["mean"].isfinite().all() and two["earteach"]["start"]["effective_rank"] > 1
     said = earteach("resume", tmp_path / "ear_teacher", "--devices", 1, "--max-epochs", 2)
     assert said.code == 0 and "2 epochs" in said.err, said.err
 

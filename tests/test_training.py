@@ -271,8 +271,9 @@ def test_crops_of_another_kind_than_the_models_are_refused(manifests, tmp_path):
 
 def test_validation_without_a_readable_picture_is_our_error(ears, tmp_path):
     copy = shutil.copytree(ears, tmp_path / "ears")
-    (copy / "bad.jpg").write_bytes(b"no")
-    (copy / "val.csv").write_text("image_path\nbad.jpg\n")
+    for name in ("bad.jpg", "worse.jpg"):
+        (copy / name).write_bytes(b"no")
+    (copy / "val.csv").write_text("image_path\nbad.jpg\nworse.jpg\n")
     paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val.csv")]
     with pytest.raises(EarTeachError, match="validation pictures"):
         train(small_config(paths, output_dir=str(tmp_path), max_epochs=1, max_bad=1.0), QUIET)
