@@ -115,7 +115,7 @@ class TrainConfig:
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop when --monitor has not improved for so many epochs; 0: never.", low=0)
     monitor: str = option("val/retrieval", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
-    fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse.")
+    fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse, or tell pictures apart less well than before training.")
     num_collage_samples: int = option(10, "Training", "Validation pictures in the collage.", low=1, high=100)
     precision: str = option("16-mixed", "Training", "Arithmetic; where the hardware cannot, 32-true is used and said.", choices=PRECISIONS)
     seed: int = option(0, "Training", "Seed of everything random.", low=0, high=2**32 - 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ear_teacher_cli.core.diagnostics import Health, health, retrieval, verdict
+from ear_teacher_cli.core.diagnostics import Health, degraded, health, retrieval, verdict
 
 
 def normal(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -36,6 +36,12 @@ def test_the_verdict_names_the_figure_that_fell():
     assert verdict(Health(0.55, 180.0, 0.12), start) is None
     assert verdict(Health(0.1, 180.0, 0.12), start) == "spread 0.1 of 0.6 before training"
     assert "effective rank 20 of 200" in verdict(Health(0.1, 20.0, 0.9), start)
+
+
+def test_a_fall_of_retrieval_counts_beyond_chance():
+    assert degraded(51.25, 62.75, 400) == "retrieval 51.2 % of 62.8 % before training"
+    assert degraded(9.0, 11.0, 400) is None and degraded(4.2, 6.2, 48) is None
+    assert degraded(75.0, 11.0, 400) is None
 
 
 def test_retrieval_finds_a_picture_from_its_own_view():

@@ -18,7 +18,7 @@ from ..data.dataset import BadPicture, EarDataset, collate
 from ..errors import EarTeachError
 from ..files import whole_file
 from ..talk import Steps, Talk, clock
-from .diagnostics import Health, verdict
+from .diagnostics import JUDGED_ON, Health, degraded, verdict
 from .pictures import collage, save_gif, save_picture
 
 COLLAGES = "reconstruction_collages"
@@ -291,10 +291,12 @@ class Watch(Callback):
         now = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
         if "spread" not in now or "spread" not in pl_module.start:
             return
+        pictures = min(len(trainer.datamodule.val_set), JUDGED_ON)
         fallen = verdict(_health(now), _health(pl_module.start))
-        if fallen and self.fail_on_collapse:
+        lost = degraded(now["retrieval"], pl_module.start["retrieval"], pictures)
+        if (fallen or lost) and self.fail_on_collapse:
             raise EarTeachError(
-                f"epoch {trainer.current_epoch + 1}: the embeddings collapse: {fallen}; the checkpoints before it stand. "
+                f"epoch {trainer.current_epoch + 1}: the embeddings {'collapse' if fallen else 'degrade'}: {fallen or lost}; the checkpoints before it stand. "
                 "Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
             )
         classes = [
@@ -302,7 +304,7 @@ class Watch(Callback):
             for words, key in (("in use", "classes/in_use"), ("entropy", "classes/entropy"), ("NMI", "classes/nmi"))
             if key in now
         ]
-        state = f"COLLAPSED: {fallen}" if fallen else "in order"
+        state = f"COLLAPSED: {fallen}" if fallen else f"DEGRADED: {lost}" if lost else "in order"
         self.talk.say(
             f"    embeddings {state}: {quality_figures(now)}" + (f"; classes: {', '.join(classes)}" if classes else "")
         )

@@ -3,15 +3,21 @@
 All are of the validation pictures' embeddings, clean, in evaluation mode. M pictures, D numbers each.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-# Shares of the untouched start below which a figure counts as fallen. A recipe that learns moves them far less; one
-# that collapses goes on falling (both are measured in examples/study/README.md).
+# Shares of the untouched start below which a figure counts as fallen. A recipe that learns moves them less (to 0.6 and
+# 0.8 in examples/study/README.md).
 FALLEN_SPREAD = 0.25
 FALLEN_RANK = 0.5
+# Standard errors of a difference of two shares that a fall of `retrieval` must exceed, not to be taken for chance.
+FALLEN_RETRIEVAL = 3
+# Pictures, evenly spaced, that all this is measured on: comparing all pairs of a large validation set would cost more
+# than training.
+JUDGED_ON = 4096
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,14 @@ def verdict(now: Health, start: Health) -> str | None:
         if value < share * before
     ]
     return " and ".join(fallen) or None
+
+
+def degraded(now: float, start: float, pictures: int) -> str | None:
+    """What `retrieval` (percent, of so many pictures) fell to; None unless it fell by more than chance. Embeddings may
+    stay spread out and yet forget what they were of: labels that mean nothing do that to a pretrained backbone."""
+    error = math.sqrt(2 * max(start * (100 - start), 100) / pictures)
+    fell = start - now > FALLEN_RETRIEVAL * error
+    return f"retrieval {now:.1f} % of {start:.1f} % before training" if fell else None
 
 
 def retrieval(embeddings: torch.Tensor, views: torch.Tensor) -> float:

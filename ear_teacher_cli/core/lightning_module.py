@@ -26,9 +26,8 @@ from .metrics import can_be_scored, rank1_and_eer
 from .model import TeacherModel
 from .schedule import rate_at
 
-# Pictures, evenly spaced, that a whitening is fitted on (a multiple of the numbers of an embedding is enough), and
-# that quality and health are measured on: comparing all pairs of a large validation set would cost more than training.
-WHITEN_ON, JUDGED_ON = 2048, 4096
+# Pictures, evenly spaced, that a whitening is fitted on: a multiple of the numbers of an embedding is enough.
+WHITEN_ON = 2048
 # Gradients of a mean over 150,000 pixels vanish in half precision unless scaled.
 _GRADIENT_SCALE = 2.0**12
 
@@ -268,7 +267,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         embeddings, of_views = embeddings[first], of_views[first]
         if not torch.isfinite(embeddings).all():
             return {}  # diverged: the loss says so
-        some = torch.linspace(0, len(index) - 1, min(len(index), JUDGED_ON)).round().long()
+        some = torch.linspace(0, len(index) - 1, min(len(index), diagnostics.JUDGED_ON)).round().long()
         found = {
             "retrieval": diagnostics.retrieval(embeddings[some], of_views[some]),
             **asdict(diagnostics.health(embeddings[some])),

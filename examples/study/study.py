@@ -27,7 +27,7 @@ import numpy as np
 
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.core.callbacks import read_metrics
-from ear_teacher_cli.core.diagnostics import Health, verdict
+from ear_teacher_cli.core.diagnostics import JUDGED_ON, Health, degraded, verdict
 from ear_teacher_cli.core.metrics import interval
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError, WordsError
@@ -232,18 +232,21 @@ def run_row(
         (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         for part in ("figures.json", "cost.json"):
             (folder / part).unlink()
-    result |= health_of(folder / "run" / "metrics.csv")
+    result |= health_of(folder / "run" / "metrics.csv", options.val, options.root_dir)
     result["draws"] = {which: dict(np.load(folder / f"{which}.npz")) for which in result.get("lists", {})}
     results.setdefault(name, []).append(result)
 
 
-def health_of(metrics: Path) -> dict[str, Any]:
+def health_of(metrics: Path, val: str, root_dir: str | None) -> dict[str, Any]:
     """Spread and effective rank of our own runs before training and after it, and the verdict."""
     if not metrics.exists():
         return {}
     rows = read_metrics(metrics)
     start, end = (Health(*(float(row[f"val/{spec.name}"]) for spec in fields(Health))) for row in (rows[0], rows[-1]))
-    return {"health": (start, end), "collapsed": verdict(end, start) is not None}
+    pictures = min(len(read_manifest(val, root_dir)), JUDGED_ON)
+    lost = degraded(*(float(row["val/retrieval"]) for row in (rows[-1], rows[0])), pictures)
+    said = "collapsed" if verdict(end, start) else "degraded" if lost else "in order"
+    return {"health": (start, end), "verdict": said}
 
 
 def job_of(name: str, row: Row, seed: int, options: argparse.Namespace, lists: dict[str, str]) -> dict[str, Any]:
@@ -366,9 +369,8 @@ def _health_cells(runs: list[dict[str, Any]]) -> list[str]:
         [np.mean([getattr(run["health"][when], figure) for run in runs]) for when in (0, 1)]
         for figure in ("spread", "effective_rank")
     ]
-    fallen = sum(run["collapsed"] for run in runs)
-    verdict = f"collapsed ({fallen} of {len(runs)})" if fallen else "in order"
-    return [f"{means[0][0]:.2f} → {means[0][1]:.2f}", f"{means[1][0]:.0f} → {means[1][1]:.0f}", verdict]
+    said = ", ".join(dict.fromkeys(run["verdict"] for run in runs))
+    return [f"{means[0][0]:.2f} → {means[0][1]:.2f}", f"{means[1][0]:.0f} → {means[1][1]:.0f}", said]
 
 
 def _against(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], name: str, which: str, figure: str) -> str:
