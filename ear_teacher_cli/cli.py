@@ -37,6 +37,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs th
 RootDir = Annotated[
     str | None, typer.Option(help="Folder the manifest's paths start from, and must not leave.", show_default=False)
 ]
+Backbone = Annotated[str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False),
+]
 Workers = Annotated[int, typer.Option(help="Processes that decode pictures; at most one per CPU core is used.", min=0)]
 
 
@@ -296,15 +301,8 @@ def embed(
             show_default=False,
         ),
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False
-        ),
-    ] = None,
+    backbone: Backbone = None,
+    image_size: ImageSize = None,
     format: Annotated[
         str | None, typer.Option(metavar="npy|npz|csv", help="Format on stdout. Default: npy.", show_default=False)
     ] = None,
@@ -356,7 +354,7 @@ def evaluate(
     labels: Annotated[
         str | None,
         typer.Argument(
-            metavar="[LABELS]",
+            metavar="LABELS",
             show_default=False,
             help="A manifest with identities, say a CSV of image_path,identity[,side]. Default: what EMBEDDINGS came from, else the pictures' folders (identity/picture.jpg).",
         ),
@@ -376,15 +374,8 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False
-        ),
-    ] = None,
+    backbone: Backbone = None,
+    image_size: ImageSize = None,
     center: Annotated[
         list[str] | None,
         typer.Option(
