@@ -8,7 +8,7 @@ set -euo pipefail
 
 examples=$(cd "$(dirname "$0")" && pwd)
 people=${PEOPLE:-60}
-epochs=${EPOCHS:-30}
+epochs=${EPOCHS:-20}
 backbone=${BACKBONE:-convnext_atto}
 size=${SIZE:-64}
 interrupt_after=${INTERRUPT_AFTER:-40}
