@@ -51,7 +51,8 @@ _SEED = {
     "max_epochs": 100,
     "contrastive_weight": 0.0,
     "pseudo_classes": "batch",
-    "margin_warmup_epochs": 0,
+    "metric_weight": 0.1,
+    "margin_preset": "paper",
     "keep_start": 0.0,
     "whiten": False,
     "monitor": "val/loss",
@@ -101,15 +102,15 @@ class TrainConfig:
     contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of a picture among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0)
-    metric_weight: float = option(0.1, "Training", "Weight of the metric loss.", low=0.0)
+    metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES)
     pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the seed's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
     num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
     cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
     arcface_margin: float | None = option(None, "Training", "Margin, radians for ArcFace and cosine for CosFace, instead of --margin-preset's.", low=0.0, high=1.5)
     arcface_scale: float | None = option(None, "Training", "Scale of the cosines before the softmax, instead of --margin-preset's.", above=0.0)
-    margin_preset: str = option("paper", "Training", "Scale and margin of the metric loss: paper: 64, and ArcFace 0.5 or CosFace 0.35; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
-    margin_warmup_epochs: int = option(5, "Training", "Epochs over which the margin grows from 0.", low=0)
+    margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss: paper: 64, and ArcFace 0.5 or CosFace 0.35; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
+    margin_warmup_epochs: int = option(0, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
     keep_start: float = option(0.5, "Training", "Validate, export and embed with a pretrained backbone's weights moved back this share of the way to where they started (WiSE-FT): against forgetting what other cameras show.", low=0.0, high=1.0)
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")

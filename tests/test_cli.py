@@ -210,9 +210,9 @@ def test_config_holds_plain_values_only():
 
 
 def test_cosface_has_its_own_margin_also_through_a_saved_config(tmp_path):
-    assert TrainConfig(metric_loss="cosface").margin == 0.35
+    assert TrainConfig(metric_loss="cosface", margin_preset="paper").margin == 0.35
     assert TrainConfig(metric_loss="cosface", arcface_margin=0.2).margin == 0.2
-    (tmp_path / "c.toml").write_text(TrainConfig(metric_loss="arcface").as_toml())
+    (tmp_path / "c.toml").write_text(TrainConfig(metric_loss="arcface", margin_preset="paper").as_toml())
     assert TrainConfig(**read_toml(tmp_path / "c.toml") | {"metric_loss": "cosface"}).margin == 0.35
     with pytest.raises(ConfigError):
         TrainConfig(arcface_margin=-0.1)

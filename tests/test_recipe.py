@@ -126,7 +126,7 @@ def test_every_loss_of_two_views_is_written(recommended):
     row = read_epochs(recommended)[-1]
     total = sum(
         weight * float(row[f"train/{name}_loss"])
-        for name, weight in {"recon": 1.0, "metric": 0.1, "contrastive": 1.0, "consistency": 0.1}.items()
+        for name, weight in {"recon": 1.0, "metric": 0.5, "contrastive": 1.0, "consistency": 0.1}.items()
     )
     assert float(row["train/loss"]) == pytest.approx(total, rel=1e-3)
     assert 0 < float(row["val/contrastive_loss"]) and -1 <= float(row["val/consistency_loss"]) <= 0.1
@@ -306,9 +306,10 @@ def test_a_checkpoint_of_before_these_options_keeps_its_recipe():
 
 
 def test_margin_presets_give_way_to_what_is_given():
-    assert (TrainConfig().scale, TrainConfig().margin) == (64, 0.5)
-    gentle = TrainConfig(margin_preset="gentle", arcface_margin=0.3)
-    assert (gentle.scale, gentle.margin) == (30, 0.3)
+    assert (TrainConfig().scale, TrainConfig().margin) == (30, 0.2)
+    paper = TrainConfig(margin_preset="paper")
+    assert (paper.scale, paper.margin) == (64, 0.5)
+    assert (TrainConfig(arcface_margin=0.3).scale, TrainConfig(arcface_margin=0.3).margin) == (30, 0.3)
 
 
 @pytest.fixture
