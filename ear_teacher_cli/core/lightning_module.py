@@ -245,7 +245,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         if not self.trainer.is_global_zero:
             return
         rows = range(0, len(self._train_set()), -(-len(self._train_set()) // WHITEN_ON))
-        embeddings = self._embed_train_set(rows, "whitening")[0].numpy()
+        embeddings = self._embed_train_set(rows)[0].numpy()
         try:
             fitted = whitening.fit(embeddings, shrink=whitening.SHRINK)
         except EarTeachError as error:
@@ -372,13 +372,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         return classes.fingerprint(self._train_set().manifest, labelled)
 
     @torch.no_grad()
-    def _embed_train_set(self, wanted: range | None = None, doing: str = "making pseudo-classes"):
+    def _embed_train_set(self, wanted: range | None = None):
         """(embeddings M,D, their rows M) of the readable training pictures (`wanted`: of these rows), unaugmented,
         evaluation mode, float32."""
         was_training = self.training
         self.eval()
         found, rows = [], []
-        with self.talk.progress(doing, len(wanted or self._train_set()), "pictures") as steps:
+        talk = self.talk if wanted is None else Talk(quiet=True)  # a few seconds each epoch are not worth a line
+        with talk.progress("making pseudo-classes", len(self._train_set()), "pictures") as steps:
             for batch in self.trainer.datamodule.clean_dataloader(wanted):
                 self._note_bad("train", batch)
                 if len(batch["index"]):
