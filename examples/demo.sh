@@ -33,7 +33,7 @@ run python "$examples/random_start.py" "$backbone" start.safetensors
 step "Train without labels; Ctrl-C after $interrupt_after seconds."
 run timeout --foreground --preserve-status -s INT "$interrupt_after" earteach train \
     --train-metadata ears/train_teacher.npy --val-metadata ears/val_teacher.npy \
-    --backbone "$backbone" --pretrained-path start.safetensors --freeze-stride 0 --image-size "$size" \
+    --backbone "$backbone" --pretrained-path start.safetensors --freeze-stride 0 --keep-start 0 --image-size "$size" \
     --batch-size 16 --learning-rate 1e-3 --max-epochs "$epochs" --warmup-epochs 3 --output-dir outputs --experiment-name first ||
     echo "(stopped: exit code $?)" >&2
 
