@@ -140,7 +140,7 @@ def test_embed_whitens_as_the_run_fitted_it_and_the_export_too(recommended, ears
         assert earteach("embed", ears / "eval.csv", tmp_path / f"{name}.npy", "--weights", weights).code == 0
     raw = earteach("embed", ears / "eval.csv", tmp_path / "raw.npy", "--weights", out, "--no-whiten")
     assert raw.code == 0
-    run, export, plain = (np.load(tmp_path / f"{name}.npy") for name in ("run", "export", "raw"))  # noqa: TID251
+    run, export, plain = (np.load(tmp_path / f"{name}.npy") for name in ("run", "export", "raw"))  # noqa: TID251  (what our users will call)
     assert np.array_equal(run, export) and not np.allclose(run[:, : plain.shape[1]], plain[:, : run.shape[1]])
     fitted = read_safetensors(tmp_path / "teacher.whitening.safetensors")[0]
     expected = (plain - fitted["mean"].numpy()) @ fitted["matrix"].numpy()
@@ -157,7 +157,7 @@ def test_whitened_training_embeddings_are_white(recommended, ears, tmp_path, ear
         earteach("embed", ears / "train_teacher.npy", tmp_path / "x.npy", "--weights", recommended, "--no-whiten").code
         == 0
     )
-    rows = np.load(tmp_path / "x.npy").astype(float)  # noqa: TID251
+    rows = np.load(tmp_path / "x.npy").astype(float)  # noqa: TID251  (what our users will call)
     state = read_checkpoint(runs.best_checkpoint(recommended)).content["whitening"]
     white = (rows - state["mean"].numpy()) @ state["matrix"].numpy()
     assert np.abs(white.mean(0)).max() < 1e-3

@@ -12,11 +12,11 @@ from PIL import Image
 STUDY = Path(__file__).parent.parent / "examples" / "study"
 sys.path.insert(0, str(STUDY))
 
-import measure  # noqa: E402
-import study  # noqa: E402
+import measure  # noqa: E402  (after the path of the study, which is no package)
+import study  # noqa: E402  (the same)
 
-from ear_teacher_cli.data.crop import cut, points_in_crop  # noqa: E402
-from ear_teacher_cli.data.pixels import preprocessing_of  # noqa: E402
+from ear_teacher_cli.data.crop import cut, points_in_crop  # noqa: E402  (after those)
+from ear_teacher_cli.data.pixels import preprocessing_of  # noqa: E402  (after those)
 
 
 def words_of(ears: Path, start: Path) -> list[str]:

@@ -167,7 +167,7 @@ def table(report: Report) -> str:
     names = [printable(Path(system.name).name) for system in report.systems]
     heads = [
         [f"{letter}: {name}", *_described(system)]
-        for letter, name, system in zip("AB", names, report.systems, strict=False)
+        for letter, name, system in zip("AB"[: len(names)], names, report.systems, strict=True)
     ]
     lines = [", ".join(head if two else [head[0][3:], *head[1:]]) for head in heads]
     counts = report.counts

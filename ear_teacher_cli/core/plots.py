@@ -59,7 +59,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
 def _roc(curves: Sequence[Curve], smallest_far: float) -> Any:
     figure, (axis,) = _figure(5.6, 4.6)
     left = 10 ** np.floor(np.log10(min(0.01, smallest_far)))
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    for curve, colour in zip(curves, _COLOURS[: len(curves)], strict=True):
         far, tar = roc(curve.measured.tally.genuine, curve.measured.tally.impostor)
         turns = np.flatnonzero(np.diff(far, prepend=-1) + np.diff(tar, prepend=-1))  # most bins are empty
         grid = np.geomspace(left, 1, 400)  # a line between two points is bent by the logarithm
@@ -87,7 +87,7 @@ def _cmc(curves: Sequence[Curve], smallest_far: float) -> Any:
     figure, (axis,) = _figure(5.6, 4.2)
     shown = 20
     lowest = 100.0
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    for curve, colour in zip(curves, _COLOURS[: len(curves)], strict=True):
         ranks = np.arange(1, shown + 1)
         value, low, high = 100 * curve.measured.cmc[:shown].T
         if np.isfinite(low).all():
