@@ -5,6 +5,7 @@ imported when called, so that `--help` loads neither torch nor numpy.
 """
 
 import inspect
+import signal
 import sys
 from dataclasses import fields
 from typing import Annotated, Any, get_args, get_type_hints
@@ -14,7 +15,7 @@ import typer
 from . import __version__
 from .config import PRESETS, TrainConfig, read_toml
 from .config import preset as preset_options
-from .errors import ConfigError, EarTeachError, WordsError
+from .errors import ConfigError, EarTeachError, Stopped, WordsError
 from .files import printable
 from .machine import is_first_process
 from .talk import Talk
@@ -47,6 +48,7 @@ Workers = Annotated[int, typer.Option(help="Processes that decode pictures; at m
 
 def main() -> None:
     """The `earteach` command: every error of ours becomes one line and its exit code."""
+    signal.signal(signal.SIGTERM, _stop)  # as schedulers send before they kill: temporary files go, as after Ctrl-C
     try:
         app(prog_name="earteach")
     except EarTeachError as error:
@@ -55,13 +57,17 @@ def main() -> None:
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
         typer.echo(f"earteach: {message}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
     except OSError as error:  # a name too long, a disk that is full: the system's words are clear enough
         typer.echo(
             f"earteach: {printable(error.filename or 'output')}: {error.strerror or error}; check the path", err=True
         )
         sys.exit(1)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
 
 
 def _print_version(asked: bool) -> None:
@@ -480,8 +486,8 @@ def evaluate(
 def _finish(outcome: Any, talk: Talk) -> None:
     folder = printable(outcome.experiment)
     if outcome.interrupted:
-        talk.say(f"interrupted: go on with `earteach resume {folder}`")
-        raise typer.Exit(130)
+        talk.say(f"interrupted{', all steps saved' if outcome.saved else ''}: go on with `earteach resume {folder}`")
+        raise typer.Exit(outcome.interrupted)
     talk.say(f"{folder}: {outcome.epochs} epochs; best checkpoint {printable(outcome.best)}")
     talk.say(f"next: earteach collage {folder} -o collage.png; earteach export-backbone {folder} teacher.safetensors")
 

@@ -47,3 +47,11 @@ class PictureError(EarTeachError):
 
     def __reduce__(self):  # crosses process borders from the decoding workers
         return (type(self), (self.reason, self.detail))
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C (`exit_code` 130) or SIGTERM (143): whoever catches it saves what is done, and ends."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_code = 128 + number

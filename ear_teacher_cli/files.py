@@ -1,10 +1,17 @@
-"""Files that appear under their name only when whole, and names that are safe to print."""
+"""Files that appear under their name only when whole, folders with one writer, names that are safe to print.
 
+What a killed process leaves is known by its lock: the kernel lets go of a dead process's locks, so a temporary
+file that nobody holds is nobody's, and the next writer removes it.
+"""
+
+import fcntl
+import glob
 import os
+import socket
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import EarTeachError, WordsError
@@ -38,13 +45,15 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Pa
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename, else delete it."""
     path = Path(path)
+    sweep(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror})") from error
-    os.close(handle)
     temporary = Path(name)
     try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         _flush_to_disk(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; give what open() would have given
@@ -53,6 +62,52 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files of `path` that a killed process left beside it."""
+    for name in glob.glob(f".{glob.escape(path.name)}.*{_PART}", root_dir=path.parent, include_hidden=True):
+        stale = path.parent / name
+        try:
+            handle = os.open(stale, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink(missing_ok=True)
+        except OSError:  # somebody writes it
+            pass
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the one process that writes into `folder`, which exists. Raises EarTeachError, naming the other, if there is one."""
+    path = folder / _LOCK
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise EarTeachError(f"{printable(folder)}: not writable ({error.strerror}); choose another place") from error
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: its workers do not inherit it
+        except (BlockingIOError, PermissionError) as error:
+            holder = printable(os.read(handle, 200).decode("utf-8", "replace")) or "another process"
+            raise EarTeachError(
+                f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield  # the file stays: removing it would let two processes hold two files of one name
+    finally:
+        os.close(handle)
+
+
+_LOCK, _PART = ".lock", ".part"
 
 
 def printable(name: object) -> str:
@@ -60,6 +115,18 @@ def printable(name: object) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSAFE else c for c in str(name))
 
 
+def cell(text: str) -> str:
+    """`text` for a CSV that people open in a spreadsheet: printable, and with a quote before what would be a formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def uncell(text: str) -> str:
+    """What `cell` was given, except for control characters, which stay escaped."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
+
+
+_FORMULA = ("=", "+", "-", "@", "'=", "'+", "'-", "'@")  # and what uncell would take a quote from
 # Control, format (bidirectional overrides), surrogate, line and paragraph separators.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 

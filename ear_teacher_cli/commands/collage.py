@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..core import runs
 from ..core.callbacks import sample_pixels
-from ..core.checkpoint import read_checkpoint
+from ..core.checkpoint import read_checkpoint, require_fit
 from ..core.lightning_module import EarTeacherLightningModule
 from ..core.pictures import collage as draw_collage
 from ..core.pictures import psnr_of_bytes, save_picture
@@ -49,6 +49,7 @@ def collage(
         )
         raise ManifestError(f"{error}{where}") from error
     module = EarTeacherLightningModule(config)
+    require_fit(checkpoint, module.model.state_dict())
     module.model.load_state_dict(checkpoint.model_state, strict=True)
     pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
     if pixels is None:

@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ..config import TrainConfig, from_dict, read_toml, with_changes
 from ..core import callbacks, runs
-from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint
+from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint, require_fit
+from ..core.interruption import SaveOnStop
 from ..core.lightning_module import WHITEN_ON, EarTeacherLightningModule
 from ..core.losses import consistency_loss, contrastive_loss, metric_loss
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
-from ..errors import ConfigError, EarTeachError, ManifestError, WordsError
-from ..files import printable, whole_file
+from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
+from ..files import only_writer, printable, whole_file
 from ..machine import is_first_process
 from ..talk import Talk, clock
 
@@ -40,7 +41,8 @@ class Outcome:
     experiment: Path
     epochs: int
     best: Path | None
-    interrupted: bool = False
+    interrupted: int = 0  # the exit code of the signal that stopped it
+    saved: bool = False  # in the middle of an epoch, when interrupted
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,15 @@ class Estimate:
 def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
-    if is_first_process() and folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise WordsError(
-            f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
-            "choose another --experiment-name, or pass --overwrite"
-        )
+    _refuse_begun(folder, overwrite)
     config, data = _prepare(config, talk)
     module = _new_module(config, talk)
-    if is_first_process():
-        if overwrite:
+    with _owned(folder):
+        _refuse_begun(folder, overwrite)  # by another process, in the meantime
+        if is_first_process():
             _remove_run(folder)
-        _open_folder(folder, config)
-    return _fit(config, data, module, talk, None)
+            _open_folder(folder, config)
+        return _fit(config, data, module, talk, None)
 
 
 def resume(
@@ -79,27 +78,41 @@ def resume(
     devices: int | None = None,
     num_workers: int | None = None,
 ) -> Outcome:
-    """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done."""
+    """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done.
+
+    Of a folder the newest whole checkpoint is taken: one that is damaged is said, and passed over.
+    """
     run = Path(run)
     changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers}
-    if run.is_dir() and runs.last_checkpoint(run) is None:
-        return _start_again(run, changes, talk)
-    path = runs.checkpoint_of(run, best=False)
-    checkpoint = read_checkpoint(path)
-    config = with_changes(_located(checkpoint.config, _experiment_of(path, checkpoint)), **changes)
-    folder = config.experiment_dir
+    folder = run if run.is_dir() else _experiment_of(runs.checkpoint_of(run, best=False))
+    with _owned(folder) if (folder / runs.CONFIG).is_file() else nullcontext():
+        if runs.last_checkpoint(folder) is None:
+            return _start_again(run, changes, talk)
+        if run.is_dir():
+            checkpoint = _newest_whole(folder, talk)
+            _experiment_of(checkpoint.path)
+        else:
+            checkpoint = _not_gone_beyond(read_checkpoint(run), folder)
+        return _go_on(checkpoint, folder, changes, talk)
+
+
+def _go_on(checkpoint: Checkpoint, folder: Path, changes: dict, talk: Talk) -> Outcome:
+    where, max_epochs = printable(folder), changes["max_epochs"]
+    config = with_changes(_located(checkpoint.config, folder), **changes)
     if max_epochs is not None and max_epochs < checkpoint.epoch:
         raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
-    if checkpoint.epoch >= config.max_epochs:
-        talk.say(
-            f"{printable(run)}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on"
+    if checkpoint.steps_done and config.devices != checkpoint.config.devices:
+        raise WordsError(
+            f"--devices {config.devices}: {printable(checkpoint.path)} was saved in the middle of an epoch, of which "
+            f"{checkpoint.config.devices} device(s) had their share; resume with as many, or give an earlier checkpoint"
         )
+    if checkpoint.epoch >= config.max_epochs:
+        talk.say(f"{where}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
         return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
     waited = [v["wait_count"] for k, v in checkpoint.content["callbacks"].items() if k.startswith("EarlyStopping")]
     if waited and waited[0] >= config.early_stop and max_epochs is None:
         talk.say(
-            f"{printable(run)}: finished, {config.monitor} had not improved for {config.early_stop} epochs; give --max-epochs "
-            "to go on"
+            f"{where}: finished, {config.monitor} had not improved for {config.early_stop} epochs; give --max-epochs to go on"
         )
         return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
     try:
@@ -107,12 +120,13 @@ def resume(
     except ManifestError as error:
         raise ManifestError(f"{error} (the run's paths start from the folder where it was trained)") from error
     module = EarTeacherLightningModule(config)
+    require_fit(checkpoint, module.model.state_dict())
     talk.say(_restored(checkpoint))
     if max_epochs not in (None, checkpoint.config.max_epochs):
         talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
     if is_first_process():
         _open_folder(folder, config)
-    return _fit(config, data, module, talk, path, checkpoint.content["global_step"])
+    return _fit(config, data, module, talk, checkpoint.path, checkpoint.content["global_step"])
 
 
 def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
@@ -202,6 +216,7 @@ def _fit(
         purge_step=step,
     )
     module.talk = talk
+    save_on_stop = SaveOnStop(folder / runs.CHECKPOINTS / runs.LAST)
     steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
     with _quiet_lightning():
         trainer = pl.Trainer(
@@ -212,13 +227,14 @@ def _fit(
             logger=logger,
             log_every_n_steps=min(10, steps),
             callbacks=[
-                callbacks.StopOnNaN(),
-                callbacks.Collages(config.num_collage_samples, config.seed),
+                callbacks.StopOnNaN(talk),
+                *([callbacks.Collages(config.num_collage_samples, config.seed)] if config.images else []),
                 callbacks.MetricsFile(folder / runs.METRICS),
-                callbacks.BadPictureList(folder / runs.BAD),
+                callbacks.BadPictureList(folder / runs.BAD, talk),
                 callbacks.Reporter(talk),
                 callbacks.Watch(talk, config.fail_on_collapse),
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS, config.monitor),
+                save_on_stop,
             ],
             plugins=[WholeFileCheckpointIO()],
             num_sanity_val_steps=0,
@@ -232,7 +248,8 @@ def _fit(
             if trainer.state.status is not TrainerStatus.INTERRUPTED:
                 raise
     interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
-    return Outcome(folder, trainer.current_epoch, runs.best_checkpoint(folder), interrupted)
+    code = save_on_stop.exit_code if interrupted else 0
+    return Outcome(folder, trainer.current_epoch, runs.best_checkpoint(folder), code, save_on_stop.saved)
 
 
 def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
@@ -256,34 +273,77 @@ def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
     return _fit(config, data, module, talk, None)
 
 
-def _experiment_of(path: Path, checkpoint: Checkpoint) -> Path:
-    """The experiment folder a checkpoint lies in. Raises WordsError if writing there would do harm."""
+def _experiment_of(path: Path) -> Path:
+    """The experiment folder a checkpoint lies in. Raises WordsError if it lies elsewhere: resume would write there."""
     folder = path.resolve().parent.parent
     if path.resolve().parent.name != runs.CHECKPOINTS or not (folder / runs.CONFIG).is_file():
         raise WordsError(
             f"{printable(path)}: does not lie in the {runs.CHECKPOINTS}/ of an experiment, which resume would go on writing; "
             "give the experiment folder"
         )
-    newest = runs.last_checkpoint(folder)
-    if newest is not None and not newest.samefile(path):
-        done = read_checkpoint(newest).epoch
-        if done > checkpoint.epoch:
-            raise WordsError(
-                f"{printable(path)}: is of epoch {checkpoint.epoch}, but this experiment has gone on to {done}; to branch off, "
-                "copy the experiment folder without its later checkpoints and resume the copy"
-            )
     return folder
 
 
+def _newest_whole(folder: Path, talk: Talk) -> Checkpoint:
+    """Raises the newest one's WeightsError if none is whole."""
+    first = None
+    for path in runs.checkpoints(folder):
+        try:
+            return read_checkpoint(path)
+        except WeightsError as error:
+            first = first or error
+            talk.warn(f"{error}. Trying the one before it")
+    raise first
+
+
+def _not_gone_beyond(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Raises WordsError if the experiment has later epochs: two branches would mix."""
+    newest = runs.last_checkpoint(folder)
+    if not newest.samefile(checkpoint.path):
+        done = read_checkpoint(newest).epoch
+        if done > checkpoint.epoch:
+            raise WordsError(
+                f"{printable(checkpoint.path)}: is of epoch {checkpoint.epoch}, but this experiment has gone on to {done}; to "
+                "branch off, copy the experiment folder without its later checkpoints and resume the copy"
+            )
+    return checkpoint
+
+
+def _refuse_begun(folder: Path, overwrite: bool) -> None:
+    if overwrite or not is_first_process() or not runs.is_begun(folder):
+        return
+    raise WordsError(
+        f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
+        "choose another --experiment-name, or pass --overwrite"
+    )
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Make the experiment folder, be the only run in it, and take away what a killed one left half-written."""
+    if not is_first_process():
+        yield
+        return
+    _make(folder)
+    with only_writer(folder):
+        for path in folder.rglob(".*.part"):
+            path.unlink(missing_ok=True)
+        yield
+
+
 def _open_folder(folder: Path, config: TrainConfig) -> None:
+    _make(folder / runs.CHECKPOINTS)
+    with whole_file(folder / runs.CONFIG) as temporary:
+        temporary.write_text(config.as_toml(), encoding="utf-8")
+
+
+def _make(folder: Path) -> None:
     try:
-        (folder / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EarTeachError(
             f"{printable(folder)}: cannot be made ({error.strerror}); choose another --output-dir"
         ) from error
-    with whole_file(folder / runs.CONFIG) as temporary:
-        temporary.write_text(config.as_toml(), encoding="utf-8")
 
 
 def _remove_run(folder: Path) -> None:
@@ -309,8 +369,9 @@ def _restored(checkpoint: Checkpoint) -> str:
     if "pseudo_classes" in content:
         state = content["pseudo_classes"]
         parts.append(f"{state['count']} pseudo-classes (round {state['round']})")
+    under_way = f" and {checkpoint.steps_done} steps" if checkpoint.steps_done else ""
     return (
-        f"restored {printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, "
+        f"restored {printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}{under_way}, "
         f"step {content['global_step']}, {', '.join(parts)}"
     )
 

@@ -15,8 +15,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from ..config import MONITORS
 from ..data.dataset import BadPicture, EarDataset, collate
-from ..errors import EarTeachError
-from ..files import whole_file
+from ..errors import EarTeachError, PictureError
+from ..files import cell, printable, whole_file
 from ..talk import Steps, Talk, clock
 from .diagnostics import JUDGED_ON, Health, degraded, verdict
 from .pictures import collage, save_gif, save_picture
@@ -247,28 +247,33 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 class BadPictureList(Callback):
     """`bad_images.csv`: every picture that was skipped, with its reason."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, talk: Talk):
+        self.path, self.talk, self.said = path, talk, 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, pl_module)
+        bad = pl_module.all_bad()
+        self._write(trainer, bad)
+        if len(bad) > self.said:
+            self.said = len(bad)
+            self.talk.warn(
+                f"{len(bad)} ears are left out (picture unreadable or box impossible); bad_images.csv lists them"
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._write(trainer, pl_module)
+        self._write(trainer, pl_module.bad)  # of this process: others may be gone
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not module.bad or not trainer.is_global_zero:
+    def _write(self, trainer: pl.Trainer, bad: dict[tuple[str, int], PictureError]) -> None:
+        if not bad or not trainer.is_global_zero:
             return
         sets = {"train": trainer.datamodule.train_set, "val": trainer.datamodule.val_set}
-        with (
-            whole_file(self.path) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
+        with whole_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["split", "row", "image_path", "reason", "detail"])
-            for (split, index), error in sorted(module.bad.items(), key=lambda entry: entry[0]):
+            for (split, index), error in sorted(bad.items(), key=lambda entry: entry[0]):
                 manifest = sets[split].manifest
-                writer.writerow([split, manifest.rows[index], manifest.paths[index], error.reason, error.detail])
+                writer.writerow(
+                    [split, manifest.rows[index], cell(manifest.paths[index]), error.reason, cell(error.detail)]
+                )
 
 
 class Watch(Callback):
@@ -342,7 +347,7 @@ class Reporter(Callback):
         self.talk = talk
         self.stack = ExitStack()
         self.steps: Steps | None = None
-        self.epochs, self.seconds, self.bad = 0, 0.0, 0
+        self.epochs, self.seconds, self.epoch = 0, 0.0, -1
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -350,7 +355,8 @@ class Reporter(Callback):
         if self.steps is None:
             total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
             self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps"))
-        if batch_idx == 0:
+        if self.epoch != trainer.current_epoch:
+            self.epoch = trainer.current_epoch
             self.epoch_start, self.pictures = time.monotonic(), 0
             self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
@@ -369,11 +375,6 @@ class Reporter(Callback):
             f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
             f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left"
         )
-        if len(pl_module.bad) > self.bad and trainer.is_global_zero:
-            self.bad = len(pl_module.bad)
-            self.talk.warn(
-                f"{self.bad} ears are left out (picture unreadable or box impossible); bad_images.csv lists them"
-            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stack.close()
@@ -399,7 +400,35 @@ def epoch_figures(metrics: dict[str, torch.Tensor]) -> str:
 
 
 class StopOnNaN(Callback):
-    """An epoch without a finite loss ends the run before it is saved: nothing learned after it would count."""
+    """Steps without a finite loss are left out, and said; REFUSED_STEPS in a row end the run, as does an epoch
+    without a finite loss, before it is saved."""
+
+    REFUSED_STEPS = 3
+
+    def __init__(self, talk: Talk):
+        self.talk = talk
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not pl_module.refused or batch_idx == self.seen:
+            return
+        self.seen = batch_idx
+        step, loss, rows = pl_module.refused[-1]
+        manifest = trainer.datamodule.train_set.manifest
+        pictures = ", ".join(manifest.where(row) for row in rows[:8])
+        pictures += f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        found = f"epoch {trainer.current_epoch + 1}, step {step}: the loss is {loss} for {pictures}"
+        if len(pl_module.refused) < self.REFUSED_STEPS:
+            self.talk.warn(f"{found}; the step is left out")
+            return
+        raise EarTeachError(
+            f"{found}, the {self.REFUSED_STEPS}rd such step in a row; {_last_good(trainer)}. Start again with a lower "
+            "--learning-rate or --precision 32-true"
+        )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen = -1
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -411,9 +440,15 @@ class StopOnNaN(Callback):
                 )
             if not torch.isfinite(loss):
                 raise EarTeachError(
-                    f"epoch {epoch}: {name} is {float(loss)}; the checkpoints before it stand. Start again with a lower "
+                    f"epoch {epoch}: {name} is {float(loss)}; {_last_good(trainer)}. Start again with a lower "
                     "--learning-rate or --precision 32-true"
                 )
+
+
+def _last_good(trainer: pl.Trainer) -> str:
+    saved = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    newest = max((Path(path) for path in saved if path), key=lambda path: path.stat().st_mtime, default=None)
+    return f"the last good checkpoint is {printable(newest)}" if newest else "no checkpoint was saved before"
 
 
 def _name(path: str) -> str:

@@ -7,7 +7,9 @@ A checkpoint of ours is Lightning's dict (`state_dict`, `optimizer_states`, `loo
 import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     embedding_dim: int
     epoch: int  # epochs completed
+    steps_done: int  # of the next epoch, if it was interrupted
     content: dict[str, Any]
 
     @property
@@ -82,12 +85,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             preprocessing=Preprocessing.from_dict(about["preprocessing"], where),
             embedding_dim=int(about["embedding_dim"]),
             epoch=int(about["epochs_completed"]),
+            steps_done=int(about.get("steps_done", 0)),
             content=content,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{where}: what it says of itself is not whole ({error!r}); use another checkpoint"
         ) from error
+
+
+def require_fit(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
+    """Raise WeightsError unless the checkpoint's model has the names and shapes of `state`, its architecture's."""
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.model_state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if different:
+        raise WeightsError(
+            f"{printable(checkpoint.path)}: says it is of {printable(checkpoint.config.backbone)}, but {len(different)} of its "
+            f"tensors are not ({printable(different[0])}, ...); use another checkpoint"
+        )
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -123,8 +139,15 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with whole_file(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except (
+                RuntimeError
+            ) as error:  # of torch's zip writer, when the disk is full: the file's own error is behind it
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return _read_torch(Path(path))
@@ -134,6 +157,8 @@ def _read_torch(path: Path) -> Any:
     where = printable(path)
     _require_file(path)
     try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  (the one place)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[: ]+([\w.]+)", str(error))
@@ -145,6 +170,19 @@ def _read_torch(path: Path) -> Any:
         raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
     except _DAMAGE as error:
         raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise BadZipFile unless every record has the CRC-32 it was saved with, which torch.load does not look at, and
+    none is compressed, which torch.save never does: a small file would become a huge one."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise zipfile.BadZipFile("holds compressed records")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise zipfile.BadZipFile("its records overlap")
+        if broken := archive.testzip():
+            raise zipfile.BadZipFile(f"record {broken} is not as it was saved")
 
 
 # What torch.load raises on truncated, flipped or foreign bytes.
@@ -159,7 +197,10 @@ _DAMAGE = (
     AssertionError,
     MemoryError,
     OverflowError,
+    NotImplementedError,
+    struct.error,
     zipfile.BadZipFile,
+    zlib.error,
 )
 
 

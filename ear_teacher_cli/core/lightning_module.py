@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
 from ..config import MONITORS, TrainConfig
+from ..data.datamodule import steps_into_epoch
 from ..data.dataset import Batch, derive_seed
 from ..data.pixels import from_unit, normalise, preprocessing_for, to_unit
 from ..errors import EarTeachError, PictureError
@@ -64,6 +65,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.start: dict[str, float] = {}  # quality and health of the embeddings before training
         self.nmi: float | None = None  # of the last two rounds of k-means
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (core.whitening)
+        self.refused: list[tuple[int, str, list[int]]] = []  # steps without a finite loss in a row: number, loss, rows
+        self._sums: dict[str, torch.Tensor] = {}  # this epoch's training figures: sum, and count of what was summed
         self._held_out: list[tuple[torch.Tensor, ...]] = []  # this epoch's validation: rows, embeddings, of views
 
     def load_pretrained(self) -> weights.Receipt:
@@ -148,7 +151,7 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
         self._note_bad("train", batch)
-        if len(batch["index"]) < 2:  # too few readable pictures for batch statistics: the step is skipped
+        if not self._all_ranks(len(batch["index"]) >= 2):  # too few for batch statistics: the step is skipped
             return None
         views = [batch[name] for name in ("pixels", "view") if name in batch]
         embedding = self(torch.cat(views))  # V views of B pictures: VB,3,H,W -> VB,D
@@ -157,10 +160,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         recon = F.mse_loss(self.model.decoder(first).float(), to_unit(target))
         figures = {"recon_loss": recon, **self._other_losses(embedding, batch["index"])}
         loss, others = self._weigh(figures)
+        if not self._all_ranks(bool(torch.isfinite(loss))):  # learning from it would ruin every weight
+            self.refused.append((self.global_step, f"{loss.item():g}", batch["index"].tolist()))
+            return None
+        self.refused = []
         if batch_idx == 0 and self.config.reconstruction_weight and len(figures) > 1:
             ratio = _gradient_ratio(others, self.config.reconstruction_weight * recon, embedding)
-            self.log("train/grad_ratio", ratio, on_step=False, on_epoch=True, batch_size=1)
-        self._log("train", loss, figures, len(batch["index"]))
+            self._add_up({"grad_ratio": ratio}, 1)
+        self._add_up({"loss": loss, **figures}, len(batch["index"]))
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
         self.log("train/lr", rate, on_step=True, on_epoch=False)
         return loss
@@ -208,7 +215,7 @@ class EarTeacherLightningModule(pl.LightningModule):
                 figures["contrastive_loss"] = losses.contrastive_loss(projection, self.config.temperature)
             if self.config.consistency_weight:
                 figures["consistency_loss"] = losses.consistency_loss(self.model.prediction(projection), projection)
-        self._log("val", self._weigh(figures)[0], {**figures, **extra}, len(pixels))
+        self._log_held_out({"loss": self._weigh(figures)[0], **figures, **extra}, len(pixels))
 
     def on_validation_epoch_start(self) -> None:
         self._held_out = []
@@ -216,6 +223,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
+        self._log_training()
         found = {f"val/{name}": value for name, value in self._quality().items()}
         if self.classes is not None and self.config.pseudo_classes != "batch":
             state = classes.figures(self.classes.labels.cpu(), self.classes.count)
@@ -291,6 +299,9 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed(), self._steps_per_epoch()
         )
         checkpoint["earteach"]["start"] = self.start
+        if done := steps_into_epoch(self.trainer):
+            checkpoint["earteach"]["steps_done"] = done
+            checkpoint["training_sums"] = self._sums
         if self.whitening is not None:
             checkpoint["whitening"] = self.whitening
         if self.classes is not None:
@@ -299,6 +310,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
         self.start = dict(checkpoint["earteach"].get("start", {}))
+        self._sums = {name: total.to(self.device) for name, total in checkpoint.get("training_sums", {}).items()}
         state = checkpoint.get("pseudo_classes")
         if state is None:
             return
@@ -381,7 +393,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         talk = self.talk if wanted is None else Talk(quiet=True)  # a few seconds each epoch are not worth a line
         with talk.progress("making pseudo-classes", len(self._train_set()), "pictures") as steps:
             for batch in self.trainer.datamodule.clean_dataloader(wanted):
-                self._note_bad("train", batch)
+                self._note_bad("train", batch, alone=True)
                 if len(batch["index"]):
                     found.append(self(batch["pixels"].to(self.device)).float().cpu())
                     rows.append(batch["index"])
@@ -444,25 +456,58 @@ class EarTeacherLightningModule(pl.LightningModule):
             )
         return datamodule.train_set
 
-    def _note_bad(self, split: str, batch: Batch) -> None:
-        """Count unreadable pictures. Raises EarTeachError when they are more than `max_bad` of the split."""
-        if not batch["bad"]:
-            return
+    def _note_bad(self, split: str, batch: Batch, alone: bool = False) -> None:
+        """Count unreadable pictures. Raises EarTeachError, on all ranks (`alone`: this one is the only one here), when
+        they are more than `max_bad` of the split."""
         for index, reason, detail in batch["bad"]:
             self.bad[(split, index)] = PictureError(reason, detail)
+        count = torch.tensor(float(sum(which == split for which, _ in self.bad)), device=self.device)
+        if not alone:
+            count = self.trainer.strategy.reduce(count, reduce_op="sum")
         datamodule = self.trainer.datamodule
         dataset = datamodule.train_set if split == "train" else datamodule.val_set
-        count = sum(which == split for which, _ in self.bad)
-        if count > self.config.max_bad * len(dataset):
-            (_, index), error = next((k, e) for k, e in self.bad.items() if k[0] == split)
+        if count <= self.config.max_bad * len(dataset):
+            return
+        bad = self.bad if alone else self.all_bad()
+        found = {index: error for (which, index), error in sorted(bad.items()) if which == split}
+        if len(found) > self.config.max_bad * len(dataset):  # a picture that two ranks share was counted twice
+            index, error = next(iter(found.items()))
             raise EarTeachError(
-                f"{dataset.manifest.where(index)}: {error}; {count} of {len(dataset)} pictures are bad, more than "
-                f"--max-bad {self.config.max_bad:g}; run earteach validate-data --write-clean, or raise --max-bad"
+                f"{dataset.manifest.where(index)}: {error}; {len(found)} of {len(dataset)} pictures are bad, more than "
+                f"--max-bad {self.config.max_bad:g}: bad_images.csv lists them. Run earteach validate-data "
+                "--write-clean, or raise --max-bad"
             )
 
-    def _log(self, split: str, loss: torch.Tensor, figures: dict[str, torch.Tensor], count: int) -> None:
-        values = {f"{split}/{name}": value.detach() for name, value in {"loss": loss, **figures}.items()}
+    def all_bad(self) -> dict[tuple[str, int], PictureError]:
+        """`bad` of all ranks, which all must ask for."""
+        if self.trainer.world_size == 1:
+            return self.bad
+        everything: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everything, self.bad)
+        return {place: error for found in everything for place, error in found.items()}
+
+    def _add_up(self, figures: dict[str, torch.Tensor], count: int) -> None:
+        """Add means over `count` pictures to the epoch's. Kept here, not by Lightning, which forgets the part of an
+        epoch before an interruption."""
+        for name, mean in figures.items():
+            total = self._sums.setdefault(name, torch.zeros(2, device=self.device))
+            total += torch.stack((mean.detach().float() * count, total.new_tensor(count)))
+
+    def _log_training(self) -> None:
+        """The epoch's training figures, of all ranks; called when it is over, at the end of its validation."""
+        if self._sums:
+            totals = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+            means = (totals[:, 0] / totals[:, 1]).unbind()
+            self.log_dict({f"train/{name}": mean for name, mean in zip(self._sums, means, strict=True)})
+        self._sums = {}
+
+    def _log_held_out(self, figures: dict[str, torch.Tensor], count: int) -> None:
+        values = {f"val/{name}": value.detach() for name, value in figures.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=count, sync_dist=self.trainer.world_size > 1)
+
+    def _all_ranks(self, ready: bool) -> bool:
+        """Whether every rank is ready: a step that one leaves out, all must leave out, or they wait for ever."""
+        return self.trainer.strategy.reduce_boolean_decision(ready, all=True)
 
     def _epochs_completed(self) -> int:
         return self.trainer.fit_loop.epoch_progress.current.processed

@@ -7,7 +7,7 @@ from ..config import MONITORS
 from ..errors import EarTeachError
 from ..files import printable
 
-CONFIG, METRICS, BAD, CHECKPOINTS = "config.toml", "metrics.csv", "bad_images.csv", "checkpoints"
+CONFIG, METRICS, BAD, CHECKPOINTS, LAST = "config.toml", "metrics.csv", "bad_images.csv", "checkpoints", "last.ckpt"
 
 
 def versions(experiment: Path) -> list[Path]:
@@ -16,12 +16,20 @@ def versions(experiment: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("version_")))
 
 
+def is_begun(experiment: Path) -> bool:
+    """Whether something lies in the folder, be it a run or not; locks and other hidden files do not count."""
+    return experiment.is_dir() and any(not path.name.startswith(".") for path in experiment.iterdir())
+
+
+def checkpoints(experiment: Path) -> list[Path]:
+    """All checkpoints, newest first: `last.ckpt`, then by time."""
+    found = (experiment / CHECKPOINTS).glob("*.ckpt")
+    return sorted(found, key=lambda path: (path.name == LAST, path.stat().st_mtime), reverse=True)
+
+
 def last_checkpoint(experiment: Path) -> Path | None:
     """`last.ckpt`, else the newest there is."""
-    last = experiment / CHECKPOINTS / "last.ckpt"
-    if last.exists():
-        return last
-    return max((experiment / CHECKPOINTS).glob("*.ckpt"), key=lambda p: p.stat().st_mtime, default=None)
+    return next(iter(checkpoints(experiment)), None)
 
 
 def best_checkpoint(experiment: Path) -> Path | None:

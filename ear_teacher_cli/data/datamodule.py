@@ -28,7 +28,10 @@ class EarDataModule(pl.LightningDataModule):
         self.config = config or TrainConfig(**options)
         self.train_set: EarDataset | None = None
         self.val_set: EarDataset | None = None
-        self._epochs_completed = 0  # of the run that is being resumed
+        self._epochs_completed, self._steps_done = (
+            0,
+            0,
+        )  # of the run that is being resumed; steps: of its epoch under way
 
     def setup(self, stage: str | None = None) -> None:
         """Read both manifests. Raises EarTeachError if one cannot be read or none of its pictures is there."""
@@ -65,10 +68,11 @@ class EarDataModule(pl.LightningDataModule):
         self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing, config.augmentation))
 
     def state_dict(self) -> dict[str, int]:
-        return {"epochs_completed": self.trainer.fit_loop.epoch_progress.current.processed}
+        completed = self.trainer.fit_loop.epoch_progress.current.processed
+        return {"epochs_completed": completed, "steps_done": steps_into_epoch(self.trainer)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._epochs_completed = state["epochs_completed"]
+        self._epochs_completed, self._steps_done = state["epochs_completed"], state.get("steps_done", 0)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, shuffle=True)
@@ -89,6 +93,7 @@ class EarDataModule(pl.LightningDataModule):
         sampler = EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world)
         # Lightning starts the first iterator, whose workers fetch ahead, before it tells the sampler the epoch.
         sampler.set_epoch(self._epochs_completed)
+        sampler.skip = self._steps_done * self.config.batch_size if shuffle else 0
         return DataLoader(
             dataset,
             batch_size=self.config.batch_size,
@@ -99,6 +104,11 @@ class EarDataModule(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
         )
+
+
+def steps_into_epoch(trainer: pl.Trainer) -> int:
+    """Steps done of the epoch under way; 0 at its end, whose checkpoint is of whole epochs."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.processed % max(1, int(trainer.num_training_batches))
 
 
 def _require_identities(manifest: Manifest, monitor: str) -> None:

@@ -95,6 +95,7 @@ class EpochSampler(DistributedSampler):
     def __init__(self, length: int, seed: int, *, shuffle: bool, rank: int = 0, world: int = 1):
         super().__init__(range(length), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
         self.length, self.world = length, world
+        self.skip = 0  # rows of this rank that the next epoch alone leaves out: they were seen before an interruption
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch if self.shuffle else 0  # validation is the same every epoch
@@ -107,7 +108,8 @@ class EpochSampler(DistributedSampler):
         if self.shuffle:
             np.random.Generator(np.random.PCG64([self.seed, self.epoch])).shuffle(order)
         order = np.resize(order, len(self) * self.world)
-        for index in order[self.rank :: self.world].tolist():
+        skip, self.skip = self.skip, 0
+        for index in order[self.rank :: self.world][skip:].tolist():
             yield Draw(index, derive_seed(self.seed, self.epoch, index))
 
 

@@ -1,0 +1,95 @@
+"""Ctrl-C and SIGTERM in a training run: save in the middle of the epoch, then stop.
+
+A checkpoint can be taken after any step but the epoch's last: Lightning takes one after the last step for the end of
+the epoch, and would leave the validation out. So the state after the last step but one is kept in memory until the
+epoch is over, for a signal that comes later. While classes are made, or before the first step, nothing new is to be
+saved, and the run stops at once.
+"""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+
+from ..errors import Stopped
+
+
+class SaveOnStop(Checkpoint):
+    """Writes `path` when told to stop, and raises Stopped. A second signal stops at once, without saving.
+
+    `saved`: whether the file was written; `exit_code` of what stopped the run. A Checkpoint, as Lightning calls those
+    after all other callbacks.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.saved, self.exit_code = path, False, 0
+        self.told: int | None = None  # the signal, if one came while stepping or saving
+        self.waits = False  # whether a signal has to wait for the end of what is being done
+        self.before_last: dict[str, Any] | None = None  # the checkpoint of the last step but one of this epoch
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # after Lightning's own, which notes a SIGTERM and looks at it at the epoch's end; it puts the old ones back
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._tell)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.waits, self.before_last = False, None
+        self._stop_if_told(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.waits = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        steps_left = trainer.num_training_batches - batch_idx - 1
+        told = trainer.strategy.reduce_boolean_decision(self.told is not None, all=False)
+        if steps_left == 1 or (told and steps_left):
+            self.before_last = _copied(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+        if told:
+            self._save(trainer)
+            raise Stopped(self.told or signal.SIGTERM)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.waits = False
+        self._stop_if_told(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.waits = True  # the epoch's checkpoints come next
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self.exit_code = getattr(exception, "exit_code", 130)
+            if not self.saved and not self.waits:
+                self._save(trainer)
+
+    def _tell(self, number: int, frame: Any) -> None:
+        if not self.waits or self.told is not None:
+            self.told = number
+            raise Stopped(number)
+        self.told = number
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.told is not None, all=False):
+            raise Stopped(self.told or signal.SIGTERM)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.before_last is not None:
+            trainer.strategy.save_checkpoint(self.before_last, str(self.path))
+            self.saved = True
+
+
+def _copied(value: Any) -> Any:
+    """A checkpoint with tensors of its own, on the CPU: training goes on with the others."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(part) for part in value)
+    return value

@@ -1,0 +1,76 @@
+"""SIGTERM and Ctrl-C save in the middle of an epoch; one run at a time; what a killed run leaves is found and used."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PLAIN_WORDS, small_config
+from test_resume import assert_same_weights, copy_back_to
+
+from ear_teacher_cli.commands.train import resume, train
+from ear_teacher_cli.core import callbacks
+from ear_teacher_cli.core.checkpoint import read_checkpoint
+from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli.talk import Talk
+
+QUIET = Talk(quiet=True)
+RECIPES = {
+    "plain": dict(max_epochs=3),
+    # two views, a moving average, whitening, augmentation in two processes, a new round of classes
+    "whole": dict(
+        max_epochs=3, views=2, augment=True, contrastive_weight=1.0, ema_decay=0.9, whiten=True, num_workers=2,
+        cluster_every=1, monitor="val/retrieval",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request, manifests, tmp_path_factory):
+    """(options, the uninterrupted run) of 3 epochs of 3 steps."""
+    options, outputs = RECIPES[request.param], tmp_path_factory.mktemp("whole")
+    return options, train(small_config(manifests, output_dir=str(outputs), **options), QUIET).experiment
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("method", "call", "left"),
+    [
+        ("training_step", 1, (0, 1)),  # epochs and steps done when it stops
+        ("training_step", 5, (1, 2)),
+        ("training_step", 6, (1, 2)),  # the epoch's last: taken again, and validated
+        ("validation_step", 2, (1, 2)),
+        ("fit_whitening", 1, (0, 2)),
+        ("_make_classes", 2, (1, 0)),
+        ("on_save_checkpoint", 2, (1, 0)),  # saving is finished first
+    ],
+)
+def test_a_signal_saves_and_resume_is_the_uninterrupted_run(
+    recipe, manifests, tmp_path, monkeypatch, number, method, call, left
+):
+    options, whole = recipe
+    calls = 0
+    original = getattr(EarTeacherLightningModule, method)
+
+    def with_signal(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    if method in ("fit_whitening", "_make_classes") and not options.get("whiten"):
+        pytest.skip("this recipe has none, or but one")
+    with monkeypatch.context() as patch:
+        patch.setattr(EarTeacherLightningModule, method, with_signal)
+        outcome = train(small_config(manifests, output_dir=str(tmp_path), **options), QUIET)
+    assert outcome.interrupted == 128 + number
+    checkpoint = read_checkpoint(tmp_path / "ear_teacher" / "checkpoints" / "last.ckpt")
+    assert (checkpoint.epoch, checkpoint.steps_done) == left
+    assert resume(outcome.experiment, QUIET).epochs == 3
+    assert_same_weights(whole, outcome.experiment)
+    assert (outcome.experiment / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
