@@ -48,7 +48,13 @@ Workers = Annotated[int, typer.Option(help="Processes that decode pictures; at m
 
 def main() -> None:
     """The `earteach` command: every error of ours becomes one line and its exit code."""
-    signal.signal(signal.SIGTERM, _stop)  # as schedulers send before they kill: temporary files go, as after Ctrl-C
+    told: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        told.append(number)
+        raise Stopped(number)
+
+    signal.signal(signal.SIGTERM, stop)  # schedulers send it before they kill: it ends things in order, as Ctrl-C does
     try:
         app(prog_name="earteach")
     except EarTeachError as error:
@@ -57,17 +63,15 @@ def main() -> None:
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
         typer.echo(f"earteach: {message}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as stop:
-        sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+    except SystemExit as end:  # Typer turns every KeyboardInterrupt into 130
+        sys.exit(128 + told[0] if told else end.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:  # a name too long, a disk that is full: the system's words are clear enough
         typer.echo(
             f"earteach: {printable(error.filename or 'output')}: {error.strerror or error}; check the path", err=True
         )
         sys.exit(1)
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise Stopped(number)
 
 
 def _print_version(asked: bool) -> None:
@@ -319,6 +323,9 @@ def embed(
     root_dir: RootDir = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted or killed embed left, to the same bytes.")
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -338,6 +345,7 @@ def embed(
         root_dir=root_dir,
         batch_size=batch_size,
         num_workers=num_workers,
+        resume=resume,
         overwrite=overwrite,
         talk=talk,
     )

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ear_teacher_cli.core import runs
 from ear_teacher_cli.core.checkpoint import read_checkpoint
 from ear_teacher_cli.core.embedder import load_embedder
 from ear_teacher_cli.data.crop import load_crop
+from ear_teacher_cli.data.embeddings import read_embeddings
 from ear_teacher_cli.data.manifest import read_manifest
 
 
@@ -243,13 +245,108 @@ def test_odd_names_come_back_as_they_are(run, ears, tmp_path, earteach, monkeypa
     listing = b"\n".join([*(os.fsencode(p) for p in odd if "\n" not in p.name), raw])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing)))
     assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 0
-    with open(tmp_path / "x.csv", newline="", errors="surrogateescape", encoding="utf-8") as file:
-        assert [row["path"] for row in csv.DictReader(file)] == [str(odd[0]), str(odd[2]), os.fsdecode(raw)]
+    paths = [row["path"] for row in rows_of(tmp_path / "x.csv")]
+    assert paths == [str(odd[0]), str(odd[2]), str(tmp_path / "latin\\udce9.jpg")]
     folder = tmp_path / "folder"
     folder.mkdir()
     shutil.copy(source, folder / "two\nlines.jpg")
     assert earteach("embed", folder, tmp_path / "y.npy", "--weights", run).code == 0
-    assert [row["path"] for row in rows_of(tmp_path / "y.csv")] == ["two\nlines.jpg"]
+    assert [row["path"] for row in rows_of(tmp_path / "y.csv")] == ["two\\nlines.jpg"]
+
+
+def killed_after(batches: int, words: list, folder: Path, number: int = signal.SIGKILL) -> None:
+    """Run `earteach` in a process of its own, killed when it has written so many batches of rows."""
+    script = (
+        "import os, sys; from ear_teacher_cli.data.journal import Journal; from ear_teacher_cli.cli import main\n"
+        "add, calls = Journal.add, []\n"
+        "def counted(self, *arguments):\n"
+        "    calls.append(add(self, *arguments))\n"
+        f"    if len(calls) == {batches}: os.kill(os.getpid(), {int(number)})\n"
+        "Journal.add = counted\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode in (-number, 128 + number) and "Traceback" not in done.stderr, done.stderr
+    if number != signal.SIGKILL:
+        assert "--resume goes on" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "csv"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_embed_goes_on_to_the_same_bytes(kind, number, run, ears, tmp_path, earteach):
+    copy = damaged(ears, tmp_path)
+    words = ["embed", copy / "eval.csv", f"x.{kind}", "--weights", run, "--batch-size", 2, "--num-workers", 0]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert earteach(*words[:2], whole / f"x.{kind}", *words[3:]).code == 0
+    killed_after(4, words, killed, number)
+    assert [p.name for p in killed.iterdir()] == [f".x.{kind}.unfinished"]
+    words[2] = killed / f"x.{kind}"
+    said = earteach(*words, "--resume")
+    assert said.code == 0 and "going on after 8 of 12 pictures" in said.err, said.err
+    assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    said = earteach(*words, "--resume")
+    assert said.code == 2 and "nothing unfinished" in said.err
+
+
+@pytest.mark.parametrize("lost", [1, 300, 10**6])
+@pytest.mark.parametrize("file", ["rows.npy", "names.csv"])
+def test_half_written_rows_and_names_are_done_again(file, lost, run, ears, tmp_path, earteach, embedded):
+    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, "--batch-size", 2, "--num-workers", 0]
+    killed_after(3, words, tmp_path)
+    path = tmp_path / ".x.npy.unfinished" / file
+    path.write_bytes(path.read_bytes()[:-lost])
+    assert earteach(*words, "--resume").code == 0
+    assert earteach(*words[:2], tmp_path / "y.npy", *words[3:]).code == 0
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+    assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "y.csv").read_bytes()
+
+
+def test_resume_refuses_other_weights_pictures_and_batches(run, ears, tmp_path, earteach):
+    copy = shutil.copytree(ears, tmp_path / "ears")
+    words = ["embed", copy / "eval.csv", tmp_path / "x.npy", "--weights", run, "--batch-size", 2, "--num-workers", 0]
+    killed_after(3, words, tmp_path)
+    other = run / "checkpoints" / "epoch_0005.ckpt"
+    assert "other weights" in earteach(*words[:4], other, *words[5:], "--resume").err
+    assert "other batch size (2, now 4)" in earteach(*words[:6], 4, "--resume").err
+    assert "other normalized" in earteach(*words, "--resume", "--no-normalize").err
+    os.utime(read_manifest(copy / "eval.csv").file(9), (1, 1))
+    said = earteach(*words, "--resume")
+    assert said.code == 1 and "other pictures or labels" in said.err and not (tmp_path / "x.npy").exists()
+    said = earteach(*words)  # anew
+    assert said.code == 0 and "an unfinished one is dropped" in said.err
+    assert not list(tmp_path.glob(".x*"))
+
+
+def test_two_embeds_at_once_into_one_file_are_refused(run, ears, tmp_path, earteach):
+    (tmp_path / ".x.npy.unfinished").mkdir()
+    script = (
+        "import sys; from pathlib import Path; from ear_teacher_cli.files import only_writer\n"
+        "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", script, tmp_path / ".x.npy.unfinished"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        said = earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run)
+        other.kill()
+    assert said.code == 1 and f"process {other.pid} on " in said.err and "is writing there" in said.err
+    assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run).code == 0  # its lock died with it
+
+
+def test_formulas_and_control_characters_in_csv(run, ears, tmp_path, earteach):
+    source = ears / "images" / "p008" / "00.jpg"
+    names = ["=cmd.jpg", "+1.jpg", "'=x.jpg", "@a.jpg", "plain.jpg"]
+    for name in names:
+        shutil.copy(source, tmp_path / name)
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image_path", "identity"], *([name, "=1+1"] for name in names)])
+    assert earteach("embed", tmp_path / "list.csv", tmp_path / "x.npy", "--weights", run).code == 0
+    table = rows_of(tmp_path / "x.csv")
+    assert [row["path"] for row in table] == ["'=cmd.jpg", "'+1.jpg", "''=x.jpg", "'@a.jpg", "plain.jpg"]
+    assert {row["identity"] for row in table} == {"'=1+1"}
+    found = read_embeddings(tmp_path / "x.npy")
+    assert found.paths == names and set(found.identities) == {"=1+1"}
 
 
 def test_weights_that_carry_their_preprocessing_keep_it(run, ears, tmp_path, earteach):

@@ -1,19 +1,13 @@
 """SIGTERM and Ctrl-C save in the middle of an epoch; one run at a time; what a killed run leaves is found and used."""
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import PLAIN_WORDS, small_config
-from test_resume import assert_same_weights, copy_back_to
+from conftest import small_config
+from test_resume import assert_same_weights
 
 from ear_teacher_cli.commands.train import resume, train
-from ear_teacher_cli.core import callbacks
 from ear_teacher_cli.core.checkpoint import read_checkpoint
 from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
 from ear_teacher_cli.talk import Talk

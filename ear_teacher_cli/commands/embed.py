@@ -1,7 +1,7 @@
 """`embed`: pictures in, one row of numbers per readable picture out, with names and provenance beside it.
 
-Rows stream to disk: memory does not grow with their number. A picture that cannot be read has no row; the
-list beside the embeddings says why.
+Rows stream to disk: memory does not grow with their number, and a killed `embed` goes on with `--resume`. A picture
+that cannot be read has no row; the list beside the embeddings says why.
 """
 
 import csv
@@ -13,18 +13,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
-from ..data.dataset import BadPicture
-from ..data.manifest import Box, Manifest, read_input
+from ..data.journal import Journal, input_mark, place_rows, unfinished
+from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..talk import Talk
@@ -53,80 +53,97 @@ def embed(
     root_dir: str | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
+    resume: bool = False,
     overwrite: bool = False,
     talk: Talk,
 ) -> Embedded:
     """Embed `source` (a folder, a manifest, a picture, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
 
     `normalize`: rows at unit length (L2). `whiten`: as the run fitted it to its training embeddings, where it did;
-    rows that are not normalised are not whitened either. Raises EarTeachError if not one picture could be embedded.
+    rows that are not normalised are not whitened either. `resume`: go on with what a killed one left, to the same
+    bytes. Raises EarTeachError if not one picture could be embedded.
     """
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
+    if resume and out == "-":
+        raise WordsError("--resume: what went to stdout is not kept; name a file")
     for path in [out, *sidecars.values()] if out != "-" else []:
-        refuse_existing(path, overwrite, inputs=(source, weights))
+        refuse_existing(path, overwrite or resume, inputs=(source, weights))
     manifest = read_input(source, root_dir)
     embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
     talk.say(
         f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
         f"{embedder.preprocessing.image_size} px"
     )
-    whitening = embedder.whitening
-    if whitening:
+    if embedder.whitening:
         talk.say("whitened as the run fitted it (--no-whiten: raw)")
-    with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
-        file = stack.enter_context(_output(out))
-        dim = whitening.matrix.shape[1] if whitening else embedder.embedding_dim
-        rows = _WRITERS[kind](file, dim, manifest)
-        names = _Names(stack.enter_context(_output(str(sidecars["names"]))), manifest) if "names" in sidecars else None
-        skipped = _run(embedder, manifest, normalize, whiten, batch_size, num_workers, rows, names, talk)
-        if rows.count == 0:
+    dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
+    about = _provenance(embedder, manifest, dim, normalize)
+    with _files(out, about, batch_size, manifest, resume, talk) as files:
+        journal = Journal(*files, manifest, dim, batch_size)
+        if journal.done:
+            talk.say(f"going on after {journal.done} of {len(manifest)} pictures")
+        try:
+            _run(embedder, journal, normalize, whiten, num_workers, talk)
+        except KeyboardInterrupt:
+            if journal.count and out != "-":
+                talk.say(
+                    f"interrupted: {journal.done} of {len(manifest)} pictures are kept; --resume goes on with them"
+                )
+            raise
+        if journal.count == 0:
             raise EarTeachError(
                 f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
             )
-        rows.finish()
-        if names:
-            names.finish()
-        if "about" in sidecars:
-            about = _provenance(embedder, manifest, dim, normalize, whitening is not None, rows.count, skipped)
-            stack.enter_context(_output(str(sidecars["about"]))).write(json.dumps(about, indent=2).encode() + b"\n")
-    return Embedded(rows.count, skipped, dim, out)
+        journal.finish()
+        skipped = len(manifest) - journal.count
+        if out == "-":
+            _to_stdout(journal, kind)
+        else:  # the embeddings last: where they are, all is
+            if "names" in sidecars:
+                with whole_file(sidecars["names"]) as temporary:
+                    shutil.copyfile(files[1].name, temporary)
+            with whole_file(sidecars["about"]) as temporary:
+                figures = {"rows": journal.count, "skipped": skipped}
+                temporary.write_text(json.dumps(figures | about, indent=2) + "\n", encoding="utf-8")
+            if kind == "npy":
+                place_rows(files[0], Path(out))
+            else:
+                with whole_file(out) as temporary, open(temporary, "w+b") as file:
+                    _WRITERS[kind](journal, file)
+    return Embedded(journal.count, skipped, dim, out)
 
 
-def _run(
-    embedder: Embedder,
-    manifest: Manifest,
-    normalize: bool,
-    whiten: bool,
-    batch_size: int,
-    num_workers: int,
-    rows: "_Rows",
-    names: "_Names | None",
-    talk: Talk,
-) -> int:
-    """Embed all, in order; number of pictures skipped."""
-    skipped = 0
-    for good, vectors, bad in embed_pictures(embedder, manifest, batch_size, num_workers, talk):
-        if names:
-            names.add(manifest, rows.count, good, bad)
+def _run(embedder: Embedder, journal: Journal, normalize: bool, whiten: bool, num_workers: int, talk: Talk) -> None:
+    """Embed all that the journal has not, in order."""
+    manifest, start = journal.manifest, journal.done
+    for good, vectors, bad in embed_pictures(embedder, manifest, journal.batch_size, num_workers, talk, start):
+        rows = None
         if good:
-            found = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
-            rows.add(found, good)
-        skipped += len(bad)
-    return skipped
+            rows = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
+        journal.add(good, rows, bad)
 
 
-def _provenance(
-    embedder: Embedder, manifest: Manifest, dim: int, normalize: bool, whitened: bool, rows: int, skipped: int
-) -> dict[str, Any]:
+@contextmanager
+def _files(
+    out: str, about: dict[str, Any], batch_size: int, manifest: Manifest, resume: bool, talk: Talk
+) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    if out == "-":
+        with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as names:
+            yield rows, names
+        return
+    state = {**about, "batch_size": batch_size, "pictures_or_labels": input_mark(manifest)}
+    with unfinished(Path(out), state, resume, talk) as files:
+        yield files
+
+
+def _provenance(embedder: Embedder, manifest: Manifest, dim: int, normalize: bool) -> dict[str, Any]:
     """What `out.json` says: how to read the numbers, and whether two files may be compared."""
     return {
-        "rows": rows,
-        "skipped": skipped,
         "dim": dim,
         "dtype": "float32",
         "normalized": normalize,
-        "whitened": whitened,
+        "whitened": embedder.whitening is not None,
         "input": Path(manifest.source).name,
         "weights": Path(embedder.source).name,
         "weights_sha256": embedder.sha256,
@@ -158,135 +175,46 @@ def _sidecars(out: str, kind: str) -> dict[str, Path]:
     return sidecars if kind == "csv" else {**sidecars, "names": path.with_suffix(".csv")}
 
 
-@contextmanager
-def _output(out: str) -> Iterator[BinaryIO]:
-    """A seekable binary file that becomes the file `out`, or is sent to stdout, when whole."""
-    if out == "-":
-        with tempfile.TemporaryFile() as file:
-            yield file
-            file.seek(0)
-            try:
-                shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
-                sys.stdout.buffer.flush()
-            except BrokenPipeError:  # the reader has all it wants; what is left to flush at exit goes nowhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:
-        with whole_file(out) as temporary, open(temporary, "w+b") as file:
-            yield file
+def _to_stdout(journal: Journal, kind: str) -> None:
+    with tempfile.TemporaryFile() as file:
+        _WRITERS[kind](journal, file)
+        file.seek(0)
+        try:
+            shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # the reader has all it wants; what is left to flush at exit goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _labels(manifest: Manifest) -> dict[str, Any]:
-    """What the manifest knows of who is on its pictures, by column."""
-    known = {"identity": manifest.identities, "side": manifest.sides}
-    return {name: column for name, column in known.items() if column is not None}
+def _write_npy(journal: Journal, file: BinaryIO) -> None:
+    """float32 [N, D]."""
+    journal.rows.seek(0)
+    shutil.copyfileobj(journal.rows, file, 2**20)
 
 
-class _Rows(Protocol):
-    """A way to write embeddings. `count`: rows so far."""
-
-    count: int
-
-    def add(self, vectors: np.ndarray, indices: list[int]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class _Npy:
-    """float32 [N, D]. numpy pads the header so that N can be written last, in place."""
-
-    def __init__(self, file: BinaryIO, dim: int, manifest: Manifest):
-        self.file, self.dim, self.count = file, dim, 0
-        self._write_header()
-
-    def add(self, vectors: np.ndarray, indices: list[int]) -> None:
-        self.file.write(vectors.astype("<f4", copy=False).tobytes())
-        self.count += len(vectors)
-
-    def finish(self) -> None:
-        start = self.file.tell()
-        self.file.seek(0)
-        self._write_header()
-        self.file.seek(start)
-
-    def _write_header(self) -> None:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.dim)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-
-class _Npz:
+def _write_npz(journal: Journal, file: BinaryIO) -> None:
     """`embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole picture)."""
-
-    def __init__(self, file: BinaryIO, dim: int, manifest: Manifest):
-        self.file, self.spool = file, tempfile.TemporaryFile()
-        self.rows = _Npy(self.spool, dim, manifest)
-        self.manifest = manifest
-        self.paths: list[str] = []
-        self.boxes: list[Box] = []
-
-    @property
-    def count(self) -> int:
-        return self.rows.count
-
-    def add(self, vectors: np.ndarray, indices: list[int]) -> None:
-        self.rows.add(vectors, indices)
-        self.paths += [self.manifest.paths[i] for i in indices]
-        self.boxes += [self.manifest.boxes[i] or (float("nan"),) * 4 for i in indices]
-
-    def finish(self) -> None:
-        self.rows.finish()
-        self.spool.seek(0)
-        with zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("embeddings.npy", "w", force_zip64=True) as member:
-                shutil.copyfileobj(self.spool, member, 2**20)
-            for name, column in (("paths", np.array(self.paths)), ("boxes", np.array(self.boxes, np.float32))):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, column, allow_pickle=False)
-        self.spool.close()
+    manifest = journal.manifest
+    paths = np.array([manifest.paths[i] for i in journal.kept])
+    boxes = np.array([manifest.boxes[i] or (float("nan"),) * 4 for i in journal.kept], np.float32)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("embeddings.npy", "w", force_zip64=True) as member:
+            _write_npy(journal, member)
+        for name, column in (("paths", paths), ("boxes", boxes)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, column, allow_pickle=False)
 
 
-class _Csv:
-    """row, path, x1, y1, x2, y2, identity and side where known, then e0 ... e(D-1), each float32 in the fewest digits that give it back."""
-
-    def __init__(self, file: BinaryIO, dim: int, manifest: Manifest):
-        self.text, self.count = (
-            io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True),
-            0,
-        )
-        self.writer = csv.writer(self.text)
-        self.manifest, self.labels = manifest, _labels(manifest)
-        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *self.labels, *(f"e{i}" for i in range(dim))])
-
-    def add(self, vectors: np.ndarray, indices: list[int]) -> None:
-        for vector, i in zip(vectors, indices, strict=True):
-            box, labels = self.manifest.boxes[i] or ("",) * 4, [column[i] for column in self.labels.values()]
-            self.writer.writerow([self.count, self.manifest.paths[i], *box, *labels, *vector.astype(str)])
-            self.count += 1
-
-    def finish(self) -> None:
-        self.text.detach()  # the file stays open: it is not ours to close
+def _write_csv(journal: Journal, file: BinaryIO) -> None:
+    """row, path, x1, y1, x2, y2, identity and side where known, then e0 ... e(D-1), each float32 in the fewest digits
+    that give it back."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    writer = csv.writer(text)
+    numbers = (f"e{i}" for i in range(journal.dim))
+    writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *journal.labels, *numbers])
+    for row, (index, vector) in enumerate(zip(journal.kept, journal.array(), strict=True)):
+        writer.writerow([row, *journal.name_of(index), *journal.labels_of(index), *vector.astype(str)])
+    text.detach()  # the file stays open: it is not ours to close
 
 
-_WRITERS = {"npy": _Npy, "npz": _Npz, "csv": _Csv}
-
-
-class _Names:
-    """`out.csv` beside the embeddings: every input in order; `row` is empty where there is no embedding.
-
-    What the manifest knows of identity and side is kept, so that `evaluate` needs no other list.
-    """
-
-    def __init__(self, file: BinaryIO, manifest: Manifest):
-        self.text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
-        self.writer = csv.writer(self.text)
-        self.labels = _labels(manifest)
-        self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status", *self.labels])
-
-    def add(self, manifest: Manifest, next_row: int, good: list[int], bad: list[BadPicture]) -> None:
-        entries = [(index, next_row + i, "ok") for i, index in enumerate(good)]
-        entries += [(entry.index, "", f"{entry.reason}: {entry.detail}") for entry in bad]
-        for index, row, status in sorted(entries, key=lambda entry: entry[0]):
-            labels = [column[index] for column in self.labels.values()]
-            self.writer.writerow([row, manifest.paths[index], *(manifest.boxes[index] or ("",) * 4), status, *labels])
-
-    def finish(self) -> None:
-        self.text.detach()
+_WRITERS = {"npy": _write_npy, "npz": _write_npz, "csv": _write_csv}

@@ -94,12 +94,17 @@ def load_embedder(
 
 
 def embed_pictures(
-    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk
+    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk, start: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
-    """A batch at a time, in order: indices B, embeddings float32 B,D (None if B is 0), and what could not be read."""
+    """A batch at a time, in order, from the picture `start` on: indices B, embeddings float32 B,D (None if B is 0), and
+    what could not be read."""
     workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
     loader = DataLoader(
-        EarDataset(manifest, embedder.preprocessing), batch_size=batch_size, num_workers=workers, collate_fn=collate
+        EarDataset(manifest, embedder.preprocessing),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        sampler=range(start, len(manifest)),
     )
     if embedder.preprocessing.mirror:
         unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
@@ -108,7 +113,7 @@ def embed_pictures(
                 f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
                 "embedded as they are. A manifest with a side column puts it right"
             )
-    with talk.progress("embedding", len(manifest), "pictures") as steps:
+    with talk.progress("embedding", len(manifest) - start, "pictures") as steps:
         for batch in loader:
             for bad in batch["bad"]:
                 talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")

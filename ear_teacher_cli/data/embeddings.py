@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ManifestError
-from ..files import printable
+from ..files import printable, uncell
 from .manifest import Box
 from .npy import map_npy, read_npz
 
@@ -120,15 +120,15 @@ def _columns(table: list[dict[str, str]], where: str) -> tuple[list, list, list 
             boxes.append(tuple(map(float, corners)) if all(corners) else None)
         except ValueError:
             raise ManifestError(f"{where} row {row}: its box is not four numbers; embed again") from None
-    known = [[line.get(name) or "" for line in table] for name in ("identity", "side")]
-    return [line["path"] for line in table], boxes, *(column if any(column) else None for column in known)
+    known = [[uncell(line.get(name) or "") for line in table] for name in ("identity", "side")]
+    return [uncell(line["path"]) for line in table], boxes, *(column if any(column) else None for column in known)
 
 
 def _table(path: Path) -> list[dict[str, str]]:
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
-    except (OSError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{printable(path)}: not readable as CSV ({error}); check the path") from error
     for row, line in enumerate(table):
         if None in line or None in line.values():

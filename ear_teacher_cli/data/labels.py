@@ -161,7 +161,8 @@ def _leave_out(left_out: dict[str, int], reason: str, count: int, words: str, ta
 
 
 def _path(path: str) -> str:
-    return posixpath.normpath(path.replace("\\", "/"))
+    """One form for all: in CSV control characters are escaped."""
+    return posixpath.normpath(printable(path).replace("\\", "/"))
 
 
 def _box(box: Box | None) -> Box | None:
