@@ -6,6 +6,7 @@ looked up when first used, so that importing the package costs nothing:
     from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import EarTeachError
 
 __version__ = "0.1.0"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before timm loads it: nothing is sent anywhere
 
 __all__ = ["EarDataModule", "EarTeachError", "EarTeacherLightningModule", "TrainConfig"]
 

@@ -17,7 +17,7 @@ from .config import PRESETS, TrainConfig, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
 from .files import printable
-from .machine import is_first_process
+from .machine import complaint, is_first_process
 from .talk import Talk
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def main() -> None:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
-        typer.echo(f"earteach: {message}", err=True)
+        typer.echo(f"earteach: {printable(message)}", err=True)  # whatever strange names it holds
         sys.exit(error.exit_code)
     except SystemExit as end:  # Typer turns every KeyboardInterrupt into 130
         sys.exit(128 + told[0] if told else end.code)
@@ -71,6 +71,12 @@ def main() -> None:
         typer.echo(
             f"earteach: {printable(error.filename or 'output')}: {error.strerror or error}; check the path", err=True
         )
+        sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        meant = complaint(error)
+        if meant is None:
+            raise
+        typer.echo(f"earteach: {printable(meant)}", err=True)
         sys.exit(1)
 
 

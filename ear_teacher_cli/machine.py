@@ -1,6 +1,9 @@
-"""What this machine offers."""
+"""What this machine offers, and what its complaints mean."""
 
 import os
+import re
+
+from .errors import EarTeachError
 
 
 def usable_cores() -> int:
@@ -11,3 +14,40 @@ def usable_cores() -> int:
 def is_first_process() -> bool:
     """Whether this is the process the user started: Lightning starts the other ranks by running the same command again."""
     return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def complaint(error: Exception) -> EarTeachError | None:
+    """An error of torch about the machine in our words, with the option that helps; None if it is another."""
+    text = " ".join(str(error).split())
+    for pattern, words in _COMPLAINTS:
+        if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
+            return EarTeachError(f"{words} ({text[:120]})")
+    return None
+
+
+# What torch says (class and text) and what it means. The first that fits counts: shared memory before memory.
+_COMPLAINTS = (
+    (
+        r"shared memory|bus error|\bshm\b|/torch_\d",
+        "shared memory (/dev/shm): too small for the processes that load pictures; use --num-workers 0, or give the "
+        "container more (docker run --shm-size 8g)",
+    ),
+    (
+        r"DataLoader timed out",
+        "loading pictures: no batch came in time; look after the disk, raise --load-timeout, or find the picture that "
+        "hangs with earteach validate-data",
+    ),
+    (
+        r"DataLoader worker .*(killed|exited)",
+        "loading pictures: a process that does it was killed, mostly for want of memory; lower --num-workers or "
+        "--batch-size",
+    ),
+    (
+        r"^OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+        "GPU memory: too small; lower --batch-size or --image-size, or use --precision 16-mixed",
+    ),
+    (
+        r"^MemoryError|can't allocate memory|not enough memory",
+        "memory: too small; lower --batch-size, --image-size or --num-workers",
+    ),
+)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .files import printable
+
 FIRST_LINE_S = 1.0
 NEXT_LINE_S = 10.0
 
@@ -63,7 +65,7 @@ class Talk:
                 self._bar = None
 
     def _print(self, text: str) -> None:
-        (self._bar.console if self._bar else self.console).print(text, markup=False)
+        (self._bar.console if self._bar else self.console).print(printable(text), markup=False)
 
 
 class Steps(Protocol):

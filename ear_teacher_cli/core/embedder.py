@@ -105,6 +105,7 @@ def embed_pictures(
         num_workers=workers,
         collate_fn=collate,
         sampler=range(start, len(manifest)),
+        timeout=TrainConfig.load_timeout if workers else 0,
     )
     if embedder.preprocessing.mirror:
         unknown = sum(manifest.side(i) is None for i in range(len(manifest)))

@@ -6,9 +6,13 @@ orientation, as OpenCV's imread does: boxes are in pixels of the upright picture
 
 import io
 import os
+import signal
 import stat
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +29,7 @@ REASONS = {
     "unreadable": "the file cannot be read",
     "not-a-picture": "the file is no picture",
     "truncated": "the picture is cut short or damaged",
+    "too-slow": "the picture cannot be decoded in reasonable time",
     "too-large": "absurdly many pixels (decompression bomb)",
     "outside-root": "the path leaves the root folder",
     "box-not-finite": "the box holds NaN or infinity",
@@ -47,6 +52,7 @@ _UPRIGHT = {
 # Decoders of photographs only: others (EPS, say) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _MAX_FILE_BYTES = 2**30
+_DECODE_SECONDS = 60  # the largest picture that PIL's limit lets through takes a few
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def read_picture(path: str) -> Picture:
     """Decode a whole picture to upright RGB. Raises PictureError (missing, unreadable, not-a-picture, ...)."""
     data = _read_bytes(path)
     try:
-        with warnings.catch_warnings():
+        with _time_limit(), warnings.catch_warnings():
             # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -77,6 +83,25 @@ def read_picture(path: str) -> Picture:
     except _DECODER_ERRORS as error:
         raise PictureError("truncated", f"cut short or damaged ({printable_error(error)})") from error
     return Picture(image, mode, orientation if isinstance(orientation, int) else 1, data)
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise PictureError in a decoder that loops. Only the main thread of a process can be told so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: object) -> None:
+        raise PictureError("too-slow", f"not decoded within {_DECODE_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, _DECODE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_box(box: Box) -> None:

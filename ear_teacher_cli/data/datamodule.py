@@ -103,6 +103,7 @@ class EarDataModule(pl.LightningDataModule):
             sampler=[Draw(row, 0) for row in rows] if rows else sampler,
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
+            timeout=self.config.load_timeout if workers else 0,
         )
 
 

@@ -74,6 +74,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
 def _array(path: Path, where: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if path.suffix.lower() not in EMBEDDING_SUFFIXES:
         raise ManifestError(f"{where}: no embeddings by its name; give a .npy, .npz or .csv that embed wrote")
+    _require_regular(path)
     archive = read_npz(path) if path.suffix.lower() == ".npz" else {"embeddings": map_npy(path)}
     rows = archive.get("embeddings")
     if rows is None or rows.ndim != 2 or rows.dtype.kind not in "fiu" or not rows.size:
@@ -124,7 +125,13 @@ def _columns(table: list[dict[str, str]], where: str) -> tuple[list, list, list 
     return [uncell(line["path"]) for line in table], boxes, *(column if any(column) else None for column in known)
 
 
+def _require_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a FIFO would wait for ever
+        raise ManifestError(f"{printable(path)}: is no regular file; give what embed wrote")
+
+
 def _table(path: Path) -> list[dict[str, str]]:
+    _require_regular(path)
     try:
         with open(path, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ManifestError, PictureError
-from ..files import printable, whole_file
+from ..files import cell, printable, uncell, whole_file
 from .npy import read_npy
 
 PICTURE_SUFFIXES = frozenset(
@@ -120,6 +120,8 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Man
     readers = {".npy": _read_seed, ".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_coco}
     if source.suffix.lower() not in readers:
         raise ManifestError(f"{where}: {source.suffix or 'no suffix'} is no manifest; give {_suffixes()} or a folder")
+    if not source.is_file():  # a FIFO would wait for ever, a device never end
+        raise ManifestError(f"{where}: is no regular file; save the manifest as one")
     columns = readers[source.suffix.lower()](source, where)
     if not columns.paths:
         raise ManifestError(f"{where}: holds no pictures; nothing to do")
@@ -178,6 +180,9 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
         writers[suffix](manifest, temporary)
 
 
+_LONGEST = 4096  # what Linux takes for a path
+
+
 @dataclass
 class _Columns:
     paths: list[str] = field(default_factory=list)
@@ -187,11 +192,14 @@ class _Columns:
     sides: list[str] = field(default_factory=list)
 
     def add(self, row: int, path: str, box: Box | None, identity: Any = "", side: Any = "") -> None:
+        texts = path, _label(identity), _label(side)
+        if max(map(len, texts)) > _LONGEST:
+            raise ManifestError(f"row {row}: holds a path or a name of over {_LONGEST} characters; mend it")
         self.rows.append(row)
         self.paths.append(path.replace("\\", "/"))
         self.boxes.append(box)
-        self.identities.append(_label(identity))
-        self.sides.append(_label(side))
+        self.identities.append(texts[1])
+        self.sides.append(texts[2])
 
 
 def _read_folder(folder: Path) -> Manifest:
@@ -249,7 +257,8 @@ def _read_csv(path: Path, where: str) -> _Columns:
                     )
                 corners = [line[k] for k in ("x1", "y1", "x2", "y2")] if with_boxes else [""]
                 box = _box(corners, where, row) if any(c.strip() for c in corners) else None
-                columns.add(row, line[path_key], box, line.get("identity"), line.get("side"))
+                labels = (uncell(line.get(name) or "") for name in ("identity", "side"))
+                columns.add(row, uncell(line[path_key]), box, *labels)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{where}: not readable as CSV ({error}); save it as UTF-8") from error
     return columns
@@ -396,12 +405,15 @@ def _write_seed(manifest: Manifest, path: Path) -> None:
 
 
 def _write_csv(manifest: Manifest, path: Path) -> None:
+    for i, name in enumerate(manifest.paths):
+        if printable("".join([name, *_labels(manifest, i)])) != "".join([name, *_labels(manifest, i)]):
+            raise ManifestError(f"{manifest.where(i)}: its control characters cannot go into CSV; write .npy or .jsonl")
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image_path", "x1", "y1", "x2", "y2", "identity", "side"])
         for i, name in enumerate(manifest.paths):
             box = manifest.boxes[i] or ("",) * 4
-            writer.writerow([name, *box, *_labels(manifest, i)])
+            writer.writerow([cell(name), *box, *map(cell, _labels(manifest, i))])
 
 
 def _write_jsonl(manifest: Manifest, path: Path) -> None:

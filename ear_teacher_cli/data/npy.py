@@ -6,8 +6,11 @@ what a plain saved array needs. Any outcome is a value or a ManifestError.
 """
 
 import io
+import math
+import os
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,10 +33,13 @@ def read_npy(path: str | Path) -> Any:
             if version not in read_header:
                 raise ManifestError(f"{where}: .npy version {version} is unknown; save it again with numpy")
             shape, _, dtype = read_header[version](file)
+            size = os.fstat(file.fileno()).st_size
             if not dtype.hasobject:
+                if math.prod(shape) * dtype.itemsize > size:  # numpy would make room for it all first
+                    raise ValueError(f"{dtype} {list(shape)} does not fit into {size} bytes")
                 file.seek(0)
                 return npy_format.read_array(file, allow_pickle=False)
-            value = _unwrapped(_PlainUnpickler(file, where).load())
+            value = _Unwrapping(size).of(_PlainUnpickler(file, where).load())
     except ManifestError:
         raise
     except OSError as error:
@@ -61,15 +67,30 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     where = printable(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            arrays = {}
-            for name in archive.namelist():
-                with archive.open(name) as member:
-                    arrays[name.removesuffix(".npy")] = npy_format.read_array(member, allow_pickle=False)
-            return arrays
+            records = archive.infolist()
+            size = sum(record.file_size for record in records)
+            if size > _MOST_UNPACKED * Path(path).stat().st_size:
+                raise ValueError(f"unpacks to {size} bytes")
+            return {record.filename.removesuffix(".npy"): _member(archive, record) for record in records}
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, struct.error) as error:
         raise ManifestError(f"{where}: damaged ({type(error).__name__}: {error}); write it again") from error
+
+
+# Times its size on disk that an archive may unpack to: numbers compress to a half, names to a twentieth.
+_MOST_UNPACKED = 100
+
+
+def _member(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(record) as member:
+        version = npy_format.read_magic(member)
+        read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        if math.prod(shape) * dtype.itemsize > record.file_size:
+            raise ValueError(f"{dtype} {list(shape)} does not fit into {record.file_size} bytes")
+    with archive.open(record) as member:
+        return npy_format.read_array(member, allow_pickle=False)
 
 
 # What unpickling and numpy's header parser raise on damaged bytes (seen under mutation).
@@ -154,24 +175,45 @@ def _plain(kind: _Dtype) -> np.dtype:
     return kind.dtype
 
 
-def _unwrapped(value: Any, depth: int = 0) -> Any:
-    """The value with every stand-in replaced by its array."""
-    if depth > _DEEPEST:
-        raise ValueError("nested too deeply")
-    if isinstance(value, _Array):
-        value = value.value
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+class _Unwrapping:
+    """Replaces every stand-in of a value by its array.
+
+    A pickle may name one list a thousand times, and that list another one: a few bytes that unfold into more than
+    any memory. A value that is honestly written takes a byte at least, so no more are unwrapped than the file has.
+    """
+
+    def __init__(self, budget: int):
+        self.left = budget
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        if depth > _DEEPEST:
+            raise ValueError("nested too deeply")
+        if isinstance(value, _Array):
+            value = value.value
+        if isinstance(value, np.ndarray):
+            return self._array(value, depth)
+        self._spend(max(1, len(value)) if isinstance(value, str | bytes) else 1)
+        if isinstance(value, dict):
+            return {key: self.of(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.of(item, depth + 1) for item in value]
+        if isinstance(value, _Dtype | type):
+            raise ValueError("holds a type")
+        return value
+
+    def _array(self, value: np.ndarray, depth: int) -> np.ndarray:
+        if not value.dtype.hasobject:
+            self._spend(value.nbytes)
+            return value
         flat = np.empty(value.size, dtype=object)
         for i, item in enumerate(value.ravel()):
-            flat[i] = _unwrapped(item, depth + 1)
+            flat[i] = self.of(item, depth + 1)
         return flat.reshape(value.shape)
-    if isinstance(value, dict):
-        return {key: _unwrapped(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_unwrapped(item, depth + 1) for item in value]
-    if isinstance(value, _Dtype | type):
-        raise ValueError("holds a type")
-    return value
+
+    def _spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("unfolds into more than the file holds")
 
 
 # The seed's dict: array of dict of array of list of box of number.
