@@ -115,6 +115,11 @@ def printable(name: object) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSAFE else c for c in str(name))
 
 
+def brief(error: BaseException) -> str:
+    """What a library says, on one short line."""
+    return printable(" ".join(str(error).split())[:100]) or type(error).__name__
+
+
 def cell(text: str) -> str:
     """`text` for a CSV that people open in a spreadsheet: printable, and with a quote before what would be a formula."""
     text = printable(text)

@@ -22,7 +22,7 @@ from .. import __version__
 from ..config import TrainConfig, from_dict
 from ..data.pixels import Preprocessing
 from ..errors import ForeignWeightsError, WeightsError
-from ..files import printable, whole_file
+from ..files import brief, printable, whole_file
 
 FORMAT = 1
 
@@ -130,7 +130,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{printable(path)}: damaged or no safetensors file ({_short(error)}); fetch it again"
+            f"{printable(path)}: damaged or no safetensors file ({brief(error)}); fetch it again"
         ) from error
 
 
@@ -167,9 +167,9 @@ def _read_torch(path: Path) -> Any:
                 f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
                 "nothing was run. Give a file of plain tensors (.safetensors)"
             ) from error
-        raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
+        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); fetch it again") from error
     except _DAMAGE as error:
-        raise WeightsError(f"{where}: is no weights file, or damaged ({_short(error)}); fetch it again") from error
+        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); fetch it again") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -211,7 +211,3 @@ def _require_file(path: Path) -> None:
         raise WeightsError(f"{printable(path)}: no such file; check the path")
     if path.stat().st_size == 0:
         raise WeightsError(f"{printable(path)}: is empty; fetch it again")
-
-
-def _short(error: BaseException) -> str:
-    return printable(" ".join(str(error).split())[:100]) or type(error).__name__

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import PictureError
+from ..files import brief
 from .manifest import Box
 from .pixels import Preprocessing
 
@@ -81,7 +82,7 @@ def read_picture(path: str) -> Picture:
     except Image.DecompressionBombError as error:
         raise PictureError("too-large", "absurdly many pixels (decompression bomb)") from error
     except _DECODER_ERRORS as error:
-        raise PictureError("truncated", f"cut short or damaged ({printable_error(error)})") from error
+        raise PictureError("truncated", f"cut short or damaged ({brief(error)})") from error
     return Picture(image, mode, orientation if isinstance(orientation, int) else 1, data)
 
 
@@ -186,11 +187,6 @@ def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.nd
     return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))  # H,W,3 -> 3,H,W
 
 
-def printable_error(error: BaseException) -> str:
-    """A decoder's message on one short line."""
-    return " ".join(str(error).split())[:80] or type(error).__name__
-
-
 # What PIL's decoders raise on damaged bytes: mostly OSError, SyntaxError (broken PNG) and ValueError.
 _DECODER_ERRORS = (
     OSError,
@@ -215,7 +211,7 @@ def _read_bytes(path: str) -> bytes:
     except FileNotFoundError as error:
         raise PictureError("missing", "no such file") from error
     except (OSError, ValueError) as error:
-        raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
+        raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -227,7 +223,7 @@ def _read_bytes(path: str) -> bytes:
         with open(handle, "rb", closefd=False) as file:
             return file.read()
     except OSError as error:
-        raise PictureError("unreadable", f"cannot be read ({printable_error(error)})") from error
+        raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
     finally:
         os.close(handle)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ManifestError
-from ..files import printable, uncell
+from ..files import brief, printable, uncell
 from .manifest import Box
 from .npy import map_npy, read_npz
 
@@ -136,7 +136,7 @@ def _table(path: Path) -> list[dict[str, str]]:
         with open(path, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{printable(path)}: not readable as CSV ({error}); check the path") from error
+        raise ManifestError(f"{printable(path)}: not readable as CSV ({brief(error)}); check the path") from error
     for row, line in enumerate(table):
         if None in line or None in line.values():
             raise ManifestError(f"{printable(path)} row {row}: not as many cells as the header; embed again")
@@ -149,7 +149,7 @@ def _about(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{printable(path)}: not readable as JSON ({error}); embed again") from error
+        raise ManifestError(f"{printable(path)}: not readable as JSON ({brief(error)}); embed again") from error
     return about if isinstance(about, dict) else {}
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ManifestError, PictureError
-from ..files import cell, printable, uncell, whole_file
+from ..files import brief, cell, printable, uncell, whole_file
 from .npy import read_npy
 
 PICTURE_SUFFIXES = frozenset(
@@ -260,7 +260,7 @@ def _read_csv(path: Path, where: str) -> _Columns:
                 labels = (uncell(line.get(name) or "") for name in ("identity", "side"))
                 columns.add(row, uncell(line[path_key]), box, *labels)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{where}: not readable as CSV ({error}); save it as UTF-8") from error
+        raise ManifestError(f"{where}: not readable as CSV ({brief(error)}); save it as UTF-8") from error
     return columns
 
 
@@ -278,7 +278,9 @@ def _read_jsonl(path: Path, where: str) -> _Columns:
                 for box in _boxes_of(line.get("bbox", line.get("bboxes")), where, row):
                     columns.add(row, name, box, line.get("identity"), line.get("side"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not readable as JSON Lines ({error}); one object a line, UTF-8") from error
+        raise ManifestError(
+            f"{where}: not readable as JSON Lines ({brief(error)}); one object a line, UTF-8"
+        ) from error
     return columns
 
 
@@ -287,7 +289,7 @@ def _read_coco(path: Path, where: str) -> _Columns:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not readable as JSON ({error}); save it as UTF-8") from error
+        raise ManifestError(f"{where}: not readable as JSON ({brief(error)}); save it as UTF-8") from error
     if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
         raise ManifestError(f"{where}: has no 'images' and 'annotations'; a .json manifest is COCO (else use .jsonl)")
     columns = _Columns()
@@ -394,7 +396,7 @@ def _write_seed(manifest: Manifest, path: Path) -> None:
     content: dict[str, Any] = {"image_paths": np.array(manifest.paths, dtype=object)}
     if any(box is not None for box in manifest.boxes):
         if all(box is not None for box in manifest.boxes):
-            content["bboxes"] = np.array(manifest.boxes, dtype=np.float32)
+            content["bboxes"] = np.array(manifest.boxes, dtype=np.float64)
         else:  # some rows without a box: one entry per picture
             content["bboxes"] = [box if box is None else list(box) for box in manifest.boxes]
     for name, column in (("identities", manifest.identities), ("sides", manifest.sides)):

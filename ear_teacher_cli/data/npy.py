@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from ..errors import ManifestError
-from ..files import printable
+from ..files import brief, printable
 
 
 def read_npy(path: str | Path) -> Any:
@@ -38,14 +39,16 @@ def read_npy(path: str | Path) -> Any:
                 if math.prod(shape) * dtype.itemsize > size:  # numpy would make room for it all first
                     raise ValueError(f"{dtype} {list(shape)} does not fit into {size} bytes")
                 file.seek(0)
-                return npy_format.read_array(file, allow_pickle=False)
+                return _text_checked(npy_format.read_array(file, allow_pickle=False))
             value = _Unwrapping(size).of(_PlainUnpickler(file, where).load())
     except ManifestError:
         raise
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except _DAMAGE as error:
-        raise ManifestError(f"{where}: damaged ({type(error).__name__}: {error}); save it again with numpy") from error
+        raise ManifestError(
+            f"{where}: damaged ({type(error).__name__}: {brief(error)}); save it again with numpy"
+        ) from error
     if isinstance(value, np.ndarray) and value.dtype == object and value.shape == () and shape == ():
         return value.item()
     return value
@@ -59,7 +62,7 @@ def map_npy(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except _DAMAGE as error:
-        raise ManifestError(f"{where}: is no whole array of numbers ({error}); write it again") from error
+        raise ManifestError(f"{where}: is no whole array of numbers ({brief(error)}); write it again") from error
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
@@ -74,8 +77,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             return {record.filename.removesuffix(".npy"): _member(archive, record) for record in records}
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, struct.error) as error:
-        raise ManifestError(f"{where}: damaged ({type(error).__name__}: {error}); write it again") from error
+    except (*_DAMAGE, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise ManifestError(f"{where}: damaged ({type(error).__name__}: {brief(error)}); write it again") from error
 
 
 # Times its size on disk that an archive may unpack to: numbers compress to a half, names to a twentieth.
@@ -90,7 +93,16 @@ def _member(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> np.ndarray:
         if math.prod(shape) * dtype.itemsize > record.file_size:
             raise ValueError(f"{dtype} {list(shape)} does not fit into {record.file_size} bytes")
     with archive.open(record) as member:
-        return npy_format.read_array(member, allow_pickle=False)
+        return _text_checked(npy_format.read_array(member, allow_pickle=False))
+
+
+def _text_checked(array: np.ndarray) -> np.ndarray:
+    """numpy believes that text is Unicode; taking a character beyond it out is an error inside Python itself."""
+    if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
+        codes = np.ascontiguousarray(array).reshape(-1).view(array.dtype.byteorder.replace("|", "=") + "u4")
+        if codes.max() > 0x10FFFF:
+            raise ValueError("text that is not Unicode")
+    return array
 
 
 # What unpickling and numpy's header parser raise on damaged bytes (seen under mutation).
@@ -108,6 +120,7 @@ _DAMAGE = (
     SyntaxError,
     AssertionError,
     NotImplementedError,
+    tokenize.TokenError,
 )
 
 
@@ -149,7 +162,7 @@ class _Array:
             flat = np.empty(len(data), dtype=object)
             flat[:] = data
         else:
-            flat = np.frombuffer(data.encode("latin1") if isinstance(data, str) else bytes(data), dtype=kind.dtype)
+            flat = _from_bytes(data, kind)
         self.value = flat.reshape(shape, order="F" if fortran else "C")
 
 
@@ -160,13 +173,16 @@ def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
 
 
 def _frombuffer(buffer: Any, kind: _Dtype, shape: tuple, order: str) -> _Array:
-    return _Array(np.frombuffer(bytes(buffer), dtype=_plain(kind)).reshape(shape, order=order))
+    return _Array(_from_bytes(buffer, kind).reshape(shape, order=order))
 
 
 def _scalar(kind: _Dtype, data: Any = b"") -> Any:
-    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else bytes(data), dtype=_plain(kind), count=1)[
-        0
-    ]
+    return _from_bytes(data, kind)[:1][0]
+
+
+def _from_bytes(data: Any, kind: _Dtype) -> np.ndarray:
+    data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    return _text_checked(np.frombuffer(data, dtype=_plain(kind)))
 
 
 def _plain(kind: _Dtype) -> np.dtype:
