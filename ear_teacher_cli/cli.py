@@ -5,6 +5,7 @@ imported when called, so that `--help` loads neither torch nor numpy.
 """
 
 import inspect
+import multiprocessing
 import signal
 import sys
 from dataclasses import fields
@@ -78,6 +79,9 @@ def main() -> None:
             raise
         typer.echo(f"earteach: {printable(meant)}", err=True)
         sys.exit(1)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # one that hangs in a decoder would be waited for
 
 
 def _print_version(asked: bool) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..config import TrainConfig
-from ..data.dataset import BadPicture, EarDataset, collate
+from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
 from ..data.manifest import Manifest
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
 from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
@@ -104,6 +104,7 @@ def embed_pictures(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=leave_stopping_to_the_parent,
         sampler=range(start, len(manifest)),
         timeout=TrainConfig.load_timeout if workers else 0,
     )

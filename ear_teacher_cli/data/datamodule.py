@@ -10,7 +10,7 @@ from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
 from ..machine import usable_cores
 from .augment import Augment
-from .dataset import Draw, EarDataset, EpochSampler, collate
+from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
 from .manifest import Manifest, read_manifest
 from .pixels import preprocessing_for
 
@@ -100,6 +100,7 @@ class EarDataModule(pl.LightningDataModule):
             # a last training batch may be one picture, which has no batch statistics; but one batch there must be
             drop_last=shuffle and len(sampler) > self.config.batch_size,
             collate_fn=collate,
+            worker_init_fn=leave_stopping_to_the_parent,
             sampler=[Draw(row, 0) for row in rows] if rows else sampler,
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,

@@ -5,6 +5,7 @@ workers, and exact on resume. A picture that cannot be read is never replaced: i
 leaves its batch, and is counted (`collate`).
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -84,6 +85,13 @@ def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
         if good and name in good[0]:
             batch[name] = torch.stack([item[name] for item in good])
     return batch
+
+
+def leave_stopping_to_the_parent(worker: int) -> None:
+    """For a DataLoader's worker_init_fn. A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes: if a worker
+    died of it, its parent could not finish the step and save. Workers end when their parent does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class EpochSampler(DistributedSampler):
