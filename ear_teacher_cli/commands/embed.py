@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
-from ..data.journal import Journal, input_mark, place_rows, unfinished
+from ..data.journal import Journal, input_mark, put_rows, unfinished
 from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
@@ -99,18 +99,19 @@ def embed(
         skipped = len(manifest) - journal.count
         if out == "-":
             _to_stdout(journal, kind)
-        else:  # the embeddings last: where they are, all is
-            if "names" in sidecars:
-                with whole_file(sidecars["names"]) as temporary:
-                    shutil.copyfile(files[1].name, temporary)
-            with whole_file(sidecars["about"]) as temporary:
+        else:
+            with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
+                temporary = stack.enter_context(whole_file(out))
+                if kind == "npy":
+                    put_rows(files[0], temporary)
+                else:
+                    with open(temporary, "w+b") as file:
+                        _WRITERS[kind](journal, file)
+                if "names" in sidecars:
+                    shutil.copyfile(files[1].name, stack.enter_context(whole_file(sidecars["names"])))
                 figures = {"rows": journal.count, "skipped": skipped}
-                temporary.write_text(json.dumps(figures | about, indent=2) + "\n", encoding="utf-8")
-            if kind == "npy":
-                place_rows(files[0], Path(out))
-            else:
-                with whole_file(out) as temporary, open(temporary, "w+b") as file:
-                    _WRITERS[kind](journal, file)
+                beside = stack.enter_context(whole_file(sidecars["about"]))
+                beside.write_text(json.dumps(figures | about, indent=2) + "\n", encoding="utf-8")
     return Embedded(journal.count, skipped, dim, out)
 
 

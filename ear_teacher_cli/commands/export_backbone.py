@@ -7,10 +7,9 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 from ..core import runs
-from ..core.checkpoint import read_checkpoint, read_safetensors
+from ..core.checkpoint import read_checkpoint, read_safetensors, write_safetensors
 from ..core.embedder import Embedder, export_header, load_embedder, whitening_beside
 from ..core.weights import sha256_of
 from ..errors import WeightsError, WordsError
@@ -44,11 +43,11 @@ def export_backbone(source: str | Path, out: str | Path, overwrite: bool = False
         mark = None
         if "whitening" in checkpoint.content:
             beside = stack.enter_context(whole_file(refuse_existing(whitening_beside(out), overwrite)))
-            save_file(checkpoint.content["whitening"], beside)
+            write_safetensors(checkpoint.content["whitening"], beside)
             mark = sha256_of(beside)
         temporary = stack.enter_context(whole_file(out))
         header = export_header(*about, mark)
-        save_file(state, temporary, metadata=header)
+        write_safetensors(state, temporary, metadata=header)
         _sort_header(temporary)
         difference = _prove(temporary, teacher)
     whitening = whitening_beside(out) if mark else None

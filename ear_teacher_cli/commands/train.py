@@ -29,7 +29,7 @@ from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
-from ..files import only_writer, printable, whole_file
+from ..files import brief, only_writer, printable, whole_file
 from ..machine import is_first_process
 from ..talk import Talk, clock
 
@@ -244,6 +244,12 @@ def _fit(
         )
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            if checkpoint is None or save_on_stop.begun:
+                raise
+            raise WeightsError(
+                f"{printable(checkpoint)}: cannot be gone on with ({brief(error)}); use another checkpoint"
+            ) from error
         except SystemExit:  # how Lightning ends a run after Ctrl-C
             if trainer.state.status is not TrainerStatus.INTERRUPTED:
                 raise

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .. import __version__
 from ..config import TrainConfig, from_dict
@@ -132,6 +133,14 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
         raise WeightsError(
             f"{printable(path)}: damaged or no safetensors file ({brief(error)}); fetch it again"
         ) from error
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Raises OSError as other writers do."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(brief(error)) from error
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):

@@ -20,17 +20,18 @@ from ..errors import Stopped
 class SaveOnStop(Checkpoint):
     """Writes `path` when told to stop, and raises Stopped. A second signal stops at once, without saving.
 
-    `saved`: whether the file was written; `exit_code` of what stopped the run. A Checkpoint, as Lightning calls those
+    `begun`: whether training was; `saved`: whether the file was written; `exit_code` of what stopped the run. A Checkpoint, as Lightning calls those
     after all other callbacks.
     """
 
     def __init__(self, path: Path):
-        self.path, self.saved, self.exit_code = path, False, 0
+        self.path, self.begun, self.saved, self.exit_code = path, False, False, 0
         self.told: int | None = None  # the signal, if one came while stepping or saving
         self.waits = False  # whether a signal has to wait for the end of what is being done
         self.before_last: dict[str, Any] | None = None  # the checkpoint of the last step but one of this epoch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begun = True
         # after Lightning's own, which notes a SIGTERM and looks at it at the epoch's end; it puts the old ones back
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._tell)

@@ -145,16 +145,17 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
                 shutil.rmtree(folder)
 
 
-def place_rows(rows: BinaryIO, out: Path) -> None:
-    """Give finished rows the name `out`, whole or not at all; the journal keeps its own name for them."""
-    os.fsync(rows.fileno())
-    beside = Path(rows.name).with_name("placed.npy")
-    beside.unlink(missing_ok=True)
+def put_rows(rows: BinaryIO, path: Path) -> None:
+    """Make finished rows the content of the file `path`, without copying where the file system can; the journal keeps
+    its own."""
+    link = Path(rows.name).with_name("link")
+    link.unlink(missing_ok=True)
     try:
-        os.link(rows.name, beside)
+        os.link(rows.name, link)
     except OSError:  # a file system without hard links
-        shutil.copyfile(rows.name, beside)
-    os.replace(beside, out)
+        shutil.copyfile(rows.name, path)
+    else:
+        os.replace(link, path)
 
 
 def input_mark(manifest: Manifest) -> str:

@@ -258,7 +258,7 @@ def _read_csv(path: Path, where: str) -> _Columns:
                 corners = [line[k] for k in ("x1", "y1", "x2", "y2")] if with_boxes else [""]
                 box = _box(corners, where, row) if any(c.strip() for c in corners) else None
                 labels = (uncell(line.get(name) or "") for name in ("identity", "side"))
-                columns.add(row, uncell(line[path_key]), box, *labels)
+                columns.add(row, line[path_key], box, *labels)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{where}: not readable as CSV ({brief(error)}); save it as UTF-8") from error
     return columns
@@ -415,7 +415,8 @@ def _write_csv(manifest: Manifest, path: Path) -> None:
         writer.writerow(["image_path", "x1", "y1", "x2", "y2", "identity", "side"])
         for i, name in enumerate(manifest.paths):
             box = manifest.boxes[i] or ("",) * 4
-            writer.writerow([cell(name), *box, *map(cell, _labels(manifest, i))])
+            path = name if cell(name) == name else f"./{name}"  # the same path, and no formula
+            writer.writerow([path, *box, *map(cell, _labels(manifest, i))])
 
 
 def _write_jsonl(manifest: Manifest, path: Path) -> None:

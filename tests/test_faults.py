@@ -1,0 +1,324 @@
+"""Machines and files that fail under a run: nothing is lost, and one line says what happened."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, read_table, small_config
+from test_resume import assert_same_weights
+
+from ear_teacher_cli.commands.train import resume, train
+from ear_teacher_cli.core import runs
+from ear_teacher_cli.core.checkpoint import read_checkpoint
+from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.errors import EarTeachError
+from ear_teacher_cli.machine import complaint
+from ear_teacher_cli.talk import Talk
+
+QUIET = Talk(quiet=True)
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(
+        {
+            "cut": data[:middle],
+            "empty": b"",
+            "flipped": data[:middle] + bytes([data[middle] ^ 8]) + data[middle + 1 :],
+            "foreign": b"no checkpoint",
+        }[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "foreign"])
+def test_resume_passes_over_damaged_checkpoints(how, run, tmp_path, earteach):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for path in (copy / "checkpoints").glob("best-*"):
+        path.unlink()
+    damage(copy / "checkpoints" / "last.ckpt", how)
+    said = earteach("resume", copy)
+    assert said.code == 0, said.err
+    assert (
+        "warning: " in said.err and "last.ckpt: " in said.err and "restored epoch_0005.ckpt: epoch 5 of 6" in said.err
+    )
+    assert_same_weights(run, copy)
+
+
+def test_without_a_whole_checkpoint_all_are_named_and_nothing_is_touched(run, tmp_path, earteach):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for path in (copy / "checkpoints").iterdir():
+        damage(path, "flipped")
+    before = {path.name: path.read_bytes() for path in (copy / "checkpoints").iterdir()}
+    said = earteach("resume", copy)
+    assert said.code == 1 and all(name in said.err for name in before)
+    assert before == {path.name: path.read_bytes() for path in (copy / "checkpoints").iterdir()}
+
+
+def changed(run: Path, into: Path, **hyper_parameters) -> Path:
+    copy = shutil.copytree(run, into / "copy")
+    path = copy / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(path).content
+    content["hyper_parameters"] |= {"max_epochs": 9, **hyper_parameters}
+    torch.save(content, path)
+    for other in (copy / "checkpoints").iterdir():
+        if other != path:
+            other.unlink()
+    return copy
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path, earteach):
+    copy = changed(run, tmp_path, backbone="test_convnext2")
+    for words in (["resume", copy], ["collage", copy, "-o", tmp_path / "x.png"], ["export-backbone", copy, tmp_path / "x.safetensors"]):  # fmt: skip
+        said = earteach(*words)
+        assert said.code == 1 and "last.ckpt" in said.err and "test_convnext2" in said.err, said.err
+
+
+def test_a_checkpoint_of_another_version_is_refused(run, tmp_path, earteach):
+    said = earteach("resume", changed(run, tmp_path, colour_of_the_sky="blue"))
+    assert said.code == 1 and "colour_of_the_sky are unknown" in said.err
+
+
+@pytest.mark.parametrize("part", ["optimizer_states", "lr_schedulers", "loops", "learning_state", "callbacks"])
+def test_a_checkpoint_with_a_part_that_does_not_fit_is_one_line(part, run, tmp_path, earteach):
+    copy = changed(run, tmp_path)
+    path = copy / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(path).content
+    content[part] = {"state": 1} if isinstance(content.get(part), dict) else [{"state": {}, "param_groups": []}]
+    torch.save(content, path)
+    said = earteach("resume", copy)
+    assert said.code in (0, 1), said.err  # what is not needed may be missing
+    assert said.code == 0 or len(said.err.splitlines()) < 8 and "last.ckpt" in said.err
+
+
+class Limited:
+    """No file may grow beyond `size` bytes: what a full disk is to a program."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(run, manifests, tmp_path, earteach):
+    words = ["train", *manifests, *SMALL, "--max-epochs", 6, "--output-dir", tmp_path]
+    with Limited(600_000):  # metrics fit, a checkpoint does not
+        said = earteach(*words)
+    assert said.code == 1 and re.search(r"\.ckpt: cannot be written", said.err), said.err
+    folder = tmp_path / "ear_teacher"
+    assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.ckpt"))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = (copy / "checkpoints" / "last.ckpt").read_bytes()
+    with Limited(600_000):
+        assert earteach("resume", copy, "--max-epochs", 8).code == 1
+    assert (copy / "checkpoints" / "last.ckpt").read_bytes() == before and not list(copy.rglob("*.part"))
+    assert earteach("resume", copy, "--max-epochs", 7).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["collage", "RUN", "-o", "x.png"], 500),
+        (["export-backbone", "RUN", "x.safetensors"], 20_000),
+        (["embed", "EARS/eval.csv", "x.npy", "--weights", "RUN"], 500),
+        (["embed", "EARS/eval.csv", "x.npz", "--weights", "RUN"], 3500),
+        (["embed", "EARS/eval.csv", "x.csv", "--weights", "RUN"], 4000),
+        (["validate-data", "EARS/eval.csv", "--contact-sheet", "x.png"], 500),
+        (["validate-data", "EARS/eval.csv", "--write-clean", "y.npy"], 400),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    words, size, run, ears, tmp_path, monkeypatch, earteach
+):
+    monkeypatch.chdir(tmp_path)
+    with Limited(size):
+        said = earteach(*(w.replace("RUN", str(run)).replace("EARS", str(ears)) for w in words))
+    assert said.code == 1 and "cannot be written" in said.err or "too large" in said.err.lower(), said.err
+    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".unfinished")]
+
+
+def test_outputs_that_cannot_be_are_known_before_the_first_epoch(manifests, tmp_path, earteach):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "ear_teacher").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path, Path("/proc/nowhere")):
+        said = earteach("train", *manifests, *SMALL, "--output-dir", folder)
+        assert said.code in (1, 2) and "epoch" not in said.err, said.err
+        assert str(folder) in said.err
+
+
+@pytest.fixture
+def own_ears(ears, tmp_path):
+    return shutil.copytree(ears, tmp_path / "ears")
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "folder":
+        path.mkdir()
+    elif how == "fifo":
+        os.mkfifo(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_go_bad_in_mid_run_are_skipped_and_listed(own_ears, tmp_path, monkeypatch, workers):
+    manifest = read_manifest(own_ears / "train_teacher.npy", own_ears)
+    ways = dict(zip((2, 9, 14, 20), ("gone", "cut", "folder", "fifo"), strict=True))
+    original = EarTeacherLightningModule.on_train_epoch_start
+
+    def spoiling(self):
+        if self.current_epoch == 1:
+            for row, how in ways.items():
+                spoil(Path(manifest.file(row)), how)
+        original(self)
+
+    monkeypatch.setattr(EarTeacherLightningModule, "on_train_epoch_start", spoiling)
+    words = [
+        "--train-metadata",
+        str(own_ears / "train_teacher.npy"),
+        "--val-metadata",
+        str(own_ears / "val_teacher.npy"),
+    ]
+    options = dict(max_epochs=4, max_bad=0.2, batch_size=4, num_workers=workers, output_dir=str(tmp_path))
+    outcome = train(small_config(words, **options), QUIET)
+    assert outcome.epochs == 4
+    bad = read_table(outcome.experiment / "bad_images.csv")
+    assert {int(row["row"]): row["reason"] for row in bad} == {
+        2: "missing",
+        9: "truncated",
+        14: "unreadable",
+        20: "unreadable",
+    }
+    shutil.rmtree(outcome.experiment)
+    with pytest.raises(EarTeachError, match=r"--max-bad 0\.05: bad_images\.csv lists them"):
+        train(small_config(words, **options | {"max_bad": 0.05}), QUIET)
+    assert len(read_table(outcome.experiment / "bad_images.csv")) > 0.05 * 24
+
+
+def test_a_killed_or_hanging_loader_ends_the_run_with_one_line(own_ears, tmp_path):
+    """In a process of its own: a picture of row 5 kills its worker, or takes for ever there."""
+    for what, words in (("os.kill(os.getpid(), 9)", "was killed"), ("time.sleep(600)", "--load-timeout")):
+        script = (
+            "import os, sys, time; from ear_teacher_cli.data import dataset; from ear_teacher_cli.cli import main\n"
+            "read = dataset.load_crop\n"
+            "def evil(path, box, preprocessing):\n"
+            f"    if path.endswith('p001/01.jpg') and os.getpid() != {os.getpid()} and dataset.torch.utils.data.get_worker_info():\n"
+            f"        {what}\n"
+            "    return read(path, box, preprocessing)\n"
+            "dataset.load_crop = evil\n"
+            "main()"
+        )
+        command = [sys.executable, "-c", script, "train", "--train-metadata", own_ears / "train_teacher.npy", "--val-metadata",
+                   own_ears / "val_teacher.npy", *SMALL, "--num-workers", 2, "--load-timeout", 6, "--output-dir", tmp_path, "--overwrite"]  # fmt: skip
+        start = time.monotonic()
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert time.monotonic() - start < 90
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_dead_ones_lock_is_nobodys(manifests, tmp_path, earteach):
+    words = ["train", *manifests, *SMALL, "--max-epochs", 200, "--output-dir", tmp_path]
+    command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
+        for line in other.stderr:
+            if line.startswith("epoch 1/200: train"):
+                break
+        folder = tmp_path / "ear_teacher"
+        for again in (["resume", folder], [*words, "--overwrite"]):
+            said = earteach(*again)
+            assert said.code == 1 and f"process {other.pid} on " in said.err, said.err
+        other.kill()
+    done = read_checkpoint(runs.last_checkpoint(folder)).epoch
+    assert resume(folder, QUIET, max_epochs=done + 1).epochs == done + 1
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_steps_without_a_finite_loss_are_left_out_and_the_third_in_a_row_ends_the_run(
+    manifests, tmp_path, monkeypatch, steps, earteach
+):
+    """Training steps 5, 6 (and 7) of 3 an epoch have a NaN."""
+    original, calls = EarTeacherLightningModule._weigh, 0
+
+    def broken(self, figures):
+        nonlocal calls
+        loss, others = original(self, figures)
+        if self.training:
+            calls += 1
+            if 5 <= calls < 5 + steps:
+                return loss * float("nan"), others
+        return loss, others
+
+    monkeypatch.setattr(EarTeacherLightningModule, "_weigh", broken)
+    said = earteach("train", *manifests, *SMALL, "--max-epochs", 3, "--output-dir", tmp_path)
+    assert said.err.count("the step is left out") == 2
+    assert re.search(r"epoch 2, step \d+: the loss is nan for train_teacher.npy row \d+ \(images/", said.err)
+    if steps == 2:
+        assert said.code == 0, said.err
+        weights = read_checkpoint(tmp_path / "ear_teacher" / "checkpoints" / "last.ckpt").content["state_dict"]
+        assert all(torch.isfinite(value).all() for value in weights.values())
+    else:
+        assert said.code == 1 and "3rd such step in a row; the last good checkpoint is" in said.err
+        assert re.search(r"last good checkpoint is \S+\.ckpt", said.err)
+        assert read_checkpoint(tmp_path / "ear_teacher" / "checkpoints" / "last.ckpt").epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "GPU memory: .*--batch-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
+                      "out of shared memory. Please try to raise your shared memory limit."), "shm-size"),
+        (RuntimeError("unable to write to file </torch_123_456_7>: No space left on device (28)"), "--num-workers 0"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "lower --num-workers"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"), "^memory"),
+        (MemoryError(), "^memory"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_complains_of_is_said_in_our_words(error, words):
+    assert re.search(words, str(complaint(error)))
+    assert complaint(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_too_much_memory_is_one_line(manifests, tmp_path):
+    """A limit of memory in a process of its own, and crops that cannot fit into it."""
+    script = (
+        "import resource, sys, torch, timm, pytorch_lightning\n"
+        "from ear_teacher_cli.cli import main\n"
+        "import ear_teacher_cli.commands.train\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)\n"
+        "main()"
+    )
+    words = ["train", *manifests, *SMALL, "--image-size", 1024, "--batch-size", 24, "--output-dir", tmp_path]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"earteach: .*--batch-size", done.stderr), done.stderr
+
+
+def test_rubbish_of_a_killed_run_goes_with_the_next(run, tmp_path, earteach, ears):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    rubbish = [
+        copy / "checkpoints" / ".last.ckpt.abc.part",
+        copy / ".metrics.csv.abc.part",
+        tmp_path / ".x.png.abc.part",
+    ]
+    for path in rubbish:
+        path.write_bytes(b"half")
+    assert earteach("resume", copy, "--max-epochs", 7).code == 0
+    assert earteach("collage", copy, "-o", tmp_path / "x.png").code == 0
+    assert not [path for path in rubbish if path.exists()]
