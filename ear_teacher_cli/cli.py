@@ -62,7 +62,8 @@ def main() -> None:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
-        typer.echo(f"earteach: {printable(message)}", err=True)  # whatever strange names it holds
+        if is_first_process() or not error.on_all_ranks:
+            typer.echo(f"earteach: {printable(message)}", err=True)  # whatever strange names it holds
         sys.exit(error.exit_code)
     except SystemExit as end:  # Typer turns every KeyboardInterrupt into 130
         sys.exit(128 + told[0] if told else end.code)

@@ -9,6 +9,7 @@ class EarTeachError(Exception):
     """Something in the user's data or files is not as it must be (exit code 1)."""
 
     exit_code = 1
+    on_all_ranks = False  # raised by every process of a run: one of them says it
 
 
 class WordsError(EarTeachError):

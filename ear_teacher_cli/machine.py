@@ -47,6 +47,10 @@ _COMPLAINTS = (
         "GPU memory: too small; lower --batch-size or --image-size, or use --precision 16-mixed",
     ),
     (
+        r"connection (closed|reset) by peer|NCCL error|gloo/transport",
+        "another process of this run ended; what it said tells why",
+    ),
+    (
         r"^MemoryError|can't allocate memory|not enough memory",
         "memory: too small; lower --batch-size, --image-size or --num-workers",
     ),

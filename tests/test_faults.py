@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -322,3 +323,49 @@ def test_rubbish_of_a_killed_run_goes_with_the_next(run, tmp_path, earteach, ear
     assert earteach("resume", copy, "--max-epochs", 7).code == 0
     assert earteach("collage", copy, "-o", tmp_path / "x.png").code == 0
     assert not [path for path in rubbish if path.exists()]
+
+
+def two_processes(*words, until: str | None = None) -> tuple[int, str]:
+    """`earteach` on two devices (DistributedDataParallel over gloo); SIGTERM to the first when `until` is said."""
+    command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words), "--devices", "2"]
+    text = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        timer = threading.Timer(240, process.kill)
+        timer.start()
+        for line in process.stderr:
+            text += line
+            if until and line.startswith(until):
+                process.terminate()
+                until = None
+        timer.cancel()
+    return process.returncode, text
+
+
+def test_bad_pictures_of_one_process_do_not_hang_the_others(own_ears, tmp_path):
+    manifest = read_manifest(own_ears / "train_teacher.npy", own_ears)
+    for row in (1, 4, 5, 16):
+        Path(manifest.file(row)).unlink()
+    words = ["train", "--train-metadata", own_ears / "train_teacher.npy", "--val-metadata", own_ears / "val_teacher.npy", *SMALL,
+             "--batch-size", 2, "--max-epochs", 2, "--accelerator", "cpu", "--output-dir", tmp_path]  # fmt: skip
+    code, said = two_processes(*words, "--max-bad", 0.2)
+    assert code == 0 and "Traceback" not in said, said
+    bad = read_table(tmp_path / "ear_teacher" / "bad_images.csv")
+    assert [int(row["row"]) for row in bad] == [1, 4, 5, 16]
+    code, said = two_processes(*words, "--max-bad", 0.1, "--pseudo-classes", "fixed", "--overwrite")
+    assert code == 1 and "more than --max-bad 0.1" in said and "Traceback" not in said, said
+
+
+def test_sigterm_to_one_of_two_processes_saves_the_step_of_both(manifests, tmp_path, earteach):
+    words = ["train", *manifests, *SMALL, "--batch-size", 2, "--max-epochs", 3, "--accelerator", "cpu"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert two_processes(*words, "--output-dir", whole)[0] == 0
+    code, said = two_processes(*words, "--output-dir", stopped, until="epoch 1/3: train")
+    assert code == 143 and "Traceback" not in said and "interrupted" in said, said
+    folder = stopped / "ear_teacher"
+    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    if checkpoint.steps_done:
+        said = earteach("resume", folder, "--devices", 1)
+        assert said.code == 2 and "in the middle of an epoch" in said.err
+    code, said = two_processes("resume", folder)
+    assert code == 0, said
+    assert_same_weights(whole / "ear_teacher", folder)

@@ -353,7 +353,7 @@ class Reporter(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.steps is None:
-            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
+            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch) - batch_idx
             self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps"))
         if self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch

@@ -66,6 +66,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.nmi: float | None = None  # of the last two rounds of k-means
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (core.whitening)
         self.refused: list[tuple[int, str, list[int]]] = []  # steps without a finite loss in a row: number, loss, rows
+        self._left_out = False  # the step under way
         self._sums: dict[str, torch.Tensor] = {}  # this epoch's training figures: sum, and count of what was summed
         self._held_out: list[tuple[torch.Tensor, ...]] = []  # this epoch's validation: rows, embeddings, of views
 
@@ -149,10 +150,10 @@ class EarTeacherLightningModule(pl.LightningModule):
         # Stochastic depth draws from the global generator: tie it to the step, so that resuming is exact.
         torch.manual_seed(derive_seed(self.config.seed, self.global_step, self.global_rank))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self._note_bad("train", batch)
-        if not self._all_ranks(len(batch["index"]) >= 2):  # too few for batch statistics: the step is skipped
-            return None
+        if not self._all_ranks(len(batch["index"]) >= 2):  # too few for batch statistics
+            return self._leave_out()
         views = [batch[name] for name in ("pixels", "view") if name in batch]
         embedding = self(torch.cat(views))  # V views of B pictures: VB,3,H,W -> VB,D
         # The first view alone is reconstructed: decoding costs as much as embedding, and the other would add little.
@@ -162,7 +163,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         loss, others = self._weigh(figures)
         if not self._all_ranks(bool(torch.isfinite(loss))):  # learning from it would ruin every weight
             self.refused.append((self.global_step, f"{loss.item():g}", batch["index"].tolist()))
-            return None
+            return self._leave_out()
         self.refused = []
         if batch_idx == 0 and self.config.reconstruction_weight and len(figures) > 1:
             ratio = _gradient_ratio(others, self.config.reconstruction_weight * recon, embedding)
@@ -171,6 +172,16 @@ class EarTeacherLightningModule(pl.LightningModule):
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
         self.log("train/lr", rate, on_step=True, on_epoch=False)
         return loss
+
+    def _leave_out(self) -> torch.Tensor:
+        """Nothing to learn in this step. Lightning takes no None on several devices: a loss without a slope, then."""
+        self._left_out = True
+        return sum((p * 0).sum() for p in self.parameters() if p.requires_grad)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._left_out:  # without gradients nothing moves, momentum and weight decay included
+            optimizer.zero_grad(set_to_none=True)
+            self._left_out = False
 
     def _other_losses(self, embedding: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """All but the reconstruction, unweighted, of VB embeddings of B pictures."""
@@ -362,12 +373,15 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.classes = classes.PseudoClasses(labels, len(self.prototypes), 0, mark)
             return
         if self.trainer.is_global_zero:
-            embeddings, rows = self._embed_train_set()
-            labels = self._label(embeddings, rows)
-            means = self._class_means(embeddings, labels[rows])
-            past = self.classes.round + 1 if self.classes else 0
-            result = classes.PseudoClasses(labels, len(self.prototypes), past, mark).as_dict(), means
-        state, means = self.trainer.strategy.broadcast(result)
+            try:
+                result = self._found_classes(mark)
+            except EarTeachError as error:
+                result = error
+        result = self.trainer.strategy.broadcast(result)
+        if isinstance(result, EarTeachError):
+            result.on_all_ranks = True
+            raise result
+        state, means = result
         before = self.classes.labels.cpu() if self.classes else None
         self.classes = classes.PseudoClasses.from_dict(state, None)
         self.nmi = None if before is None else classes.agreement_of_rounds(before, self.classes.labels)
@@ -377,6 +391,14 @@ class EarTeacherLightningModule(pl.LightningModule):
             if isinstance(callback, callbacks.Averages):
                 callback.forget("prototypes")  # the average of old ones is of no class
         self.optimizers().optimizer.state.pop(self.prototypes, None)  # old momentum belongs to old prototypes
+
+    def _found_classes(self, mark: str) -> tuple[dict[str, Any], torch.Tensor]:
+        """The next round's state and class means."""
+        embeddings, rows = self._embed_train_set()
+        labels = self._label(embeddings, rows)
+        means = self._class_means(embeddings, labels[rows])
+        past = self.classes.round + 1 if self.classes else 0
+        return classes.PseudoClasses(labels, len(self.prototypes), past, mark).as_dict(), means
 
     def _fingerprint(self) -> str:
         """Of the training manifest, with the columns that the classes are made from."""
@@ -472,11 +494,13 @@ class EarTeacherLightningModule(pl.LightningModule):
         found = {index: error for (which, index), error in sorted(bad.items()) if which == split}
         if len(found) > self.config.max_bad * len(dataset):  # a picture that two ranks share was counted twice
             index, error = next(iter(found.items()))
-            raise EarTeachError(
+            stop = EarTeachError(
                 f"{dataset.manifest.where(index)}: {error}; {len(found)} of {len(dataset)} pictures are bad, more than "
                 f"--max-bad {self.config.max_bad:g}: bad_images.csv lists them. Run earteach validate-data "
                 "--write-clean, or raise --max-bad"
             )
+            stop.on_all_ranks = not alone
+            raise stop
 
     def all_bad(self) -> dict[tuple[str, int], PictureError]:
         """`bad` of all ranks, which all must ask for."""
