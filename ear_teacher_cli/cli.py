@@ -68,7 +68,7 @@ def main() -> None:
     except SystemExit as end:  # Typer turns every KeyboardInterrupt into 130
         sys.exit(128 + told[0] if told else end.code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + told[0] if told else 130)
     except OSError as error:  # a name too long, a disk that is full: the system's words are clear enough
         typer.echo(
             f"earteach: {printable(error.filename or 'output')}: {error.strerror or error}; check the path", err=True

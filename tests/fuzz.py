@@ -297,7 +297,6 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, help="folder for the bytes that made a fault")
     parser.add_argument("--only", nargs=2, metavar=("KIND", "NUMBER"), help="one case again")
     options = parser.parse_args(words)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     counts = {kind: getattr(options, kind) for kind in KINDS}
     if options.only:
         counts = {options.only[0]: 1}
@@ -313,4 +312,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     sys.exit(main())

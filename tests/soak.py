@@ -61,6 +61,7 @@ def forked(work: Callable[[], object]) -> int:
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = work() or 0
     except SystemExit as end:
         code = end.code or 0
@@ -143,7 +144,7 @@ def kill_until_done(
     words, kills = first, 0
     while True:
         number = forked(said(words, folder / "log.txt"))
-        code = ended(number, chance.uniform(0, seconds) if kills < most else PATIENCE)
+        code = ended(number, chance.uniform(0, seconds * 0.8) if kills < most else PATIENCE)
         if code is None and kills == most:
             os.killpg(number, signal.SIGKILL)
             os.waitpid(number, 0)

@@ -60,6 +60,9 @@ def nested() -> bytes:
         (OBJECT, pickle.dumps({"image_paths": ["a" * 2**20] * 10_000})),
         (OBJECT, b"(" * 10**6 + b"t" * 10**6 + b"."),
         (OBJECT, b"X\xff\xff\xff\x7f"),  # a string of two gigabytes that is not there
+        (OBJECT, b"\x80\x02]r\xff\xff\xff\x7f."),  # a place in the memo: sixteen gigabytes
+        (OBJECT, b"]p2000000000\n."),
+        (OBJECT, b"\x80\x05\x96\xff\xff\xff\xff\x03\x00\x00\x00."),
         (OBJECT, b"\x8a\xff" + b"\xff" * 255 + b"."),
         ({"descr": "<f8", "fortran_order": False, "shape": (2**40,)}, b"12345678"),
         ({"descr": "<U250000000", "fortran_order": False, "shape": (1,)}, b"1234"),

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import re
 import struct
 import tokenize
@@ -40,7 +41,9 @@ def read_npy(path: str | Path) -> Any:
                     raise ValueError(f"{dtype} {list(shape)} does not fit into {size} bytes")
                 file.seek(0)
                 return _text_checked(npy_format.read_array(file, allow_pickle=False))
-            value = _Unwrapping(size).of(_PlainUnpickler(file, where).load())
+            data = file.read()
+            _scan(data)
+            value = _Unwrapping(size).of(_PlainUnpickler(io.BytesIO(data), where).load())
     except ManifestError:
         raise
     except OSError as error:
@@ -191,6 +194,14 @@ def _plain(kind: _Dtype) -> np.dtype:
     return kind.dtype
 
 
+def _scan(data: bytes) -> None:
+    """Look at a pickle's program without running it: lengths must be there, and a place in the memo be one that so many
+    bytes can fill. Python's unpickler makes room first: five bytes can ask for tens of gigabytes. Raises ValueError."""
+    for code, argument, _ in pickletools.genops(data):
+        if code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+            raise ValueError("the pickle wants a memo larger than itself")
+
+
 class _Unwrapping:
     """Replaces every stand-in of a value by its array.
 
@@ -253,7 +264,7 @@ for _module in ("numpy.core", "numpy._core"):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BufferedReader, where: str):
+    def __init__(self, file: io.BytesIO, where: str):
         super().__init__(file, encoding="latin1")
         self.where = where
 
