@@ -9,7 +9,14 @@ class EarTeachError(Exception):
     """Something in the user's data or files is not as it must be (exit code 1)."""
 
     exit_code = 1
-    on_all_ranks = False  # raised by every process of a run: one of them says it
+    on_all_ranks = False  # every process of the run raises it, so that one is enough to say it
+
+    @classmethod
+    def of_all(cls, message: str) -> "EarTeachError":
+        """One that every process of a run raises."""
+        error = cls(message)
+        error.on_all_ranks = True
+        return error
 
 
 class WordsError(EarTeachError):

@@ -271,8 +271,16 @@ def killed_after(batches: int, words: list, folder: Path, number: int = signal.S
         assert "--resume goes on" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["npy", "npz", "csv"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("npy", signal.SIGKILL),
+        ("npy", signal.SIGTERM),
+        ("npy", signal.SIGINT),
+        ("npz", signal.SIGKILL),
+        ("csv", signal.SIGKILL),
+    ],
+)
 def test_a_killed_embed_goes_on_to_the_same_bytes(kind, number, run, ears, tmp_path, earteach):
     copy = damaged(ears, tmp_path)
     words = ["embed", copy / "eval.csv", f"x.{kind}", "--weights", run, "--batch-size", 2, "--num-workers", 0]
@@ -290,11 +298,22 @@ def test_a_killed_embed_goes_on_to_the_same_bytes(kind, number, run, ears, tmp_p
     assert said.code == 2 and "nothing unfinished" in said.err
 
 
+BY_TWOS = ["--batch-size", 2, "--num-workers", 0]
+
+
+@pytest.fixture(scope="module")
+def killed(run, ears, tmp_path_factory) -> Path:
+    """What an embed of eval.csv into x.npy leaves that was killed after three batches of two."""
+    folder = tmp_path_factory.mktemp("killed")
+    killed_after(3, ["embed", ears / "eval.csv", folder / "x.npy", "--weights", run, *BY_TWOS], folder)
+    return folder / ".x.npy.unfinished"
+
+
 @pytest.mark.parametrize("lost", [1, 300, 10**6])
 @pytest.mark.parametrize("file", ["rows.npy", "names.csv"])
-def test_half_written_rows_and_names_are_done_again(file, lost, run, ears, tmp_path, earteach, embedded):
-    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, "--batch-size", 2, "--num-workers", 0]
-    killed_after(3, words, tmp_path)
+def test_half_written_rows_and_names_are_done_again(file, lost, killed, run, ears, tmp_path, earteach):
+    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
+    shutil.copytree(killed, tmp_path / killed.name)
     path = tmp_path / ".x.npy.unfinished" / file
     path.write_bytes(path.read_bytes()[:-lost])
     assert earteach(*words, "--resume").code == 0
@@ -303,10 +322,10 @@ def test_half_written_rows_and_names_are_done_again(file, lost, run, ears, tmp_p
     assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "y.csv").read_bytes()
 
 
-def test_resume_refuses_other_weights_pictures_and_batches(run, ears, tmp_path, earteach):
+def test_resume_refuses_other_weights_pictures_and_batches(killed, run, ears, tmp_path, earteach):
     copy = shutil.copytree(ears, tmp_path / "ears")
-    words = ["embed", copy / "eval.csv", tmp_path / "x.npy", "--weights", run, "--batch-size", 2, "--num-workers", 0]
-    killed_after(3, words, tmp_path)
+    words = ["embed", copy / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
+    shutil.copytree(killed, tmp_path / killed.name)
     other = run / "checkpoints" / "epoch_0005.ckpt"
     assert "other weights" in earteach(*words[:4], other, *words[5:], "--resume").err
     assert "other batch size (2, now 4)" in earteach(*words[:6], 4, "--resume").err

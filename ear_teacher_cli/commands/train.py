@@ -15,7 +15,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -208,7 +207,7 @@ def _fit(
     """Train, from a checkpoint at `step` if one is given; events of later steps are taken out of TensorBoard's view."""
     folder = config.experiment_dir
     found = runs.versions(folder)
-    logger = TensorBoardLogger(
+    logger = callbacks.Events(
         config.output_dir,
         config.experiment_name,
         default_hp_metric=False,

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from ..config import MONITORS
 from ..data.dataset import BadPicture, EarDataset, collate
@@ -210,6 +211,14 @@ def sample_pixels(dataset: EarDataset, count: int, seed: int) -> torch.Tensor | 
     return collate([items[i] for i in sorted(items)]).get("pixels")
 
 
+class Events(TensorBoardLogger):
+    """TensorBoard's events alone. Lightning's hparams.yaml would say what config.toml does, and is not written whole."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        self.experiment.flush()
+
+
 class MetricsFile(Callback):
     """`metrics.csv`: a row per epoch (0: before training), rewritten whole, so that a resumed run continues it without double rows."""
 
@@ -300,7 +309,7 @@ class Watch(Callback):
         fallen = verdict(_health(now), _health(pl_module.start))
         lost = degraded(now["retrieval"], pl_module.start["retrieval"], pictures)
         if (fallen or lost) and self.fail_on_collapse:
-            raise EarTeachError(
+            raise EarTeachError.of_all(
                 f"epoch {trainer.current_epoch + 1}: the embeddings {'collapse' if fallen else 'degrade'}: {fallen or lost}; the checkpoints before it stand. "
                 "Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
             )
@@ -407,14 +416,15 @@ class StopOnNaN(Callback):
 
     def __init__(self, talk: Talk):
         self.talk = talk
+        self.told_of = -1  # the last step that was said
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not pl_module.refused or batch_idx == self.seen:
+        if not pl_module.refused or pl_module.refused[-1][0] == self.told_of:
             return
-        self.seen = batch_idx
         step, loss, rows = pl_module.refused[-1]
+        self.told_of = step
         manifest = trainer.datamodule.train_set.manifest
         pictures = ", ".join(manifest.where(row) for row in rows[:8])
         pictures += f" and {len(rows) - 8} more" if len(rows) > 8 else ""
@@ -422,24 +432,21 @@ class StopOnNaN(Callback):
         if len(pl_module.refused) < self.REFUSED_STEPS:
             self.talk.warn(f"{found}; the step is left out")
             return
-        raise EarTeachError(
+        raise EarTeachError.of_all(
             f"{found}, the {self.REFUSED_STEPS}rd such step in a row; {_last_good(trainer)}. Start again with a lower "
             "--learning-rate or --precision 32-true"
         )
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seen = -1
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         for name, pictures in (("train/loss", "training"), ("val/loss", "validation")):
             loss = trainer.callback_metrics.get(name)
             if loss is None:
-                raise EarTeachError(
+                raise EarTeachError.of_all(
                     f"epoch {epoch}: too few {pictures} pictures could be read for a loss; run earteach validate-data"
                 )
             if not torch.isfinite(loss):
-                raise EarTeachError(
+                raise EarTeachError.of_all(
                     f"epoch {epoch}: {name} is {float(loss)}; {_last_good(trainer)}. Start again with a lower "
                     "--learning-rate or --precision 32-true"
                 )

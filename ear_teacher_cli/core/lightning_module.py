@@ -135,6 +135,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.train(was_training)
         return pictures
 
+    def on_train_start(self) -> None:
+        """A checkpoint's tensors were loaded before the module moved; resumed within an epoch, no other hook comes first."""
+        if self.classes is not None:
+            self.classes.labels = self.classes.labels.to(self.device)
+        self._sums = {name: total.to(self.device) for name, total in self._sums.items()}
+
     def on_train_epoch_start(self) -> None:
         config = self.config
         if not config.learns_classes:
@@ -321,7 +327,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
         self.start = dict(checkpoint["earteach"].get("start", {}))
-        self._sums = {name: total.to(self.device) for name, total in checkpoint.get("training_sums", {}).items()}
+        self._sums = {name: total.clone() for name, total in checkpoint.get("training_sums", {}).items()}
         state = checkpoint.get("pseudo_classes")
         if state is None:
             return
@@ -379,8 +385,7 @@ class EarTeacherLightningModule(pl.LightningModule):
                 result = error
         result = self.trainer.strategy.broadcast(result)
         if isinstance(result, EarTeachError):
-            result.on_all_ranks = True
-            raise result
+            raise EarTeachError.of_all(str(result))
         state, means = result
         before = self.classes.labels.cpu() if self.classes else None
         self.classes = classes.PseudoClasses.from_dict(state, None)
@@ -483,9 +488,10 @@ class EarTeacherLightningModule(pl.LightningModule):
         they are more than `max_bad` of the split."""
         for index, reason, detail in batch["bad"]:
             self.bad[(split, index)] = PictureError(reason, detail)
-        count = torch.tensor(float(sum(which == split for which, _ in self.bad)), device=self.device)
-        if not alone:
-            count = self.trainer.strategy.reduce(count, reduce_op="sum")
+        count = sum(which == split for which, _ in self.bad)
+        if self.trainer.world_size > 1 and not alone:
+            everywhere = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="sum")
+            count = int(everywhere)
         datamodule = self.trainer.datamodule
         dataset = datamodule.train_set if split == "train" else datamodule.val_set
         if count <= self.config.max_bad * len(dataset):
@@ -494,13 +500,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         found = {index: error for (which, index), error in sorted(bad.items()) if which == split}
         if len(found) > self.config.max_bad * len(dataset):  # a picture that two ranks share was counted twice
             index, error = next(iter(found.items()))
-            stop = EarTeachError(
+            raise (EarTeachError if alone else EarTeachError.of_all)(
                 f"{dataset.manifest.where(index)}: {error}; {len(found)} of {len(dataset)} pictures are bad, more than "
                 f"--max-bad {self.config.max_bad:g}: bad_images.csv lists them. Run earteach validate-data "
                 "--write-clean, or raise --max-bad"
             )
-            stop.on_all_ranks = not alone
-            raise stop
 
     def all_bad(self) -> dict[tuple[str, int], PictureError]:
         """`bad` of all ranks, which all must ask for."""
