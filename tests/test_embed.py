@@ -322,6 +322,22 @@ def test_half_written_rows_and_names_are_done_again(file, lost, killed, run, ear
     assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "y.csv").read_bytes()
 
 
+def test_killed_between_the_outputs_and_the_end_nothing_final_is_touched(run, ears, tmp_path, earteach, monkeypatch):
+    """The rows have their final name, and the journal is still there."""
+    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
+    monkeypatch.setattr("shutil.rmtree", lambda *_: None)
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: path.name == "rows.npy" or unlink(path, **options))
+    assert earteach(*words).code == 0
+    monkeypatch.undo()
+    before = (tmp_path / "x.npy").read_bytes()
+    held = open(tmp_path / "x.npy", "rb")  # as a reader has it open
+    assert earteach(*words, "--resume").code == 0
+    with held:
+        assert held.read() == before == (tmp_path / "x.npy").read_bytes()
+    assert not list(tmp_path.glob(".x*"))
+
+
 def test_resume_refuses_other_weights_pictures_and_batches(killed, run, ears, tmp_path, earteach):
     copy = shutil.copytree(ears, tmp_path / "ears")
     words = ["embed", copy / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]

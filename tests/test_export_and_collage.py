@@ -66,7 +66,7 @@ def test_a_failed_proof_leaves_no_file(run, tmp_path, monkeypatch):
 
         save_file({**state, "stem.0.bias": state["stem.0.bias"] + 1}, path, metadata=metadata)
 
-    monkeypatch.setattr(verb, "save_file", spoil)
+    monkeypatch.setattr(verb, "write_safetensors", spoil)
     with pytest.raises(WeightsError, match="differ"):
         verb.export_backbone(run, tmp_path / "e.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -133,8 +133,13 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
             for name in (_STATE, _ROWS, _NAMES):
                 (folder / name).unlink(missing_ok=True)
         try:
-            with open(folder / _ROWS, "a+b"), open(folder / _NAMES, "a+b"):
-                pass  # they exist from here on; `a` would write at the end only
+            for name in (_ROWS, _NAMES):
+                (folder / name).touch()
+            if (
+                folder / _ROWS
+            ).stat().st_nlink > 1:  # killed at the very end: these bytes have their final name already
+                with whole_file(folder / _ROWS) as temporary:
+                    shutil.copyfile(folder / _ROWS, temporary)
             with whole_file(folder / _STATE) as temporary:
                 temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
             with open(folder / _ROWS, "r+b") as rows, open(folder / _NAMES, "r+b") as names:
