@@ -237,7 +237,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_ones_lock_is_nobodys(mani
     command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
         for line in other.stderr:
-            if line.startswith("epoch 1/200: train"):
+            if line.startswith("epoch 2/200: train"):  # the first has been saved
                 break
         folder = tmp_path / "ear_teacher"
         for again in (["resume", folder], [*words, "--overwrite"]):
