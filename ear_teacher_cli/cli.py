@@ -55,7 +55,9 @@ def main() -> None:
         told.append(number)
         raise Stopped(number)
 
-    signal.signal(signal.SIGTERM, stop)  # schedulers send it before they kill: it ends things in order, as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):  # of schedulers before they kill, of terminals that close: as Ctrl-C
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     try:
         app(prog_name="earteach")
     except EarTeachError as error:
@@ -69,10 +71,12 @@ def main() -> None:
         sys.exit(128 + told[0] if told else end.code)
     except KeyboardInterrupt:
         sys.exit(128 + told[0] if told else 130)
-    except OSError as error:  # a name too long, a disk that is full: the system's words are clear enough
-        typer.echo(
-            f"earteach: {printable(error.filename or 'output')}: {error.strerror or error}; check the path", err=True
-        )
+    except (
+        OSError
+    ) as error:  # a full /dev/shm, a name too long, a disk that is full: the system's words are clear enough
+        meant = None if error.filename else complaint(error)
+        found = f"{printable(error.filename or 'output')}: {error.strerror or error}; check the path"
+        typer.echo(f"earteach: {printable(meant or found)}", err=True)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         meant = complaint(error)
@@ -81,8 +85,11 @@ def main() -> None:
         typer.echo(f"earteach: {printable(meant)}", err=True)
         sys.exit(1)
     finally:
-        for child in multiprocessing.active_children():
-            child.kill()  # one that hangs in a decoder would be waited for
+        if children := multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would make an error of what comes now
+            for child in children:
+                child.kill()  # one that hangs in a decoder would be waited for
+                child.join()
 
 
 def _print_version(asked: bool) -> None:
@@ -247,13 +254,17 @@ def resume(
     num_workers: Annotated[
         int | None, typer.Option(help="Load pictures with this many processes instead.", min=0, show_default=False)
     ] = None,
+    load_timeout: Annotated[
+        int | None, typer.Option(help="Seconds that loading a batch may take instead.", min=0, show_default=False)
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a run that was interrupted; nothing has to be typed again."""
     from .commands import train as verb
 
     talk = Talk(quiet or not is_first_process())
-    _finish(verb.resume(run, talk, max_epochs=max_epochs, devices=devices, num_workers=num_workers), talk)
+    changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers, "load_timeout": load_timeout}
+    _finish(verb.resume(run, talk, **changes), talk)
 
 
 @app.command("collage", epilog="Example: `earteach collage ear_teacher/outputs/ear_teacher -o collage.png`")
@@ -334,6 +345,9 @@ def embed(
     root_dir: RootDir = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
+    load_timeout: Annotated[
+        int, typer.Option(help="Seconds that loading a batch may take; 0: for ever.", min=0)
+    ] = TrainConfig.load_timeout,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an interrupted or killed embed left, to the same bytes.")
     ] = False,
@@ -356,6 +370,7 @@ def embed(
         root_dir=root_dir,
         batch_size=batch_size,
         num_workers=num_workers,
+        load_timeout=load_timeout,
         resume=resume,
         overwrite=overwrite,
         talk=talk,
@@ -505,7 +520,9 @@ def evaluate(
 def _finish(outcome: Any, talk: Talk) -> None:
     folder = printable(outcome.experiment)
     if outcome.interrupted:
-        talk.say(f"interrupted{', all steps saved' if outcome.saved else ''}: go on with `earteach resume {folder}`")
+        talk.say(
+            f"interrupted{', saved within the epoch' if outcome.saved else ''}: go on with `earteach resume {folder}`"
+        )
         raise typer.Exit(outcome.interrupted)
     talk.say(f"{folder}: {outcome.epochs} epochs; best checkpoint {printable(outcome.best)}")
     talk.say(f"next: earteach collage {folder} -o collage.png; earteach export-backbone {folder} teacher.safetensors")

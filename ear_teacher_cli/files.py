@@ -8,6 +8,7 @@ import fcntl
 import glob
 import os
 import socket
+import stat
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Pa
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename, else delete it."""
     path = Path(path)
-    sweep(path)
+    sweep(path.parent, glob.escape(path.name))
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     except OSError as error:
@@ -65,12 +66,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def sweep(path: Path) -> None:
-    """Remove the temporary files of `path` that a killed process left beside it."""
-    for name in glob.glob(f".{glob.escape(path.name)}.*{_PART}", root_dir=path.parent, include_hidden=True):
-        stale = path.parent / name
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files of `name` (a pattern), in `folder`, that a killed process left."""
+    for found in glob.glob(f".{name}.*{_PART}", root_dir=folder, include_hidden=True):
+        stale = folder / found
         try:
-            handle = os.open(stale, os.O_RDWR | os.O_NOFOLLOW)
+            handle = os.open(stale, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
@@ -86,11 +87,16 @@ def sweep(path: Path) -> None:
 def only_writer(folder: Path) -> Iterator[None]:
     """Be the one process that writes into `folder`, which exists. Raises EarTeachError, naming the other, if there is one."""
     path = folder / _LOCK
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:  # what a stranger's folder has under this name may point anywhere
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
-        raise EarTeachError(f"{printable(folder)}: not writable ({error.strerror}); choose another place") from error
+        raise EarTeachError(
+            f"{printable(path)}: cannot be written ({error.strerror}); choose another place, or remove it if it is a link"
+        ) from error
     try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise EarTeachError(f"{printable(path)}: is no file of its own; remove it")
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: its workers do not inherit it
         except (BlockingIOError, PermissionError) as error:

@@ -33,6 +33,11 @@ _COMPLAINTS = (
         "container more (docker run --shm-size 8g)",
     ),
     (
+        r"No space left on device|File too large|Disk quota",
+        "the disk, or the shared memory (/dev/shm) of the processes that load pictures, is full; make room, or use "
+        "--num-workers 0",
+    ),
+    (
         r"DataLoader timed out",
         "loading pictures: no batch came in time; look after the disk, raise --load-timeout, or find the picture that "
         "hangs with earteach validate-data",

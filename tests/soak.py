@@ -171,6 +171,9 @@ def kill_until_done(
         if left_behind(number):
             tally.faults.append(f"{what}: processes are left behind")
             return False
+        if "Traceback" in (folder / "log.txt").read_text(errors="replace"):
+            tally.faults.append(f"{what}: a traceback; {(folder / 'log.txt').read_text()[-2000:]}")
+            return False
         if ended(forked(lambda: whole(folder)), PATIENCE) != 0:
             tally.faults.append(f"{what}: a half-written file under a final name")
             return False

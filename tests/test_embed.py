@@ -257,7 +257,8 @@ def test_odd_names_come_back_as_they_are(run, ears, tmp_path, earteach, monkeypa
 def killed_after(batches: int, words: list, folder: Path, number: int = signal.SIGKILL) -> None:
     """Run `earteach` in a process of its own, killed when it has written so many batches of rows."""
     script = (
-        "import os, sys; from ear_teacher_cli.data.journal import Journal; from ear_teacher_cli.cli import main\n"
+        "import os, signal, sys; from ear_teacher_cli.data.journal import Journal; from ear_teacher_cli.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a script's background has it ignored
         "add, calls = Journal.add, []\n"
         "def counted(self, *arguments):\n"
         "    calls.append(add(self, *arguments))\n"

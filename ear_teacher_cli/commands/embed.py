@@ -23,6 +23,7 @@ import numpy as np
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
+from ..data.dataset import BadPicture
 from ..data.journal import Journal, input_mark, put_rows, unfinished
 from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, WordsError
@@ -53,6 +54,7 @@ def embed(
     root_dir: str | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
+    load_timeout: int = 300,
     resume: bool = False,
     overwrite: bool = False,
     talk: Talk,
@@ -84,7 +86,12 @@ def embed(
         if journal.done:
             talk.say(f"going on after {journal.done} of {len(manifest)} pictures")
         try:
-            _run(embedder, journal, normalize, whiten, num_workers, talk)
+            batches = embed_pictures(embedder, manifest, batch_size, num_workers, load_timeout, talk, journal.done)
+            for good, vectors, bad in batches:
+                rows = None
+                if good:
+                    rows = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
+                _add(journal, good, rows, bad, out)
         except KeyboardInterrupt:
             if journal.count and out != "-":
                 talk.say(
@@ -115,14 +122,12 @@ def embed(
     return Embedded(journal.count, skipped, dim, out)
 
 
-def _run(embedder: Embedder, journal: Journal, normalize: bool, whiten: bool, num_workers: int, talk: Talk) -> None:
-    """Embed all that the journal has not, in order."""
-    manifest, start = journal.manifest, journal.done
-    for good, vectors, bad in embed_pictures(embedder, manifest, journal.batch_size, num_workers, talk, start):
-        rows = None
-        if good:
-            rows = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
+def _add(journal: Journal, good: list[int], rows: np.ndarray | None, bad: list[BadPicture], out: str) -> None:
+    try:
         journal.add(good, rows, bad)
+    except OSError as error:
+        kept = f"{journal.done} of {len(journal.manifest)} pictures are kept: make room, and go on with --resume"
+        raise EarTeachError(f"{printable(out)}: cannot be written ({error.strerror or error}); {kept}") from error
 
 
 @contextmanager

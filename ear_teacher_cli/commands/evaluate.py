@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import TrainConfig
 from ..core import metrics, pairs
 from ..core.metrics import Measured
 from ..core.pairs import Order
@@ -279,7 +280,7 @@ def _embedded(
     embedder = load_embedder(weights, backbone, image_size, whiten)
     talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
     rows, kept = [], []
-    for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, talk):
+    for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, talk):
         if good:
             rows.append(embedder.unit_rows(vectors, whiten))
             kept += good

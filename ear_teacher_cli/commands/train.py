@@ -3,6 +3,7 @@
 config -> data -> model (with the receipt of its weights) -> fit -> {output_dir}/{experiment_name}/
 """
 
+import errno
 import logging
 import shutil
 import time
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -28,8 +30,8 @@ from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
-from ..files import brief, only_writer, printable, whole_file
-from ..machine import is_first_process
+from ..files import brief, only_writer, printable, sweep, whole_file
+from ..machine import complaint, is_first_process
 from ..talk import Talk, clock
 
 
@@ -76,6 +78,7 @@ def resume(
     max_epochs: int | None = None,
     devices: int | None = None,
     num_workers: int | None = None,
+    load_timeout: int | None = None,
 ) -> Outcome:
     """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done.
 
@@ -83,6 +86,7 @@ def resume(
     """
     run = Path(run)
     changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers}
+    changes["load_timeout"] = load_timeout
     folder = run if run.is_dir() else _experiment_of(runs.checkpoint_of(run, best=False))
     with _owned(folder) if (folder / runs.CONFIG).is_file() else nullcontext():
         if runs.last_checkpoint(folder) is None:
@@ -244,7 +248,7 @@ def _fit(
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            if checkpoint is None or save_on_stop.begun:
+            if checkpoint is None or save_on_stop.begun or complaint(error):
                 raise
             raise WeightsError(
                 f"{printable(checkpoint)}: cannot be gone on with ({brief(error)}); use another checkpoint"
@@ -291,21 +295,26 @@ def _experiment_of(path: Path) -> Path:
 
 def _newest_whole(folder: Path, talk: Talk) -> Checkpoint:
     """Raises the newest one's WeightsError if none is whole."""
-    first = None
-    for path in runs.checkpoints(folder):
+    for path, following in pairwise([*runs.checkpoints(folder), None]):
         try:
             return read_checkpoint(path)
         except WeightsError as error:
-            first = first or error
-            talk.warn(f"{error}. Trying the one before it")
-    raise first
+            passing = isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING
+            if passing or following is None:
+                raise
+            talk.warn(f"{error}. Trying {printable(following.name)}")
+    raise AssertionError("a folder with a checkpoint has one")
+
+
+# Errors of reading that say nothing of the file: it may be whole, and must not be passed over.
+_PASSING = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 
 def _not_gone_beyond(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """Raises WordsError if the experiment has later epochs: two branches would mix."""
-    newest = runs.last_checkpoint(folder)
-    if not newest.samefile(checkpoint.path):
-        done = read_checkpoint(newest).epoch
+    newest = _newest_whole(folder, Talk(quiet=True))
+    if not newest.path.samefile(checkpoint.path):
+        done = newest.epoch
         if done > checkpoint.epoch:
             raise WordsError(
                 f"{printable(checkpoint.path)}: is of epoch {checkpoint.epoch}, but this experiment has gone on to {done}; to "
@@ -331,8 +340,8 @@ def _owned(folder: Path) -> Iterator[None]:
         return
     _make(folder)
     with only_writer(folder):
-        for path in folder.rglob(".*.part"):
-            path.unlink(missing_ok=True)
+        for below in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+            sweep(below)
         yield
 
 

@@ -172,9 +172,6 @@ class Collages(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._gif(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._gif(trainer)
-
     def _make(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         if self.pixels is None:
             return
@@ -454,7 +451,11 @@ class StopOnNaN(Callback):
 
 def _last_good(trainer: pl.Trainer) -> str:
     saved = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    newest = max((Path(path) for path in saved if path), key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(
+        (Path(path) for path in saved if path and Path(path).exists()),
+        key=lambda path: path.stat().st_mtime,
+        default=None,
+    )
     return f"the last good checkpoint is {printable(newest)}" if newest else "no checkpoint was saved before"
 
 

@@ -176,9 +176,9 @@ def _read_torch(path: Path) -> Any:
                 f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
                 "nothing was run. Give a file of plain tensors (.safetensors)"
             ) from error
-        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); fetch it again") from error
+        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); use another copy") from error
     except _DAMAGE as error:
-        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); fetch it again") from error
+        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); use another copy") from error
 
 
 def _check_archive(path: Path) -> None:

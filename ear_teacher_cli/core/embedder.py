@@ -94,7 +94,13 @@ def load_embedder(
 
 
 def embed_pictures(
-    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk, start: int = 0
+    embedder: Embedder,
+    manifest: Manifest,
+    batch_size: int,
+    num_workers: int,
+    load_timeout: int,
+    talk: Talk,
+    start: int = 0,
 ) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
     """A batch at a time, in order, from the picture `start` on: indices B, embeddings float32 B,D (None if B is 0), and
     what could not be read."""
@@ -106,7 +112,7 @@ def embed_pictures(
         collate_fn=collate,
         worker_init_fn=leave_stopping_to_the_parent,
         sampler=range(start, len(manifest)),
-        timeout=TrainConfig.load_timeout if workers else 0,
+        timeout=load_timeout if workers else 0,
     )
     if embedder.preprocessing.mirror:
         unknown = sum(manifest.side(i) is None for i in range(len(manifest)))

@@ -33,8 +33,10 @@ class SaveOnStop(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.begun = True
         # after Lightning's own, which notes a SIGTERM and looks at it at the epoch's end; it puts the old ones back
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._tell)
+        self.trainer = trainer
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or in the background of a script
+                signal.signal(number, self._tell)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.waits, self.before_last = False, None
@@ -50,7 +52,7 @@ class SaveOnStop(Checkpoint):
     ) -> None:
         steps_left = trainer.num_training_batches - batch_idx - 1
         told = trainer.strategy.reduce_boolean_decision(self.told is not None, all=False)
-        if steps_left == 1 or (told and steps_left):
+        if (steps_left == 1 or (told and steps_left)) and not pl_module.refused:
             self.before_last = _copied(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
         if told:
             self._save(trainer)
@@ -66,23 +68,27 @@ class SaveOnStop(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             self.exit_code = getattr(exception, "exit_code", 130)
-            if not self.saved and not self.waits:
-                self._save(trainer)
 
     def _tell(self, number: int, frame: Any) -> None:
-        if not self.waits or self.told is not None:
-            self.told = number
+        again, self.told = self.told is not None, number
+        if again or not self.waits:
+            if not again:
+                self._save(self.trainer)
             raise Stopped(number)
-        self.told = number
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self.told is not None, all=False):
+            self._save(trainer)
             raise Stopped(self.told or signal.SIGTERM)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if self.before_last is not None:
+        if self.before_last is not None and _finite(self.before_last["state_dict"]):
             trainer.strategy.save_checkpoint(self.before_last, str(self.path))
             self.saved = True
+
+
+def _finite(tensors: dict[str, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def _copied(value: Any) -> Any:

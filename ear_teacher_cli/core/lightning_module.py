@@ -160,6 +160,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._note_bad("train", batch)
         if not self._all_ranks(len(batch["index"]) >= 2):  # too few for batch statistics
             return self._leave_out()
+        statistics = [buffer.clone() for buffer in self.buffers()]
         views = [batch[name] for name in ("pixels", "view") if name in batch]
         embedding = self(torch.cat(views))  # V views of B pictures: VB,3,H,W -> VB,D
         # The first view alone is reconstructed: decoding costs as much as embedding, and the other would add little.
@@ -169,6 +170,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         loss, others = self._weigh(figures)
         if not self._all_ranks(bool(torch.isfinite(loss))):  # learning from it would ruin every weight
             self.refused.append((self.global_step, f"{loss.item():g}", batch["index"].tolist()))
+            for buffer, before in zip(self.buffers(), statistics, strict=True):
+                buffer.copy_(before)  # batch norm has seen what ruined the loss
             return self._leave_out()
         self.refused = []
         if batch_idx == 0 and self.config.reconstruction_weight and len(figures) > 1:
@@ -249,6 +252,9 @@ class EarTeacherLightningModule(pl.LightningModule):
                 found["classes/nmi"] = self.nmi
         self.log_dict(found)  # from the same gathered embeddings on every rank: nothing to reduce
 
+    def on_train_epoch_end(self) -> None:
+        self._log_training()  # of an epoch without validation
+
     @torch.no_grad()
     def measure_start(self) -> None:
         """Quality and health of the embeddings as they are before the first step, to compare later ones with."""
@@ -318,8 +324,9 @@ class EarTeacherLightningModule(pl.LightningModule):
         checkpoint["earteach"]["start"] = self.start
         if done := steps_into_epoch(self.trainer):
             checkpoint["earteach"]["steps_done"] = done
-            checkpoint["training_sums"] = self._sums
-        if self.whitening is not None:
+            share = self.trainer.strategy.reduce  # each rank goes on with an equal part of what all have
+            checkpoint["training_sums"] = {k: share(v.clone(), reduce_op="mean") for k, v in self._sums.items()}
+        if self.whitening is not None and not steps_into_epoch(self.trainer):  # within an epoch it is of older weights
             checkpoint["whitening"] = self.whitening
         if self.classes is not None:
             checkpoint["pseudo_classes"] = {**self.classes.as_dict(), "nmi": self.nmi}

@@ -22,9 +22,13 @@ def is_begun(experiment: Path) -> bool:
 
 
 def checkpoints(experiment: Path) -> list[Path]:
-    """All checkpoints, newest first: `last.ckpt`, then by time."""
-    found = (experiment / CHECKPOINTS).glob("*.ckpt")
-    return sorted(found, key=lambda path: (path.name == LAST, path.stat().st_mtime), reverse=True)
+    """All checkpoints, newest first: `last.ckpt`, then by the epoch in the name (a copied folder has lost its times)."""
+
+    def age(path: Path) -> tuple:
+        epoch = re.search(r"epoch_(\d+)", path.name)
+        return path.name == LAST, int(epoch[1]) if epoch else -1, path.stat().st_mtime
+
+    return sorted((experiment / CHECKPOINTS).glob("*.ckpt"), key=age, reverse=True)
 
 
 def last_checkpoint(experiment: Path) -> Path | None:

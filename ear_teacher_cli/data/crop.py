@@ -94,15 +94,15 @@ def _time_limit() -> Iterator[None]:
         return
 
     def late(number: int, frame: object) -> None:
-        raise PictureError("too-slow", f"not decoded within {_DECODE_SECONDS} s")
+        raise PictureError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, _DECODE_SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, _DECODE_SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def check_box(box: Box) -> None:

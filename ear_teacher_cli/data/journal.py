@@ -126,7 +126,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
         raise EarTeachError(f"{printable(out)}: cannot be written ({error.strerror})") from error
     with only_writer(folder):
         if resume:
-            _refuse_other(json.loads((folder / _STATE).read_text(encoding="utf-8")), state, out)
+            _refuse_other(_state_of(folder, out), state, out)
         else:
             if (folder / _ROWS).exists():
                 talk.say(f"{printable(out)}: an unfinished one is dropped (--resume would go on with it)")
@@ -134,6 +134,8 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
                 (folder / name).unlink(missing_ok=True)
         try:
             for name in (_ROWS, _NAMES):
+                if (folder / name).is_symlink():  # of a stranger's folder: it may point anywhere
+                    (folder / name).unlink()
                 (folder / name).touch()
             if (
                 folder / _ROWS
@@ -175,6 +177,14 @@ def input_mark(manifest: Manifest) -> str:
             seen = []
         mark.update(json.dumps([path, manifest.boxes[i], labels, seen]).encode())
     return mark.hexdigest()
+
+
+def _state_of(folder: Path, out: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EarTeachError(f"{printable(out)}: what is unfinished of it is damaged; leave --resume out") from error
+    return state if isinstance(state, dict) else {}
 
 
 def _refuse_other(found: dict[str, Any], state: dict[str, Any], out: Path) -> None:

@@ -184,7 +184,9 @@ def _scalar(kind: _Dtype, data: Any = b"") -> Any:
 
 
 def _from_bytes(data: Any, kind: _Dtype) -> np.ndarray:
-    data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if not isinstance(data, bytes | bytearray):  # bytes(10**12) would make them
+        raise ValueError("an array without bytes")
     return _text_checked(np.frombuffer(data, dtype=_plain(kind)))
 
 
