@@ -6,6 +6,7 @@ imported when called, so that `--help` loads neither torch nor numpy.
 
 import inspect
 import multiprocessing
+import os
 import signal
 import sys
 from dataclasses import fields
@@ -50,10 +51,12 @@ Workers = Annotated[int, typer.Option(help="Processes that decode pictures; at m
 def main() -> None:
     """The `earteach` command: every error of ours becomes one line and its exit code."""
     told: list[int] = []
+    process = os.getpid()
 
     def stop(number: int, frame: Any) -> None:
-        told.append(number)
-        raise Stopped(number)
+        if os.getpid() == process:  # not in a loader that was just forked
+            told.append(number)
+            raise Stopped(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # of schedulers before they kill, of terminals that close: as Ctrl-C
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

@@ -6,6 +6,7 @@ epoch is over, for a signal that comes later. While classes are made, or before 
 saved, and the run stops at once.
 """
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class SaveOnStop(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.begun = True
         # after Lightning's own, which notes a SIGTERM and looks at it at the epoch's end; it puts the old ones back
-        self.trainer = trainer
+        self.trainer, self.process = trainer, os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or in the background of a script
                 signal.signal(number, self._tell)
@@ -70,6 +71,8 @@ class SaveOnStop(Checkpoint):
             self.exit_code = getattr(exception, "exit_code", 130)
 
     def _tell(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:  # a loader just forked, which has not yet learned to leave this to its parent
+            return
         again, self.told = self.told is not None, number
         if again or not self.waits:
             if not again:
