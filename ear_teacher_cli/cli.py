@@ -58,6 +58,12 @@ def main() -> None:
             told.append(number)
             raise Stopped(number)
 
+    def unraisable(what: Any) -> None:
+        if not isinstance(what.exc_value, Stopped):  # raised in a hook of Python's that cannot pass it on
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
+
     for number in (signal.SIGTERM, signal.SIGHUP):  # of schedulers before they kill, of terminals that close: as Ctrl-C
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
