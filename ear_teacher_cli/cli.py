@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from dataclasses import fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
@@ -62,6 +62,11 @@ def main() -> None:
         if not isinstance(what.exc_value, Stopped):  # raised in a hook of Python's that cannot pass it on
             sys.__unraisablehook__(what)
 
+    def fail(message: Any, code: int = 1) -> NoReturn:
+        sys.unraisablehook = lambda what: None  # what half-built objects say on their way out
+        typer.echo(f"earteach: {printable(message)}", err=True)  # whatever strange names it holds
+        sys.exit(code)
+
     sys.unraisablehook = unraisable
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # of schedulers before they kill, of terminals that close: as Ctrl-C
@@ -74,25 +79,21 @@ def main() -> None:
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
         if is_first_process() or not error.on_all_ranks:
-            typer.echo(f"earteach: {printable(message)}", err=True)  # whatever strange names it holds
+            fail(message, error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as end:  # Typer turns every KeyboardInterrupt into 130
         sys.exit(128 + told[0] if told else end.code)
     except KeyboardInterrupt:
         sys.exit(128 + told[0] if told else 130)
-    except (
-        OSError
-    ) as error:  # a full /dev/shm, a name too long, a disk that is full: the system's words are clear enough
+    except OSError as error:  # a full /dev/shm or disk, a name too long: the system's words are clear enough
         meant = None if error.filename else complaint(error)
         found = f"{printable(error.filename or 'output')}: {error.strerror or error}; check the path"
-        typer.echo(f"earteach: {printable(meant or found)}", err=True)
-        sys.exit(1)
+        fail(meant or found)
     except (RuntimeError, MemoryError) as error:
         meant = complaint(error)
         if meant is None:
             raise
-        typer.echo(f"earteach: {printable(meant)}", err=True)
-        sys.exit(1)
+        fail(meant)
     finally:
         if children := multiprocessing.active_children():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would make an error of what comes now

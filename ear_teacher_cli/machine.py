@@ -16,12 +16,18 @@ def is_first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def complaint(error: Exception) -> EarTeachError | None:
-    """An error of torch about the machine in our words, with the option that helps; None if it is another."""
-    text = " ".join(str(error).split())
-    for pattern, words in _COMPLAINTS:
-        if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
-            return EarTeachError(f"{words} ({text[:120]})")
+def complaint(error: BaseException | None) -> EarTeachError | None:
+    """An error of torch about the machine in our words, with the option that helps; None if it is another. An error that
+    was raised while cleaning up after one is taken for that one."""
+    while error is not None:
+        text = str(error).strip()
+        if "Traceback (most recent call last)" in text:  # a loader's: its last line is what was raised
+            text = text.splitlines()[-1]
+        text = " ".join(text.split())
+        for pattern, words in _COMPLAINTS:
+            if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
+                return EarTeachError(f"{words} ({text[:120]})")
+        error = error.__context__
     return None
 
 
@@ -50,6 +56,10 @@ _COMPLAINTS = (
     (
         r"^OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
         "GPU memory: too small; lower --batch-size or --image-size, or use --precision 16-mixed",
+    ),
+    (
+        r"Too many open files|received \d+ items of ancdata",
+        "open files: too many for this shell's limit; raise it (ulimit -n 65536), or lower --num-workers",
     ),
     (
         r"connection (closed|reset) by peer|NCCL error|gloo/transport",

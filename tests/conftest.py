@@ -51,6 +51,7 @@ def earteach(capfdbinary, monkeypatch):
 
     def say(*words) -> Said:
         monkeypatch.setattr(sys, "argv", ["earteach", *map(str, words)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own
         capfdbinary.readouterr()
         try:
             main()

@@ -351,6 +351,9 @@ def test_a_lock_that_points_elsewhere_writes_nowhere(run, tmp_path, earteach):
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "lower --num-workers"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"), "^memory"),
         (MemoryError(), "^memory"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "ulimit -n"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+                      "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left"), r"\(RuntimeError: unable"),
     ],
 )  # fmt: skip
 def test_what_the_machine_complains_of_is_said_in_our_words(error, words):
@@ -372,6 +375,45 @@ def test_too_much_memory_is_one_line(manifests, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"earteach: .*--batch-size", done.stderr), done.stderr
+
+
+def on_a_small_disk(size: str, folder: Path, script: str, *words: object) -> subprocess.CompletedProcess:
+    """`script` (sh; "$@" is an `earteach` command) where `folder` is a disk of `size` of its own, in a mount namespace."""
+    own = ["unshare", "--mount", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*own, "mount", "-t", "tmpfs", "none", folder]).returncode:
+        pytest.skip("this machine lets no test mount a small disk")
+    mounted = f'mount -t tmpfs -o size={size} none "{folder}" && {script}'
+    command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
+    return subprocess.run([*own, "sh", "-c", mounted, "sh", *command], capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("size", ["4k", "80k"])  # too small to start a loader, and for what one loads
+def test_shared_memory_too_small_is_one_line(size, manifests, run, ears, tmp_path):
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        pytest.skip("no /dev/shm here")
+    loaders = ["--num-workers", "1", "--batch-size", "8"]
+    training = ["train", *manifests, *SMALL, *loaders, "--output-dir", tmp_path]
+    embedding = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *loaders]
+    for words in (training, embedding):
+        done = on_a_small_disk(size, shm, 'exec "$@"', *words)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert re.search(r"\nearteach: .*/dev/shm.*--num-workers 0[^\n]*\n$", done.stderr), done.stderr
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(manifests, run, ears, tmp_path):
+    """A real one: it has room for the first epoch's checkpoints, not for many more."""
+    last = (run / "checkpoints" / "last.ckpt").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    rows = tmp_path / "rows.npy"
+    after = f'"$0" -m ear_teacher_cli embed {ears / "eval.csv"} {rows} --weights {disk / "ear_teacher"}'
+    script = f'"$@"; code=$?; find {disk} -name "*.part"; {after.replace("$0", sys.executable)} || exit 9; exit $code'
+    words = ["train", *manifests, *SMALL, "--max-epochs", "30", "--output-dir", disk]
+    done = on_a_small_disk(str(int(last * 3.5)), disk, script, *words)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"earteach: .*No space left on device", done.stderr) and ".part" not in done.stdout, done
+    assert rows.stat().st_size > 0
 
 
 def test_rubbish_of_a_killed_run_goes_with_the_next(run, tmp_path, earteach, ears):

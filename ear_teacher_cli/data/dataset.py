@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 
 from ..errors import PictureError
 from .augment import Augment
@@ -77,13 +77,21 @@ class EarDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
-    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of BadPicture}; B may be 0."""
+    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of BadPicture}; B may be 0.
+
+    In a worker the tensors lie in shared memory. Left to torch, they would be moved there by a thread whose errors
+    (no room, mostly) reach nobody: the batch would be lost and the parent wait for it.
+    """
     good = [item for item in items if not isinstance(item, BadPicture)]
     batch: Batch = {"bad": [item for item in items if isinstance(item, BadPicture)]}
     batch["index"] = torch.tensor([item["index"] for item in good], dtype=torch.int64)
     for name in ("pixels", "view", "target"):
         if good and name in good[0]:
             batch[name] = torch.stack([item[name] for item in good])
+    if get_worker_info() is not None:
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
     return batch
 
 
