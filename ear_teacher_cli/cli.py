@@ -63,7 +63,6 @@ def main() -> None:
             sys.__unraisablehook__(what)
 
     def fail(message: Any, code: int = 1) -> NoReturn:
-        sys.unraisablehook = lambda what: None  # what half-built objects say on their way out
         typer.echo(f"earteach: {printable(message)}", err=True)  # whatever strange names it holds
         sys.exit(code)
 
@@ -95,6 +94,9 @@ def main() -> None:
             raise
         fail(meant)
     finally:
+        sys.unraisablehook = lambda what: None  # what half-built objects say on their way out
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # we are ending already
+            signal.signal(number, signal.SIG_IGN)
         if children := multiprocessing.active_children():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would make an error of what comes now
             for child in children:

@@ -17,6 +17,7 @@ from .errors import ConfigError, EarTeachError
 METRIC_LOSSES = ("arcface", "cosface", "none")
 PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
 AUGMENTATIONS = ("mild", "strong")
+CACHES = ("auto", "ram", "disk", "off")
 SIDE_POLICIES = ("as-is", "mirror", "separate")
 # What may pick the best checkpoint, and whether less or more of it is better.
 MONITORS = {
@@ -73,6 +74,8 @@ class TrainConfig:
     batch_size: int = option(32, "Data", "Pictures per step and device.", low=2)
     num_workers: int = option(8, "Data", "Processes that load pictures; at most one per CPU core is used.", low=0)
     load_timeout: int = option(300, "Data", "Seconds that loading a batch in another process may take before the run stops; 0: for ever.", low=0)
+    cache: str = option("auto", "Data", "Where crops are kept once they are cut, so that no photo is decoded again: ram, disk (a folder .crops/ in --output-dir), off; auto: in memory if they fit into half of what is free, else on disk.", choices=CACHES)
+    cache_limit: float = option(20.0, "Data", "GB that the kept crops may take; of what does not fit, the photos are decoded every time.", low=0.0)
     image_size: int = option(224, "Data", "Side of the square input in pixels, a multiple of 32.", low=32, high=2048, multiple=32)
     bbox_buffer: float = option(0.10, "Data", "Room around the box: this share of its width to the left and right, of its height above and below.", low=0.0, high=2.0)
     pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the seed did.")
@@ -153,6 +156,8 @@ class TrainConfig:
             flag = name.replace("_", "-")
             if getattr(self, name) and self.views != 2:
                 raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or --{flag} 0")
+        if self.cache == "disk" and not self.images:
+            raise ConfigError("cache", "disk keeps pictures, --no-images keeps none", "use --cache ram, or --images")
         if self.num_pseudo_classes == 1:
             raise ConfigError(
                 "num_pseudo_classes", "1 leaves nothing to tell apart", "use 2 or more, or 0 for no bound"

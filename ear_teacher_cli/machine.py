@@ -2,6 +2,8 @@
 
 import os
 import re
+from contextlib import suppress
+from pathlib import Path
 
 from .errors import EarTeachError
 
@@ -9,6 +11,24 @@ from .errors import EarTeachError
 def usable_cores() -> int:
     """CPU cores this process may use (fewer than the machine's in a container)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> float:
+    """Bytes of memory that can be had without swapping; in a container, of its share."""
+    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2  # where the system does not say
+    with suppress(OSError, IndexError, ValueError):
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024.0
+    for most, used in _CONTAINER:
+        with suppress(OSError, ValueError):  # "max" is no number, and no limit
+            free = min(free, int(Path(most).read_text()) - int(Path(used).read_text()))
+    return max(0.0, free)
+
+
+# Limit and use of a container's memory, of cgroups version 2 and 1.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def is_first_process() -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,17 @@ def earteach(capfdbinary, monkeypatch):
 
     def say(*words) -> Said:
         monkeypatch.setattr(sys, "argv", ["earteach", *map(str, words)])
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own, and signals
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         capfdbinary.readouterr()
         try:
             main()
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            for number, handler in signals.items():
+                signal.signal(number, handler)
         sys.stdout.flush()
         out, err = capfdbinary.readouterr()
         assert b"Traceback" not in err, err.decode()

@@ -218,7 +218,7 @@ def _fit(
         version=found[-1].name if found and checkpoint else None,
         purge_step=step,
     )
-    module.talk = talk
+    module.talk = data.talk = talk
     save_on_stop = SaveOnStop(folder / runs.CHECKPOINTS / runs.LAST)
     steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
     with _quiet_lightning():

@@ -1,7 +1,7 @@
 """The one place where a picture is opened and an ear is cut out of it. No torch here.
 
-A picture is decoded wholly (PIL's `verify` passes a JPEG cut in half) and turned upright by its EXIF
-orientation, as OpenCV's imread does: boxes are in pixels of the upright picture.
+A picture is turned upright by its EXIF orientation, as OpenCV's imread does: boxes are in pixels of the upright
+picture. `read_picture` decodes it wholly (PIL's `verify` passes a JPEG cut in half), `load_crop` what the crop needs.
 """
 
 import io
@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import PictureError
 from ..files import brief
+from .jpeg import TURNED, UPRIGHT, part_of
 from .manifest import Box
 from .pixels import Preprocessing
 
@@ -39,17 +40,6 @@ REASONS = {
 }
 # PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
 _ORIENTATION = 0x0112
-# EXIF orientation -> what turns the stored picture upright (PIL's own exif_transpose writes the EXIF anew, and
-# fails on odd ones).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # Decoders of photographs only: others (EPS, say) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _MAX_FILE_BYTES = 2**30
@@ -69,21 +59,35 @@ class Picture:
 def read_picture(path: str) -> Picture:
     """Decode a whole picture to upright RGB. Raises PictureError (missing, unreadable, not-a-picture, ...)."""
     data = _read_bytes(path)
+    with _decoding():
+        image, orientation = _opened(data)
+        mode = image.mode
+        image.load()
+        image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
+    return Picture(image, mode, orientation, data)
+
+
+def _opened(data: bytes) -> tuple[Image.Image, int]:
+    """(the picture as it is stored, not yet decoded, its EXIF orientation)."""
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return image, orientation if isinstance(orientation, int) else 1
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """What decoders raise, as PictureError."""
     try:
         with _time_limit(), warnings.catch_warnings():
             # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            mode, orientation = image.mode, image.getexif().get(_ORIENTATION, 1)
-            image.load()
-            image = _to_rgb(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
+            yield
     except UnidentifiedImageError as error:
         raise PictureError("not-a-picture", "the file is no picture") from error
     except Image.DecompressionBombError as error:
         raise PictureError("too-large", "absurdly many pixels (decompression bomb)") from error
     except _DECODER_ERRORS as error:
         raise PictureError("truncated", f"cut short or damaged ({brief(error)})") from error
-    return Picture(image, mode, orientation if isinstance(orientation, int) else 1, data)
 
 
 @contextmanager
@@ -138,12 +142,16 @@ def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Im
 
     `box` None takes the whole picture. Raises PictureError if the box is none, or leaves the picture.
     """
-    size = preprocessing.image_size
+    return _resized(image, *_placement(image.size, box, preprocessing), preprocessing)
+
+
+def _resized(
+    image: Image.Image, region: Box, inner: tuple[int, int], corner: tuple[int, int], preprocessing: Preprocessing
+) -> Image.Image:
     resample = Image.Resampling[preprocessing.interpolation.upper()]
-    region, inner, corner = _placement(image.size, box, preprocessing)
     if not preprocessing.pad:
         return image.resize(inner, resample, box=region)
-    canvas = Image.new("RGB", (size, size), preprocessing.fill)
+    canvas = Image.new("RGB", (preprocessing.image_size,) * 2, preprocessing.fill)
     canvas.paste(image.resize(inner, resample, box=region), corner)
     return canvas
 
@@ -182,8 +190,25 @@ def _placement(
 
 
 def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
-    """Read and cut: uint8 3,H,W. Raises PictureError."""
-    crop = cut(read_picture(path).image, box, preprocessing)
+    """Read and cut, decoding no more than the crop needs: uint8 3,H,W. Raises PictureError.
+
+    From a large JPEG it is the crop of the whole picture to within the tolerance of jpeg.SPARE, else exactly.
+    """
+    data = _read_bytes(path)
+    with _decoding():
+        image, orientation = _opened(data)
+        size = (image.height, image.width) if orientation in TURNED else image.size
+        region, inner, corner = _placement(size, box, preprocessing)
+        scale = (region[2] - region[0]) / inner[0], (region[3] - region[1]) / inner[1]
+        if preprocessing.interpolation == "nearest":
+            scale = 1.0, 1.0  # it averages nothing, so nothing may be averaged before it
+        part = part_of(image, data, orientation, region, scale)
+        if part is not None:
+            image, region = part.image, part.region
+        else:
+            image.load()
+            image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        crop = _resized(_to_rgb(image), region, inner, corner, preprocessing)
     return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))  # H,W,3 -> 3,H,W
 
 
@@ -230,6 +255,8 @@ def _read_bytes(path: str) -> bytes:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB; 16-bit grey is scaled (PIL would clip it to white), alpha is dropped (as OpenCV does)."""
+    if image.mode == "RGB":  # PIL would copy it
+        return image
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64)
         return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")

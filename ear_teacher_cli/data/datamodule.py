@@ -1,6 +1,7 @@
 """Lightning's data side: two manifests in, batches of crops out."""
 
 import os
+from pathlib import Path
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
@@ -9,7 +10,9 @@ from ..config import TrainConfig
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
 from ..machine import usable_cores
+from ..talk import Talk
 from .augment import Augment
+from .crop_cache import FOLDER, CropCaches
 from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
 from .manifest import Manifest, read_manifest
 from .pixels import preprocessing_for
@@ -28,6 +31,8 @@ class EarDataModule(pl.LightningDataModule):
         self.config = config or TrainConfig(**options)
         self.train_set: EarDataset | None = None
         self.val_set: EarDataset | None = None
+        self.talk = Talk(quiet=True)  # the verb gives its own
+        self._caches: CropCaches | None = None
         self._epochs_completed, self._steps_done = (
             0,
             0,
@@ -35,8 +40,26 @@ class EarDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read both manifests. Raises EarTeachError if one cannot be read or none of its pictures is there."""
-        if self.train_set is not None:
-            return
+        if self.train_set is None:
+            self._read()
+        if self.trainer is not None and self._caches is None:  # before, nothing is written
+            self._keep_crops()
+
+    def teardown(self, stage: str) -> None:
+        self._keep_crops(nowhere=True)
+
+    def _keep_crops(self, nowhere: bool = False) -> None:
+        config, manifests = self.config, [self.train_set.manifest, self.val_set.manifest]
+        kind = "off" if nowhere else "ram" if config.cache == "auto" and not config.images else config.cache
+        copies = getattr(self.trainer, "num_devices", 1)
+        folder, limit = Path(config.output_dir) / FOLDER, config.cache_limit * 1e9
+        self._caches = CropCaches(kind, folder, limit, copies, manifests, self.train_set.preprocessing)
+        self.train_set.cache, self.val_set.cache = self._caches.caches
+        self.clean_set.cache = self.train_set.cache
+        if kind != "off":
+            self.talk.say(f"crops: {self._caches.words}")
+
+    def _read(self) -> None:
         config = self.config
         preprocessing = preprocessing_for(config)
         train, val = (

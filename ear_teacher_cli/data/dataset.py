@@ -6,6 +6,7 @@ leaves its batch, and is counted (`collate`).
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 from ..errors import PictureError
 from .augment import Augment
 from .crop import load_crop
+from .crop_cache import CropCache
 from .manifest import Manifest
 from .pixels import Preprocessing
 
@@ -50,7 +52,9 @@ class EarDataset(Dataset):
         augment: Augment | None = None,
         view: Augment | None = None,
         denoise: bool = False,
+        cache: CropCache | None = None,
     ):
+        self.cache = cache
         self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
         self.denoise = denoise
 
@@ -60,7 +64,7 @@ class EarDataset(Dataset):
     def __getitem__(self, draw: Draw | int) -> dict[str, Any] | BadPicture:
         index, seed = draw if isinstance(draw, Draw) else Draw(draw, derive_seed(0, 0, draw))
         try:
-            crop = load_crop(self.manifest.file(index), self.manifest.boxes[index], self.preprocessing)
+            crop = self._crop(index)
         except PictureError as error:
             return BadPicture(index, error.reason, error.detail)
         pixels = torch.from_numpy(crop)
@@ -74,6 +78,12 @@ class EarDataset(Dataset):
         if self.view:  # the second of two augmented views has a seed of its own; beside a clean picture, the picture's
             item["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
         return item
+
+    def _crop(self, index: int) -> np.ndarray:
+        picture, box = self.manifest.file(index), self.manifest.boxes[index]
+        if self.cache is None:
+            return load_crop(picture, box, self.preprocessing)
+        return self.cache.crop(index, picture, lambda: load_crop(picture, box, self.preprocessing))
 
 
 def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
@@ -100,6 +110,12 @@ def leave_stopping_to_the_parent(worker: int) -> None:
     died of it, its parent could not finish the step and save. Workers end when their parent does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _say_unless_alone
+
+
+def _say_unless_alone(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not isinstance(error, ConnectionError | EOFError):  # the parent is gone, and takes no more batches
+        sys.__excepthook__(kind, error, trace)
 
 
 class EpochSampler(DistributedSampler):

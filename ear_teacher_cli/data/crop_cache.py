@@ -1,0 +1,194 @@
+"""Crops that were cut once and are not decoded again: one file per manifest, in memory or on disk.
+
+Each crop has a place of its own in the file, with a mark of the picture it was cut from (size and time of change) and a
+checksum. A place is written in one call and believed only if all of it fits: several processes may fill one file at
+once, and one that is killed leaves at worst a place that is filled again. What comes out is what was put in, to the
+byte, so a run with a cache learns what it would without. The file's name is a sha256 over all that a crop depends on.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import features
+
+from ..files import printable
+from ..machine import free_memory
+from .jpeg import SPARE
+from .manifest import Manifest
+from .pixels import Preprocessing
+
+FOLDER, SUFFIX = ".crops", ".crops"
+_HEAD = struct.Struct("<qqII")  # size and time of change (ns) of the picture, CRC-32 of the pixels, _WORD
+_WORD = 0x45415231
+_SHARE = 0.5  # of what is free of memory or disk, the most that a cache takes
+
+
+class CropCache:
+    """uint8 3,S,S for the rows of a manifest below `capacity`. Other processes may be given it: each opens the file."""
+
+    def __init__(self, path: str, side: int, capacity: int):
+        self.path, self.side, self.capacity = path, side, capacity
+        self._handle: int | None = None
+        self._process = 0  # that opened it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None, "_process": 0}
+
+    def __del__(self):
+        if self._handle is not None and self._process == os.getpid():
+            os.close(self._handle)
+
+    def crop(self, row: int, picture: str, cut: Callable[[], np.ndarray]) -> np.ndarray:
+        """The crop of `row` from the file `picture`: as it was kept, else what `cut` returns, kept from now on."""
+        mark = _mark(picture)  # before it is read: what changes meanwhile has another
+        handle = self._opened() if mark and row < self.capacity else None
+        if handle is None:
+            return cut()
+        kept = self._read(handle, row, mark)
+        if kept is None:
+            kept = cut()
+            self._write(handle, row, mark, kept)
+        return kept
+
+    def _read(self, handle: int, row: int, mark: tuple[int, int]) -> np.ndarray | None:
+        place = bytearray(_size(self.side))
+        try:
+            if os.preadv(handle, [place], row * len(place)) != len(place):
+                return None
+        except OSError:
+            return None
+        *found, checksum, word = _HEAD.unpack_from(place)
+        pixels = memoryview(place)[_HEAD.size :]
+        if word != _WORD or tuple(found) != mark or zlib.crc32(pixels) != checksum:
+            return None
+        return np.frombuffer(pixels, np.uint8).reshape(3, self.side, self.side)
+
+    def _write(self, handle: int, row: int, mark: tuple[int, int], crop: np.ndarray) -> None:
+        pixels = np.ascontiguousarray(crop).tobytes()
+        try:
+            os.pwritev(handle, [_HEAD.pack(*mark, zlib.crc32(pixels), _WORD), pixels], row * _size(self.side))
+        except OSError:  # a full disk, mostly: this process keeps no more
+            self.capacity = 0
+
+    def _opened(self) -> int | None:
+        if self._process != os.getpid():  # not yet, or by the process that this one was forked from
+            self._process = os.getpid()
+            try:
+                self._handle = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                self._handle = None
+        return self._handle
+
+
+class CropCaches:
+    """The caches of a run, while this lives. `words`: how large they may become, and where."""
+
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        limit: float,
+        copies: int,
+        manifests: list[Manifest],
+        preprocessing: Preprocessing,
+    ):
+        """`kind`: of config.CACHES. `limit`: bytes, of all in memory or in `folder`. `copies`: processes on this machine, each
+        of which would have its own in memory. Raises nothing: where there is no room, fewer rows are kept, or none.
+        """
+        self.caches: list[CropCache | None] = [None] * len(manifests)
+        self._held: list[int] = []
+        wanted = _size(preprocessing.image_size) * sum(map(len, manifests))
+        in_memory = min(limit, _SHARE * free_memory()) / copies
+        if kind == "auto":
+            kind = "ram" if hasattr(os, "memfd_create") and copies == 1 and wanted <= in_memory else "disk"
+        if kind == "off":
+            self.words = "not kept"
+            return
+        names = [_key(manifest, preprocessing) + SUFFIX for manifest in manifests]
+        try:
+            room = in_memory if kind == "ram" else _make_room(folder, names, wanted, limit)
+            paths = [self._in_memory() if kind == "ram" else self._on_disk(folder / name) for name in names]
+        except OSError as error:
+            self.words = f"not kept ({error.strerror})"
+            return
+        share = min(1.0, room / wanted)
+        self.caches = [
+            CropCache(path, preprocessing.image_size, int(share * len(manifest)))
+            for path, manifest in zip(paths, manifests, strict=True)
+        ]
+        part = "" if share == 1 else f", {share:.0%} of them"
+        place = "memory" if kind == "ram" else f"{printable(folder)}/"
+        self.words = f"kept in {place} ({share * wanted / 2**20:.0f} MB{part})"
+
+    def __del__(self):
+        for handle in self._held:
+            os.close(handle)
+
+    def _in_memory(self) -> str:
+        self._held.append(os.memfd_create("crops"))
+        return f"/proc/{os.getpid()}/fd/{self._held[-1]}"
+
+    def _on_disk(self, path: Path) -> str:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.utime(path)  # the last one used goes last
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(self._held[-1], fcntl.LOCK_SH)
+        return str(path.resolve())
+
+
+def _make_room(folder: Path, names: list[str], wanted: int, limit: float) -> float:
+    """Bytes that the caches `names` may take; older ones that nobody uses are removed until they may be `wanted`."""
+    found = {path: path.stat() for path in folder.glob(f"*{SUFFIX}")}
+    own = sum(status.st_blocks * 512 for path, status in found.items() if path.name in names)
+    others = {path: status for path, status in found.items() if path.name not in names}
+    taken = sum(status.st_blocks * 512 for status in others.values())
+    for path, status in sorted(others.items(), key=lambda entry: entry[1].st_mtime):
+        if taken + wanted > limit and _is_removed(path):
+            taken -= status.st_blocks * 512
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return max(0.0, min(limit - taken, own + _SHARE * shutil.disk_usage(place).free))
+
+
+def _is_removed(path: Path) -> bool:
+    """Remove a cache, unless a run holds it."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(handle)
+    except OSError:
+        return False
+    return True
+
+
+def _key(manifest: Manifest, preprocessing: Preprocessing) -> str:
+    """Of the rows, where they lie, what is done to them, and what does it."""
+    about = (manifest.root, preprocessing, SPARE, *(features.version(name) for name in ("pil", "jpg", "zlib", "webp")))
+    digest = hashlib.sha256(repr(about).encode("utf-8", "surrogateescape"))
+    for path, box in zip(manifest.paths, manifest.boxes, strict=True):
+        digest.update(f"{path}\0{box}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _mark(picture: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(picture)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _size(side: int) -> int:
+    return _HEAD.size + 3 * side * side

@@ -1,0 +1,257 @@
+"""The quick ways to a crop against the slow one: part of a JPEG decoded, and crops that are kept."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from ear_teacher_cli.data import crop as crops
+from ear_teacher_cli.data import jpeg
+from ear_teacher_cli.data.crop_cache import CropCaches
+from ear_teacher_cli.data.datamodule import EarDataModule
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.errors import PictureError
+
+WIDTH, HEIGHT = 1200, 900
+PLAIN = Preprocessing(64, 0.1, True, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """1200 x 900 of something like a photograph: shapes at every scale, and grain."""
+    draw = np.random.default_rng(0)
+    layers = [
+        np.asarray(
+            Image.fromarray(draw.integers(0, 256, (HEIGHT // size, WIDTH // size, 3), np.uint8)).resize(
+                (WIDTH, HEIGHT), Image.Resampling.BICUBIC
+            )
+        )
+        for size in (300, 60, 12, 3)
+    ]
+    mixed = sum(weight * layer for weight, layer in zip((0.5, 0.3, 0.15, 0.05), layers, strict=True))
+    return Image.fromarray(mixed.clip(1, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+
+
+def both_ways(path: Path, box, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    quick = crops.load_crop(str(path), box, preprocessing)
+    slow = crops.cut(crops.read_picture(str(path)).image, box, preprocessing)
+    return quick.astype(int), np.asarray(slow).transpose(2, 0, 1).astype(int)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    orientation=st.integers(0, 9),
+    mode=st.sampled_from(["RGB", "RGB", "L", "CMYK", "MPO"]),
+    progressive=st.booleans(),
+    pad=st.booleans(),
+    interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos", "nearest"]),
+    side=st.sampled_from([32, 64, 224]),
+    corners=st.tuples(*[st.floats(0, 1)] * 4),
+)
+def test_part_of_a_jpeg_gives_the_crop_of_the_whole(
+    photo, tmp_path_factory, orientation, mode, progressive, pad, interpolation, side, corners
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path_factory.getbasetemp() / "part.jpg"
+    if mode == "MPO":
+        photo.save(path, "MPO", quality=90, exif=exif, save_all=True, append_images=[photo.resize((300, 200))])
+    else:
+        photo.convert(mode).save(path, quality=90, exif=exif, progressive=progressive)
+    width, height = (HEIGHT, WIDTH) if 5 <= orientation <= 8 else (WIDTH, HEIGHT)
+    x1, x2 = sorted((corners[0] * (width - 40), corners[1] * (width - 40)))
+    y1, y2 = sorted((corners[2] * (height - 40), corners[3] * (height - 40)))
+    box = (x1, y1, x2 + 40, y2 + 40)
+    quick, slow = both_ways(path, box, Preprocessing(side, 0.1, pad, interpolation, (0.5,) * 3, (0.5,) * 3))
+    difference = abs(quick - slow)
+    assert difference.mean() <= 1.5 and difference.max() <= 12
+    if interpolation == "nearest":  # a filter that averages nothing sees every pixel that is another
+        assert (difference > 0).mean() < 0.01
+
+
+def test_a_large_photo_is_decoded_small_and_from_the_top(photo, tmp_path, monkeypatch):
+    path = tmp_path / "x.jpg"
+    photo.resize((2400, 1800)).save(path, quality=95)
+    read, parts = [], []
+
+    class Counted(jpeg._Feed):
+        def read(self, size=-1):
+            data = super().read(size)
+            read.append(len(data))
+            return data
+
+    monkeypatch.setattr(jpeg, "_Feed", Counted)
+    monkeypatch.setattr(crops, "part_of", lambda *words: parts.append(jpeg.part_of(*words)) or parts[-1])
+    crops.load_crop(str(path), (300, 200, 1100, 700), PLAIN)
+    assert parts[0].image.width <= 960 / 8 + 20 and parts[0].image.height <= 600 / 8 + 20
+    assert 0.2 * path.stat().st_size < sum(read) < 0.6 * path.stat().st_size
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.97])
+def test_a_photo_that_is_cut_short_is_found_though_the_crop_is_above(photo, tmp_path, share):
+    path = tmp_path / "x.jpg"
+    photo.save(path, quality=90)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(PictureError) as error:
+        crops.load_crop(str(path), (100, 20, 300, 120), PLAIN)
+    assert error.value.reason == "truncated"
+
+
+def test_a_black_photo_is_a_crop_all_the_same(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (900, 900)).save(path)
+    quick, slow = both_ways(path, (100, 100, 700, 700), PLAIN)
+    assert (quick == slow).all()
+
+
+# The cache.
+
+
+def cache_of(folder: Path, ears: Path, kind: str = "disk", limit: float = 1e9) -> CropCaches:
+    return CropCaches(kind, folder, limit, 1, [read_manifest(ears / "train_teacher.npy", ears)], PLAIN)
+
+
+def ear(number: int = 0) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (3, 64, 64), np.uint8)
+
+
+def never():
+    raise AssertionError("it is kept, and need not be cut again")
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(b"a picture")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_what_is_kept_comes_back_to_the_byte_here_and_in_other_processes(kind, ears, tmp_path, picture):
+    caches = cache_of(tmp_path / "crops", ears, kind)
+    cache = caches.caches[0]
+    assert (cache.crop(5, picture, ear) == ear()).all() and (cache.crop(5, picture, never) == ear()).all()
+    (tmp_path / "cache.pkl").write_bytes(pickle.dumps(cache))
+    script = (
+        "import pickle, sys\n"
+        f"cache = pickle.load(open({str(tmp_path / 'cache.pkl')!r}, 'rb'))\n"
+        f"print(cache.crop(5, {picture!r}, lambda: sys.exit('cut again')).sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert int(done.stdout) == ear().sum(), done.stderr
+
+
+def test_a_picture_that_changes_is_cut_again(ears, tmp_path, picture):
+    cache = cache_of(tmp_path / "crops", ears).caches[0]
+    cache.crop(5, picture, ear)
+    Path(picture).write_bytes(b"another picture")
+    assert (cache.crop(5, picture, lambda: ear(1)) == ear(1)).all()
+    Path(picture).unlink()
+    assert (cache.crop(5, picture, lambda: ear(2)) == ear(2)).all()  # the slow way says what is wrong with it
+
+
+@pytest.mark.parametrize("at", [3, 20, 5000])
+def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path, picture, at):
+    cache = cache_of(tmp_path / "crops", ears).caches[0]
+    for row in (0, 1):
+        cache.crop(row, picture, ear)
+    place = 24 + 3 * 64 * 64
+    with open(cache.path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 8]))
+        file.truncate(2 * place - 100)
+    for row in (0, 1):
+        assert (cache.crop(row, picture, lambda: ear(1)) == ear(1)).all()
+        assert (cache.crop(row, picture, never) == ear(1)).all()
+
+
+def test_other_preprocessing_boxes_or_pictures_are_another_cache(ears, tmp_path):
+    manifest = read_manifest(ears / "train_teacher.npy", ears)
+    moved = manifest.subset(range(len(manifest)))
+    moved.boxes[3] = (1.0, 2.0, 30.0, 40.0)
+    squashed = Preprocessing(64, 0.1, False, "bicubic", PLAIN.mean, PLAIN.std)
+    kinds = [(manifest, PLAIN), (moved, PLAIN), (manifest.subset(range(5)), PLAIN), (manifest, squashed)]
+    paths = [CropCaches("disk", tmp_path, 1e9, 1, [m], p).caches[0].path for m, p in kinds]
+    assert len(set(paths)) == 4 and CropCaches("disk", tmp_path, 1e9, 1, [manifest], PLAIN).caches[0].path == paths[0]
+
+
+def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_path, picture):
+    folder = tmp_path / "crops"
+    full = cache_of(folder, ears)
+    count = full.caches[0].capacity
+    for row in range(count):
+        full.caches[0].crop(row, picture, ear)
+    old = Path(full.caches[0].path)
+    manifest = read_manifest(ears / "val_teacher.npy", ears)
+    while_used = CropCaches("disk", folder, old.stat().st_blocks * 512 + 5 * 12312, 1, [manifest], PLAIN)
+    assert old.exists() and while_used.caches[0].capacity == 5 < len(manifest)
+    assert "5 of" not in while_used.words and "% of them" in while_used.words
+    while_used.caches[0].crop(5, picture, ear)  # beyond
+    assert (while_used.caches[0].crop(5, picture, lambda: ear(1)) == ear(1)).all()
+    del full, while_used
+    after = CropCaches("disk", folder, 8 * 12312, 1, [manifest], PLAIN)
+    assert not old.exists() and after.caches[0].capacity == 8
+    assert CropCaches("disk", folder, 0.0, 1, [manifest], PLAIN).caches[0].capacity == 0
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(ears, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    caches = cache_of(tmp_path / "file" / "crops", ears)
+    assert caches.caches == [None] and caches.words.startswith("not kept (")
+
+
+def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, picture, monkeypatch):
+    cache = cache_of(tmp_path / "crops", ears).caches[0]
+
+    def full(*words):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    assert (cache.crop(0, picture, ear) == ear()).all() and cache.capacity == 0
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_run_learns_the_same_with_kept_crops(kind, run, manifests, tmp_path, earteach):
+    """`run` keeps them in memory; two workers fill the file, and a second run finds it filled."""
+    words = ["train", *manifests, *SMALL, "--max-epochs", 6, "--output-dir", tmp_path]
+    said = earteach(*words, "--cache", "off", "--num-workers", 2)
+    assert said.code == 0 and "crops:" not in said.err
+    wanted = (tmp_path / "ear_teacher" / "metrics.csv").read_bytes()
+    for _ in range(2):
+        said = earteach(*words, "--cache", kind, "--num-workers", 2, "--overwrite")
+        assert said.code == 0 and "crops: kept in " in said.err
+        assert (tmp_path / "ear_teacher" / "metrics.csv").read_bytes() == wanted
+    kept = list((tmp_path / ".crops").glob("*.crops")) if kind == "disk" else []
+    assert len(kept) == (2 if kind == "disk" else 0) and all(path.stat().st_mode & 0o077 == 0 for path in kept)
+
+
+def test_from_the_second_time_on_no_photo_is_decoded(manifests, tmp_path, monkeypatch):
+    data = EarDataModule(small_config(manifests, output_dir=str(tmp_path), cache="disk"))
+    data.setup("fit")
+    data.train_set.cache = CropCaches(
+        "disk", tmp_path, 1e9, 1, [data.train_set.manifest], data.train_set.preprocessing
+    ).caches[0]
+    first = [data.train_set[i]["pixels"] for i in range(len(data.train_set))]
+    monkeypatch.setattr("ear_teacher_cli.data.dataset.load_crop", lambda *words: never())
+    second = [data.train_set[i]["pixels"] for i in range(len(data.train_set))]
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+def test_no_images_keeps_no_pictures_on_disk(manifests, tmp_path, earteach):
+    words = ["train", *manifests, *SMALL, "--output-dir", tmp_path, "--no-images"]
+    said = earteach(*words, "--cache", "disk")
+    assert said.code == 2 and "--cache ram" in said.err
+    said = earteach(*words, "--max-epochs", 1)
+    assert said.code == 0 and "crops: kept in memory" in said.err and not (tmp_path / ".crops").exists()
