@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import typer
 
 from . import __version__
-from .config import PRESETS, TrainConfig, read_toml
+from .config import CACHES, PRESETS, TrainConfig, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
 from .files import printable
@@ -263,11 +263,20 @@ def resume(
     devices: Annotated[
         int | None, typer.Option(help="Train on this many devices instead.", min=1, show_default=False)
     ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option(help="Train on this many nodes instead.", min=1, show_default=False)
+    ] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Load pictures with this many processes instead.", min=0, show_default=False)
     ] = None,
     load_timeout: Annotated[
         int | None, typer.Option(help="Seconds that loading a batch may take instead.", min=0, show_default=False)
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help=f"Keep crops here instead: {', '.join(CACHES)}.", show_default=False)
+    ] = None,
+    cache_limit: Annotated[
+        float | None, typer.Option(help="GB that the kept crops may take instead.", min=0, show_default=False)
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -275,7 +284,7 @@ def resume(
     from .commands import train as verb
 
     talk = Talk(quiet or not is_first_process())
-    changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers, "load_timeout": load_timeout}
+    changes = {name: value for name, value in locals().items() if name in verb.RESUMABLE}
     _finish(verb.resume(run, talk, **changes), talk)
 
 
@@ -388,7 +397,8 @@ def embed(
         talk=talk,
     )
     skipped = f", {done.skipped} skipped" if done.skipped else ""
-    talk.say(f"{'stdout' if out == '-' else printable(out)}: {done.rows} rows of {done.dim}{skipped}")
+    if is_first_process():
+        talk.say(f"{'stdout' if out == '-' else printable(out)}: {done.rows} rows of {done.dim}{skipped}")
 
 
 @app.command(

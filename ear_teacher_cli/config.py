@@ -17,6 +17,7 @@ from .errors import ConfigError, EarTeachError
 METRIC_LOSSES = ("arcface", "cosface", "none")
 PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
 AUGMENTATIONS = ("mild", "strong")
+STRATEGIES = ("auto", "ddp")
 CACHES = ("auto", "ram", "disk", "off")
 SIDE_POLICIES = ("as-is", "mirror", "separate")
 # What may pick the best checkpoint, and whether less or more of it is better.
@@ -127,7 +128,10 @@ class TrainConfig:
     seed: int = option(0, "Training", "Seed of everything random.", low=0, high=2**32 - 1)
 
     accelerator: str = option("auto", "Machine", "What Lightning trains on: auto, cpu, gpu, mps...")
-    devices: int = option(1, "Machine", "How many devices.", low=1)
+    devices: int = option(1, "Machine", "How many devices, on each node.", low=1)
+    num_nodes: int = option(1, "Machine", "How many nodes (machines), each started by torchrun or SLURM.", low=1)
+    strategy: str = option("auto", "Machine", "How several devices share the work; auto: ddp (Lightning's DistributedDataParallel) where there are several.", choices=STRATEGIES)
+    compile: bool = option(False, "Machine", "Compile backbone and decoder (torch.compile): a minute or two at the start, then faster steps on some machines. Try it with --dry-run.")
 
     output_dir: str = option("ear_teacher/outputs/", "Output", "Where experiments are kept.")
     experiment_name: str = option("ear_teacher", "Output", "Folder of this experiment inside --output-dir.")
@@ -180,6 +184,11 @@ class TrainConfig:
     def compares_views(self) -> bool:
         """Whether a loss between two views of a picture is part of the run."""
         return self.contrastive_weight > 0 or self.consistency_weight > 0
+
+    @property
+    def processes(self) -> int:
+        """On all nodes together, one for each device."""
+        return self.devices * self.num_nodes
 
     @property
     def kept_stride(self) -> int:

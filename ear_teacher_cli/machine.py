@@ -32,8 +32,10 @@ _CONTAINER = (
 
 
 def is_first_process() -> bool:
-    """Whether this is the process the user started: Lightning starts the other ranks by running the same command again."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    """Whether this is the process the user started, or the first of those that torchrun or SLURM did. Lightning starts
+    the other ranks by running the same command again."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name, 0)) == 0 for name in ranks)
 
 
 def complaint(error: BaseException | None) -> EarTeachError | None:
@@ -83,7 +85,7 @@ _COMPLAINTS = (
     ),
     (
         r"connection (closed|reset) by peer|NCCL error|gloo/transport",
-        "another process of this run ended; what it said tells why",
+        "another process of this run ended; what it said tells why. Then go on with earteach resume, or embed --resume",
     ),
     (
         r"^MemoryError|can't allocate memory|not enough memory",

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,11 +23,13 @@ import numpy as np
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
+from ..core.ranks import Ranks, joined
 from ..data.dataset import BadPicture
-from ..data.journal import Journal, input_mark, put_rows, unfinished
+from ..data.journal import Journal, folder_of, input_mark, join_journals, put_rows, unfinished
 from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
+from ..machine import usable_cores
 from ..talk import Talk
 
 FORMATS = ("npy", "npz", "csv")
@@ -72,54 +74,94 @@ def embed(
     for path in [out, *sidecars.values()] if out != "-" else []:
         refuse_existing(path, overwrite or resume, inputs=(source, weights))
     manifest = read_input(source, root_dir)
-    embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
-    talk.say(
-        f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
-        f"{embedder.preprocessing.image_size} px"
-    )
-    if embedder.whitening:
-        talk.say("whitened as the run fitted it (--no-whiten: raw)")
-    dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
-    about = _provenance(embedder, manifest, dim, normalize)
-    with _files(out, about, batch_size, manifest, resume, talk) as files:
-        journal = Journal(*files, manifest, dim, batch_size)
-        if journal.done:
-            talk.say(f"going on after {journal.done} of {len(manifest)} pictures")
-        try:
-            batches = embed_pictures(embedder, manifest, batch_size, num_workers, load_timeout, talk, journal.done)
-            for good, vectors, bad in batches:
-                rows = None
-                if good:
-                    rows = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
-                _add(journal, good, rows, bad, out)
-        except KeyboardInterrupt:
-            if journal.count and out != "-":
-                talk.say(
-                    f"interrupted: {journal.done} of {len(manifest)} pictures are kept; --resume goes on with them"
-                )
-            raise
-        if journal.count == 0:
-            raise EarTeachError(
-                f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
-            )
-        journal.finish()
-        skipped = len(manifest) - journal.count
-        if out == "-":
-            _to_stdout(journal, kind)
+    with joined() as ranks:
+        if ranks.world > 1 and (out == "-" or source == "-"):
+            raise WordsError("-: cannot be shared by several processes; name files")
+        talk = Talk(quiet=True) if ranks.rank else talk
+        embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
+        talk.say(
+            f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
+            f"{embedder.preprocessing.image_size} px"
+        )
+        if embedder.whitening:
+            talk.say("whitened as the run fitted it (--no-whiten: raw)")
+        dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
+        about = _provenance(embedder, manifest, dim, normalize)
+        mine = ranks.block(len(manifest), batch_size)
+        part = manifest if ranks.world == 1 else manifest.subset(mine)
+        with _files(out, about, batch_size, part, resume, talk, ranks) as files:
+            journal = Journal(*files, part, dim, batch_size)
+            if journal.done:
+                talk.say(f"going on after {journal.done} of {len(part)} pictures")
+            workers = num_workers // min(ranks.world, usable_cores()) if ranks.world > 1 else num_workers
+            try:
+                for good, vectors, bad in embed_pictures(
+                    embedder, part, batch_size, workers, load_timeout, talk, journal.done
+                ):
+                    rows = None
+                    if good:
+                        rows = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
+                    _add(journal, good, rows, bad, out)
+            except KeyboardInterrupt:
+                if journal.count and out != "-":
+                    talk.say(
+                        f"interrupted: {journal.done} of {len(part)} pictures are kept; --resume goes on with them"
+                    )
+                raise
+            journal.finish()
+            ranks.wait()  # now all parts are whole
+            count = journal.count
+            if ranks.rank == 0:
+                with _joined_parts(journal, out, manifest, ranks) as whole:
+                    count = whole.count
+                    if count == 0:
+                        raise EarTeachError(
+                            f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
+                        )
+                    _put(whole, out, kind, sidecars, about)
+            ranks.wait()  # and so is the output: the parts may go
+    return Embedded(count, len(manifest) - count, dim, out)
+
+
+def _put(journal: Journal, out: str, kind: str, sidecars: dict[str, Path], about: dict[str, Any]) -> None:
+    """Write the outputs of a finished journal of all pictures."""
+    if out == "-":
+        _to_stdout(journal, kind)
+        return
+    with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
+        temporary = stack.enter_context(whole_file(out))
+        if kind == "npy":
+            put_rows(journal.rows, temporary)
         else:
-            with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
-                temporary = stack.enter_context(whole_file(out))
-                if kind == "npy":
-                    put_rows(files[0], temporary)
-                else:
-                    with open(temporary, "w+b") as file:
-                        _WRITERS[kind](journal, file)
-                if "names" in sidecars:
-                    shutil.copyfile(files[1].name, stack.enter_context(whole_file(sidecars["names"])))
-                figures = {"rows": journal.count, "skipped": skipped}
-                beside = stack.enter_context(whole_file(sidecars["about"]))
-                beside.write_text(json.dumps(figures | about, indent=2) + "\n", encoding="utf-8")
-    return Embedded(journal.count, skipped, dim, out)
+            with open(temporary, "w+b") as file:
+                _WRITERS[kind](journal, file)
+        if "names" in sidecars:
+            shutil.copyfile(journal.names.buffer.name, stack.enter_context(whole_file(sidecars["names"])))
+        figures = {"rows": journal.count, "skipped": len(journal.manifest) - journal.count}
+        beside = stack.enter_context(whole_file(sidecars["about"]))
+        beside.write_text(json.dumps(figures | about, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _joined_parts(journal: Journal, out: str, manifest: Manifest, ranks: Ranks) -> Iterator[Journal]:
+    """All ranks' finished journals as one."""
+    if ranks.world == 1:
+        yield journal
+        return
+    parts = [folder_of(_part(out, replace(ranks, rank=rank))) for rank in range(ranks.world)]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parts[0])))
+        rows, names = (stack.enter_context(open(folder / name, "w+b")) for name in ("rows", "names"))
+        join_journals(parts, rows, names)
+        whole = Journal(rows, names, manifest, journal.dim, journal.batch_size)
+        whole.finish()
+        yield whole
+
+
+def _part(out: str, ranks: Ranks) -> Path:
+    """What a rank's part of the output would be called."""
+    path = Path(out)
+    return path if ranks.world == 1 else path.with_name(f"{path.name}.{ranks.rank + 1}-of-{ranks.world}")
 
 
 def _add(journal: Journal, good: list[int], rows: np.ndarray | None, bad: list[BadPicture], out: str) -> None:
@@ -132,14 +174,17 @@ def _add(journal: Journal, good: list[int], rows: np.ndarray | None, bad: list[B
 
 @contextmanager
 def _files(
-    out: str, about: dict[str, Any], batch_size: int, manifest: Manifest, resume: bool, talk: Talk
+    out: str, about: dict[str, Any], batch_size: int, manifest: Manifest, resume: bool, talk: Talk, ranks: Ranks
 ) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     if out == "-":
         with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as names:
             yield rows, names
         return
     state = {**about, "batch_size": batch_size, "pictures_or_labels": input_mark(manifest)}
-    with unfinished(Path(out), state, resume, talk) as files:
+    part = _part(out, ranks)
+    if ranks.world > 1:  # one that was killed at its first picture has nothing to go on with, but others may
+        resume = resume and folder_of(part).is_dir()
+    with unfinished(part, state, resume, talk) as files:
         yield files
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ..config import TrainConfig, from_dict, read_toml, with_changes
 from ..core import callbacks, runs
-from ..core.checkpoint import Checkpoint, WholeFileCheckpointIO, read_checkpoint, require_fit
+from ..core.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..core.interruption import SaveOnStop
 from ..core.lightning_module import WHITEN_ON, EarTeacherLightningModule
 from ..core.losses import consistency_loss, contrastive_loss, metric_loss
@@ -57,6 +58,10 @@ class Estimate:
     loss: float
 
 
+# What a resumed run may change: how long it goes on, and what belongs to the machine.
+RESUMABLE = ("max_epochs", "devices", "num_nodes", "num_workers", "load_timeout", "cache", "cache_limit")
+
+
 def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
@@ -71,22 +76,14 @@ def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
         return _fit(config, data, module, talk, None)
 
 
-def resume(
-    run: str | Path,
-    talk: Talk,
-    *,
-    max_epochs: int | None = None,
-    devices: int | None = None,
-    num_workers: int | None = None,
-    load_timeout: int | None = None,
-) -> Outcome:
+def resume(run: str | Path, talk: Talk, **changes: Any) -> Outcome:
     """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done.
 
-    Of a folder the newest whole checkpoint is taken: one that is damaged is said, and passed over.
+    Of a folder the newest whole checkpoint is taken: one that is damaged is said, and passed over. `changes`: of
+    RESUMABLE, what is to be other than it was (None: as it was).
     """
+    assert set(changes) <= set(RESUMABLE)
     run = Path(run)
-    changes = {"max_epochs": max_epochs, "devices": devices, "num_workers": num_workers}
-    changes["load_timeout"] = load_timeout
     folder = run if run.is_dir() else _experiment_of(runs.checkpoint_of(run, best=False))
     with _owned(folder) if (folder / runs.CONFIG).is_file() else nullcontext():
         if runs.last_checkpoint(folder) is None:
@@ -100,14 +97,14 @@ def resume(
 
 
 def _go_on(checkpoint: Checkpoint, folder: Path, changes: dict, talk: Talk) -> Outcome:
-    where, max_epochs = printable(folder), changes["max_epochs"]
+    where, max_epochs = printable(folder), changes.get("max_epochs")
     config = with_changes(_located(checkpoint.config, folder), **changes)
     if max_epochs is not None and max_epochs < checkpoint.epoch:
         raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
-    if checkpoint.steps_done and config.devices != checkpoint.config.devices:
+    if checkpoint.steps_done and config.processes != checkpoint.config.processes:
         raise WordsError(
-            f"--devices {config.devices}: {printable(checkpoint.path)} was saved in the middle of an epoch, of which "
-            f"{checkpoint.config.devices} device(s) had their share; resume with as many, or give an earlier checkpoint"
+            f"--devices {config.processes}: {printable(checkpoint.path)} was saved in the middle of an epoch, of which "
+            f"{checkpoint.config.processes} device(s) had their share; resume with as many, or give an earlier checkpoint"
         )
     if checkpoint.epoch >= config.max_epochs:
         talk.say(f"{where}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
@@ -151,7 +148,7 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
     # a forward pass is about a third of a step; validation takes two, whitening and its share of k-means one
     forward = 2 * len(data.val_set) + (min(len(data.train_set), WHITEN_ON) if config.whiten else 0)
     pictures = len(data.train_set) + forward / 3 / config.views
-    total = seconds * pictures / len(batch["index"]) * config.max_epochs / config.devices
+    total = seconds * pictures / len(batch["index"]) * config.max_epochs / config.processes
     weights = 4 * sum(p.numel() for p in module.parameters())
     kept = 4 + config.max_epochs // 5
     copies = 3 + (config.kept_share > 0) + (config.ema_decay > 0) + bool(config.kept_share or config.ema_decay)
@@ -179,6 +176,8 @@ def _check_machine(config: TrainConfig) -> None:
             pl.Trainer(
                 accelerator=config.accelerator,
                 devices=config.devices,
+                num_nodes=config.num_nodes,
+                strategy=config.strategy,
                 precision=config.precision,
                 logger=False,
                 enable_checkpointing=False,
@@ -186,7 +185,7 @@ def _check_machine(config: TrainConfig) -> None:
                 enable_model_summary=False,
             )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
-        found = f"{config.accelerator!r} with {config.devices} device(s) is not to be had here ({' '.join(str(error).split())[:160]})"
+        found = f"{config.accelerator!r} with {config.processes} device(s) is not to be had here ({' '.join(str(error).split())[:160]})"
         raise ConfigError("accelerator", found, "choose another --accelerator or --devices") from error
 
 
@@ -219,12 +218,16 @@ def _fit(
         purge_step=step,
     )
     module.talk = data.talk = talk
+    if config.compile:
+        module.compile_model()
     save_on_stop = SaveOnStop(folder / runs.CHECKPOINTS / runs.LAST)
-    steps = max(1, len(data.train_set) // (config.batch_size * config.devices))
+    steps = max(1, len(data.train_set) // (config.batch_size * config.processes))
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
             precision=config.precision,
             max_epochs=config.max_epochs,
             logger=logger,
@@ -239,7 +242,7 @@ def _fit(
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS, config.monitor),
                 save_on_stop,
             ],
-            plugins=[WholeFileCheckpointIO()],
+            plugins=[callbacks.WholeFileCheckpointIO()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_progress_bar=False,

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from ..config import MONITORS
@@ -19,6 +20,7 @@ from ..data.dataset import BadPicture, EarDataset, collate
 from ..errors import EarTeachError, PictureError
 from ..files import cell, printable, whole_file
 from ..talk import Steps, Talk, clock
+from .checkpoint import read_torch, write_checkpoint
 from .diagnostics import JUDGED_ON, Health, degraded, verdict
 from .pictures import collage, save_gif, save_picture
 
@@ -63,6 +65,16 @@ def checkpoint_callbacks(folder: Path, monitor: str) -> list[PortableCheckpoint]
         PortableCheckpoint(filename="epoch_{epoch:04d}", every_n_epochs=5, save_top_k=-1, **common),
         PortableCheckpoint(filename="last", every_n_epochs=1, save_top_k=1, **common),
     ]
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written whole or not at all, read with `weights_only` whatever it asks for."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        return read_torch(Path(path))
 
 
 class Averages(Callback):

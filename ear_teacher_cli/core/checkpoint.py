@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -71,7 +70,7 @@ def describe(
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint that `earteach train` wrote. Raises WeightsError."""
     where = printable(path)
-    content = _read_torch(Path(path))
+    content = read_torch(Path(path))
     if not isinstance(content, dict) or "earteach" not in content or "hyper_parameters" not in content:
         raise ForeignWeightsError(
             f"{where}: is no checkpoint of earteach train; give one from a run's checkpoints folder"
@@ -112,7 +111,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    content = _read_torch(path)
+    content = read_torch(path)
     for wrapper in ("state_dict", "model", "model_state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -143,26 +142,20 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
         raise OSError(brief(error)) from error
 
 
-class WholeFileCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all, read with `weights_only` whatever it asks for."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except (
-                RuntimeError
-            ) as error:  # of torch's zip writer, when the disk is full: the file's own error is behind it
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-
-    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return _read_torch(Path(path))
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write it whole or not at all. Raises OSError on a full disk."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # of torch's zip writer, when the disk is full: the file's own is behind it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, without running its pickle. Raises WeightsError."""
     where = printable(path)
     _require_file(path)
     try:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
@@ -112,7 +113,7 @@ class EarDataModule(pl.LightningDataModule):
         self, dataset: EarDataset, *, shuffle: bool, all_ranks: bool = False, rows: range | None = None
     ) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
-        workers = min(self.config.num_workers, usable_cores())
+        workers = min(self.config.num_workers, max(1, usable_cores() // self.config.devices))
         sampler = EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world)
         # Lightning starts the first iterator, whose workers fetch ahead, before it tells the sampler the epoch.
         sampler.set_epoch(self._epochs_completed)
@@ -128,6 +129,7 @@ class EarDataModule(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0 and not all_ranks,
             timeout=self.config.load_timeout if workers else 0,
+            pin_memory=torch.cuda.is_available(),
         )
 
 

@@ -99,7 +99,8 @@ class Journal:
             offset += len(line)
             if number and not line.startswith(b","):
                 kept.append(number - 1)
-            if number % self.batch_size == 0 and len(kept) <= room:
+            whole = number % self.batch_size == 0 or number == len(self.manifest)
+            if whole and len(kept) <= room:
                 end, rows, self.done = offset, len(kept), number
         self.kept = kept[:rows]
         self.names.buffer.truncate(end)
@@ -110,6 +111,31 @@ class Journal:
             self.writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status", *self.labels])
 
 
+def folder_of(out: Path) -> Path:
+    """Where the journal of `out` is."""
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def join_journals(folders: list[Path], rows: BinaryIO, names: BinaryIO) -> None:
+    """Write the finished journals of consecutive parts of a manifest, one after the other, as one."""
+    rows.write(bytes(_HEADER_BYTES))
+    count = 0
+    for number, folder in enumerate(folders):
+        with open(folder / _ROWS, "rb") as part:
+            part.seek(_HEADER_BYTES)
+            shutil.copyfileobj(part, rows, 2**20)
+        with open(folder / _NAMES, "rb") as part:
+            header = part.readline()
+            names.write(b"" if number else header)
+            before = count
+            for line in part:
+                row, comma, rest = line.partition(b",")
+                count += bool(row)
+                names.write((b"%d" % (before + int(row)) if row else b"") + comma + rest)
+    rows.flush()
+    names.flush()
+
+
 @contextmanager
 def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The files of a Journal for `out`: rows and names. They go when the body ends well, and stay if it does not.
@@ -117,7 +143,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
     `state`: plain values, on which every byte depends. Raises WordsError if there is nothing to `resume`,
     EarTeachError if that was made with another state, or is being made by another process.
     """
-    folder = out.with_name(f".{out.name}.unfinished")
+    folder = folder_of(out)
     if resume and not (folder / _STATE).is_file():
         raise WordsError(f"{printable(out)}: there is nothing unfinished of it; leave --resume out")
     try:

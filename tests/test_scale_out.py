@@ -1,0 +1,120 @@
+"""Several processes, started by torchrun: one result, also when one of them is killed. Two cores are enough."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, read_table
+
+from ear_teacher_cli.core.checkpoint import read_checkpoint
+from ear_teacher_cli.core.ranks import Ranks
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # torchrun's choice, and part of what the last bits depend on
+
+
+def start(processes: int, *words) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "ear_teacher_cli", *words]
+    return subprocess.Popen(
+        list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def said(process: subprocess.Popen) -> str:
+    try:
+        return process.communicate(timeout=120)[1]
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its children
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of this rank, a child of torchrun's."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            mine = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) == launcher
+            if mine and f"LOCAL_RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                return int(folder.name)
+        except (OSError, IndexError):
+            continue
+    pytest.skip("no /proc to find a process by")
+
+
+@pytest.mark.parametrize(("items", "batch", "world"), [(61, 8, 3), (5, 8, 3), (64, 8, 4), (1, 1, 2)])
+def test_ranks_share_whole_batches_without_gap_or_overlap(items, batch, world):
+    blocks = [Ranks(rank, world).block(items, batch) for rank in range(world)]
+    assert [i for block in blocks for i in block] == list(range(items))
+    assert all(block.start % batch == 0 for block in blocks if block)
+
+
+@pytest.fixture
+def many(ears, tmp_path) -> Path:
+    """1,200 rows, one of which names no picture."""
+    lines = (ears / "eval.csv").read_text().splitlines()
+    rows = lines[1:] * 100
+    rows[77] = "images/nobody.jpg" + "," * lines[0].count(",")
+    path = tmp_path / "many.csv"
+    path.write_text("\n".join([lines[0], *rows]) + "\n")
+    return path
+
+
+def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears, run, tmp_path):
+    words = ["embed", many, "--root-dir", ears, "--weights", run, "--batch-size", 8, "--num-workers", 0]
+
+    def output(name):
+        return [(tmp_path / name).with_suffix(suffix).read_bytes() for suffix in (".npy", ".csv", ".json")]
+
+    one = start(1, *words[:2], tmp_path / "one.npy", *words[2:])
+    assert said(one).count("1199 rows of 64, 1 skipped") == 1
+    three = [*words[:2], tmp_path / "three.npy", *words[2:]]
+    killed = start(3, *three)
+    parts = [tmp_path / f".three.npy.{number}-of-3.unfinished" / "rows.npy" for number in (1, 2, 3)]
+    until = time.monotonic() + 120
+    while not any(part.exists() and part.stat().st_size > 9000 for part in parts) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(rank_of(killed.pid, 1), signal.SIGKILL)
+    said(killed)
+    assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and any(part.exists() for part in parts)
+    text = said(start(3, *three, "--resume"))
+    assert text.count("1199 rows of 64, 1 skipped") == 1, text
+    assert output("three") == output("one") and not list(tmp_path.glob(".*"))
+    assert np.load(tmp_path / "three.npy", allow_pickle=False).shape == (1199, 64)  # noqa: TID251
+
+
+def test_training_by_torchrun_and_from_two_processes_to_one_and_back(manifests, tmp_path):
+    words = [*SMALL, "--batch-size", 4, "--accelerator", "cpu", "--output-dir", tmp_path]
+    train = ["train", *manifests, *words, "--max-epochs", 2]
+    text = said(start(2, *train, "--devices", 2, "--strategy", "ddp", "--experiment-name", "two"))
+    assert text.count("2 epochs; best checkpoint") == 1 and "Traceback" not in text, text
+    assert "2 epochs" in said(start(1, *train, "--experiment-name", "one"))
+    two, one = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("two", "one"))
+    assert two.content["pseudo_classes"]["labels"].equal(one.content["pseudo_classes"]["labels"])
+    before = [read_table(tmp_path / name / "metrics.csv")[0] for name in ("two", "one")]
+    for name in before[0].keys() - {"epoch", "step"}:  # the same weights, measured by two processes and by one
+        if before[0][name]:
+            assert float(before[0][name]) == pytest.approx(float(before[1][name]), rel=1e-4), name
+    assert "3 epochs" in said(start(1, "resume", tmp_path / "two", "--devices", 1, "--max-epochs", 3))
+    text = said(start(2, "resume", tmp_path / "two", "--devices", 2, "--max-epochs", 4))
+    assert text.count("4 epochs; best checkpoint") == 1, text
+    assert [row["epoch"] for row in read_table(tmp_path / "two" / "metrics.csv")] == list("01234")
+
+
+def test_a_killed_process_ends_the_run_which_can_be_resumed(manifests, tmp_path):
+    words = [*SMALL, "--batch-size", 4, "--accelerator", "cpu", "--output-dir", tmp_path, "--max-epochs", 40]
+    process = start(2, "train", *manifests, *words, "--devices", 2)
+    text = ""
+    for line in process.stderr:
+        text += line
+        if line.startswith("epoch 2/40: train"):
+            os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+            break
+    text += said(process)
+    assert process.returncode != 0 and "earteach: another process of this run ended" in text, text
+    text = said(start(1, "resume", tmp_path / "ear_teacher", "--devices", 1, "--max-epochs", 3))
+    assert re.search("restored last.ckpt: epoch [12] of", text) and "3 epochs" in text, text
