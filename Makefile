@@ -1,13 +1,16 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.   make test: lint and tests.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
-# Both make .venv when it is not there, with the versions of .ci/constraints.txt; uv is used where pip can fetch it.
+# make bench: how fast everything is, beside the alternatives and the limits, half an hour.
+# All make .venv when it is not there, with the versions of .ci/constraints.txt; uv is used where pip can fetch it.
 
 VENV := .venv
 READY := $(VENV)/.ready
 INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
+# bytecode is compiled once, at the start, and not by every process that a test starts
+UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test soak fuzz clean
+.PHONY: help demo test soak fuzz bench clean
 
 help:
 	@grep '^# make' Makefile | tr -s ' ' | sed 's/^# //'
@@ -26,6 +29,10 @@ soak: $(READY)
 fuzz: $(READY)
 	python tests/fuzz.py --manifests 100000 --pictures 50000 --weights 2000 --embeddings 50000
 
+bench: $(READY)
+	if [ -x $(VENV)/bin/uv ]; then $(UV) install -q -e ".[bench]" -c .ci/constraints.txt; else $(VENV)/bin/pip install -q -e ".[bench]" -c .ci/constraints.txt; fi
+	python examples/benchmarks/bench.py
+
 clean:
 	rm -rf $(VENV) demo
 
@@ -33,5 +40,5 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@echo "setting up $(VENV): torch and its libraries, several GB; half a minute with a fast line" >&2
 	python3 -m venv --clear $(VENV)
 	$(VENV)/bin/pip install -q uv -c .ci/constraints.txt || echo "no uv here: pip will do, slower" >&2
-	if [ -x $(VENV)/bin/uv ]; then VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip $(INSTALL); else $(VENV)/bin/pip $(INSTALL); fi
+	if [ -x $(VENV)/bin/uv ]; then $(UV) $(INSTALL) --compile-bytecode; else $(VENV)/bin/pip $(INSTALL); fi
 	touch $(READY)

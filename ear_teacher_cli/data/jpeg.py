@@ -53,18 +53,19 @@ def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scal
     upright_size = (height, width) if orientation in TURNED else (width, height)
     wanted = turned(region, _BACK.get(orientation, orientation), upright_size)  # in the picture as it is stored
     x1, y1, x2, y2 = (v / shrink for v in wanted)
+    margin = math.ceil(_MARGIN * max(1, *scale) / shrink)
+    bottom = min(-(-height // shrink), math.ceil(y2) + margin)
+    partly = bottom < -(-height // shrink) and _ends(data)
+    if shrink == 1 and not partly:
+        return None
     feed = _Feed(data)
     image = Image.open(feed, formats=("JPEG",))
     if shrink > 1:
         image.draft(None, (width // shrink, height // shrink))
         if image.size != (-(-width // shrink), -(-height // shrink)):
             return None
-    margin = math.ceil(_MARGIN * max(1, *scale) / shrink)
-    bottom = min(image.height, math.ceil(y2) + margin)
-    if bottom < image.height and _ends(data):
+    if partly:
         feed.decode_to(bottom, image)
-    elif shrink == 1:
-        return None
     place = (max(0, int(x1) - margin), max(0, int(y1) - margin), min(image.width, math.ceil(x2) + margin), bottom)
     piece = image.crop(place)
     inside = (x1 - place[0], y1 - place[1], x2 - place[0], y2 - place[1])

@@ -1,0 +1,65 @@
+"""`validate-data`: all cores against the decoder alone, and long manifests: is the work linear in their rows?"""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from bench import Line, in_turn, rate, speed_up
+from photos import enlarged
+
+from ear_teacher_cli.commands.validate_data import _duplicate_rows, validate_data
+from ear_teacher_cli.data.crop import read_picture
+from ear_teacher_cli.data.inspect import near_pairs
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.machine import usable_cores
+from ear_teacher_cli.talk import Talk
+
+
+def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    cores = usable_cores()
+    count = 128 if quick else 384
+    paths, boxes = enlarged(folder, "2 MP", count)
+    listed = Path(paths[0]).parent / "list.csv"
+    with open(listed, "w") as file:
+        file.write("image_path,x1,y1,x2,y2\n")
+        file.writelines(f"{Path(p).name},{','.join(map(str, box))}\n" for p, box in zip(paths, boxes, strict=True))
+    pool = ProcessPoolExecutor(cores, get_context("spawn"))
+
+    def ours() -> None:
+        assert validate_data([str(listed)], Talk(quiet=True), num_workers=cores).pictures == count
+
+    def decoder() -> None:
+        list(pool.map(_decode, paths, chunksize=16))
+
+    with pool:
+        seconds = in_turn({"ours": ours, "decoder": decoder}, rounds)
+    yield Line("validation", f"2 MP photos, {cores} cores, from the command on", "decoding alone, workers started",
+               speed_up(seconds, "ours", "decoder"), 0.9, rate(seconds["ours"], count, "photos"), rate(seconds["decoder"], count, "photos"))  # fmt: skip
+    few, many = (1_000, 10_000) if quick else (100_000, 1_000_000)
+    files = {rows: _long_manifest(folder / f"{rows}.csv", rows) for rows in (few, many)}
+    hashes = {rows: np.random.default_rng(0).integers(0, 2**63, (rows, 2)).tolist() for rows in (few, many)}
+
+    def read(rows: int) -> None:
+        _duplicate_rows([read_manifest(files[rows], folder)])
+
+    def near(rows: int) -> None:
+        list(near_pairs(a << 64 | b for a, b in hashes[rows]))
+
+    for what, job in (("reading a CSV, double rows", read), ("near duplicates of as many hashes", near)):
+        seconds = in_turn({"few": lambda j=job: j(few), "many": lambda j=job: j(many)}, min(rounds, 2))
+        ratios = [b / a / (many / few) for a, b in zip(seconds["few"], seconds["many"], strict=True)]
+        yield Line("validation", f"{what}, {many:,} rows", f"{many // few} x the time of {few:,}", ratios, 1.5,
+                   f"{min(seconds['many']):.1f} s", f"{min(seconds['few']):.2f} s", more_is_better=False)  # fmt: skip
+
+
+def _decode(path: str) -> None:
+    read_picture(path)
+
+
+def _long_manifest(path: Path, rows: int) -> str:
+    with open(path, "w") as file:
+        file.write("image_path,x1,y1,x2,y2\n")
+        file.writelines(f"photos/{i:07d}.jpg,{i % 90}.5,{i % 70},{200 + i % 50},{250 + i % 40}\n" for i in range(rows))
+    return str(path)
