@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -189,6 +191,13 @@ def _check_machine(config: TrainConfig) -> None:
         raise ConfigError("accelerator", found, "choose another --accelerator or --devices") from error
 
 
+def _strategy(config: TrainConfig) -> Strategy | str:
+    if config.processes == 1:
+        return config.strategy
+    # the others wait while the first clusters what may be millions of pictures: torch's half hour is too short
+    return DDPStrategy(timeout=timedelta(hours=6))
+
+
 def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
     """A seeded model with its pretrained weights, and their receipt said."""
     pl.seed_everything(config.seed, verbose=False)
@@ -227,7 +236,7 @@ def _fit(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=_strategy(config),
             precision=config.precision,
             max_epochs=config.max_epochs,
             logger=logger,

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 PARTS = ("pictures", "cache", "step", "embedding", "validation", "starting", "memory")
 
@@ -74,7 +76,6 @@ def rate(seconds: list[float], items: int, unit: str) -> str:
 def machine() -> str:
     import numpy
     import PIL
-    import torch
 
     import ear_teacher_cli
 
@@ -105,8 +106,9 @@ def main(words: list[str] | None = None) -> int:
     print(
         "| part | what | against | ratio [range] | aim | ours | the other |\n|---|---|---|---|---|---|---|", flush=True
     )
-    lines: list[Line] = []
+    threads, lines = torch.get_num_threads(), []
     for part in options.parts or PARTS:
+        torch.set_num_threads(threads)  # a part may have chosen another number
         measure: Callable[..., Iterator[Line]] = importlib.import_module(f"measure_{part}").measure
         with tempfile.TemporaryDirectory() as folder:
             for line in measure(Path(folder), options.rounds, options.quick):
