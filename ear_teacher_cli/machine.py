@@ -56,6 +56,10 @@ def complaint(error: BaseException | None) -> EarTeachError | None:
 # What torch says (class and text) and what it means. The first that fits counts: shared memory before memory.
 _COMPLAINTS = (
     (
+        r"InvalidCxxCompiler|C\+\+ compiler|CxxCompileError|TritonMissing",
+        "--compile: needs a working compiler (g++, and Triton on a GPU); install it, or leave the option out",
+    ),
+    (
         r"shared memory|bus error|\bshm\b|/torch_\d",
         "shared memory (/dev/shm): too small for the processes that load pictures; use --num-workers 0, or give the "
         "container more (docker run --shm-size 8g)",

@@ -1,5 +1,6 @@
 """The walk-through of the README runs, as it stands, on a small set."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +85,21 @@ def test_left_and_right_ears_face_opposite_ways():
         facing.setdefault(side, set()).add(bool(tragus < helix))
     assert len(facing) == 2 and all(len(ways) == 1 for ways in facing.values())
     assert facing["left"] != facing["right"]
+
+
+def test_the_benchmark_runs_and_counts_its_rounds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
+    import bench
+
+    threads = torch.get_num_threads()
+    try:
+        assert bench.main(["pictures", "cache", "--quick", "--rounds", "2", "--json", str(tmp_path / "x.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = json.loads((tmp_path / "x.json").read_text())
+    assert {line["part"] for line in lines} == {"pictures", "cache"}
+    assert all(len(line["ratios"]) == 2 and min(line["ratios"]) > 0 for line in lines)
+    assert capsys.readouterr().out.count("\n| ") == len(lines) + 1
+    ratios = bench.speed_up({"ours": [1.0, 2.0], "other": [3.0, 4.0]}, "ours", "other")
+    line = bench.Line("a", "b", "c", ratios, 2.6, "", "")
+    assert ratios == [3.0, 2.0] and line.median == 2.5 and "not met: 2.50 [2.00, 3.00]" in line.as_row()

@@ -1,7 +1,10 @@
 """Training: complete in what it writes, honest about bad pictures."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -309,3 +312,24 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
     for name, tensor in read_checkpoint(run / "checkpoints" / "last.ckpt").model_state.items():
         assert torch.equal(model.model.state_dict()[name], tensor), name
     assert len(model.prototypes) == 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earteach):
+    words = ["train", *manifests, *SMALL, "--max-epochs", 2, "--output-dir", tmp_path, "--experiment-name"]
+    assert earteach(*words, "plain").code == 0
+    assert earteach(*words, "compiled", "--compile").code == 0
+    plain, compiled = (read_epochs(tmp_path / name) for name in ("plain", "compiled"))
+    for name in ("train/loss", "val/recon_loss", "val/psnr"):
+        assert float(compiled[0][name]) == pytest.approx(float(plain[0][name]), rel=0.02), name
+    weights = [read_checkpoint(runs.last_checkpoint(tmp_path / name)).backbone_state for name in ("plain", "compiled")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_a_missing_compiler_is_one_line(manifests, tmp_path):
+    words = ["train", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path, "--compile"]
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"\nearteach: --compile: needs a working compiler[^\n]*\n$", done.stderr), done.stderr

@@ -209,7 +209,7 @@ def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.nd
             image.load()
             image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
         crop = _resized(_to_rgb(image), region, inner, corner, preprocessing)
-    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))  # H,W,3 -> 3,H,W
+    return np.stack([np.asarray(band) for band in crop.split()])  # H,W,3 -> 3,H,W
 
 
 # What PIL's decoders raise on damaged bytes: mostly OSError, SyntaxError (broken PNG) and ValueError.

@@ -175,7 +175,8 @@ def _is_removed(path: Path) -> bool:
 
 def _key(manifest: Manifest, preprocessing: Preprocessing) -> str:
     """Of the rows, where they lie, what is done to them, and what does it."""
-    about = (manifest.root, preprocessing, SPARE, *(features.version(name) for name in ("pil", "jpg", "zlib", "webp")))
+    root = os.path.realpath(manifest.root or ".")
+    about = (_WORD, root, preprocessing, SPARE, *(features.version(name) for name in ("pil", "jpg", "zlib", "webp")))
     digest = hashlib.sha256(repr(about).encode("utf-8", "surrogateescape"))
     for path, box in zip(manifest.paths, manifest.boxes, strict=True):
         digest.update(f"{path}\0{box}\n".encode("utf-8", "surrogateescape"))

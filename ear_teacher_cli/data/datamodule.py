@@ -47,14 +47,15 @@ class EarDataModule(pl.LightningDataModule):
             self._keep_crops()
 
     def teardown(self, stage: str) -> None:
-        self._keep_crops(nowhere=True)
+        if self._caches is not None:
+            self._caches = self.train_set.cache = self.clean_set.cache = self.val_set.cache = None
 
-    def _keep_crops(self, nowhere: bool = False) -> None:
+    def _keep_crops(self) -> None:
         config, manifests = self.config, [self.train_set.manifest, self.val_set.manifest]
-        kind = "off" if nowhere else "ram" if config.cache == "auto" and not config.images else config.cache
-        copies = getattr(self.trainer, "num_devices", 1)
+        kind = "ram" if config.cache == "auto" and not config.images else config.cache
         folder, limit = Path(config.output_dir) / FOLDER, config.cache_limit * 1e9
-        self._caches = CropCaches(kind, folder, limit, copies, manifests, self.train_set.preprocessing)
+        preprocessing = self.train_set.preprocessing
+        self._caches = CropCaches(kind, folder, limit, self.trainer.num_devices, manifests, preprocessing)
         self.train_set.cache, self.val_set.cache = self._caches.caches
         self.clean_set.cache = self.train_set.cache
         if kind != "off":
