@@ -29,7 +29,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     cores = workers = usable_cores()
     quiet = Talk(quiet=True)
     for name, kind in (("test_convnext" if quick else "convnext_tiny", "crops"), ("test_convnext", "12 MP")):
-        count = BATCH * (2 if quick else 6)
+        count = BATCH * (2 if quick else 12 if kind == "crops" else 6)
         paths = crops(folder, count)[0] if kind == "crops" else enlarged(folder, kind, count)[0]
         manifest = replace(drawn(folder), root=Path(paths[0]).parent, paths=[Path(p).name for p in paths], boxes=[None] * count,
                            rows=range(count), identities=None, sides=None)  # fmt: skip

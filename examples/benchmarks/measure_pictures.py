@@ -9,13 +9,14 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from bench import Line, in_turn, rate, speed_up
 from photos import crops, enlarged
 from PIL import Image
 
 from ear_teacher_cli.data import jpeg
-from ear_teacher_cli.data.crop import buffered_box, load_crop
+from ear_teacher_cli.data.crop import buffered_box, cut, load_crop, read_picture
 from ear_teacher_cli.data.pixels import Preprocessing
 
 SIDE = 224
@@ -35,6 +36,8 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
             ),
             "decoder": lambda p=paths, b=boxes: [_decode(*each) for each in zip(p, b, strict=True)] and None,
         }
+        if name != "crops":
+            ways["whole"] = lambda p=paths, b=boxes: [_whole(*each) for each in zip(p, b, strict=True)] and None
         if name == "crops":
             ways["resized"] = lambda p=paths: (
                 [_decode(each, None).resize((184, SIDE), Image.Resampling.BICUBIC) for each in p] and None
@@ -67,6 +70,16 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
                 rate(seconds["resized"], many, "crops"),
             )
             continue
+        against = "the whole picture decoded (earteach before, and still validate-data)"
+        yield Line(
+            "pictures",
+            what,
+            against,
+            speed_up(seconds, "ours", "whole"),
+            None,
+            mine,
+            rate(seconds["whole"], many, "crops"),
+        )
         against = "Pillow decoding alone, at the scale the crop allows"
         yield Line(
             "pictures",
@@ -108,6 +121,10 @@ def _straight(path: str, box) -> object:
         x1, y1, x2, y2 = (round(v) for v in buffered_box(box, (width, height), PREPROCESSING.bbox_buffer))
         picture = picture[y1:y2, x1:x2]
     return cv2.cvtColor(cv2.resize(picture, (SIDE, SIDE)), cv2.COLOR_BGR2RGB)
+
+
+def _whole(path: str, box) -> None:
+    np.asarray(cut(read_picture(path).image, box, PREPROCESSING))
 
 
 def _decode(path: str, box) -> Image.Image:

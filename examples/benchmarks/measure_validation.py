@@ -1,5 +1,8 @@
 """`validate-data`: all cores against the decoder alone, and long manifests: is the work linear in their rows?"""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -9,12 +12,11 @@ import numpy as np
 from bench import Line, in_turn, rate, speed_up
 from photos import enlarged
 
-from ear_teacher_cli.commands.validate_data import _duplicate_rows, validate_data
+from ear_teacher_cli.commands.validate_data import _duplicate_rows
 from ear_teacher_cli.data.crop import read_picture
 from ear_teacher_cli.data.inspect import near_pairs
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.machine import usable_cores
-from ear_teacher_cli.talk import Talk
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
@@ -28,14 +30,26 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     pool = ProcessPoolExecutor(cores, get_context("spawn"))
 
     def ours() -> None:
-        assert validate_data([str(listed)], Talk(quiet=True), num_workers=cores).pictures == count
+        command = [
+            sys.executable,
+            "-m",
+            "ear_teacher_cli",
+            "validate-data",
+            listed,
+            "--num-workers",
+            cores,
+            "--json",
+            "-",
+        ]
+        done = subprocess.run(list(map(str, command)), capture_output=True, check=True)
+        assert json.loads(done.stdout)["pictures"] == count
 
     def decoder() -> None:
         list(pool.map(_decode, paths, chunksize=16))
 
     with pool:
         seconds = in_turn({"ours": ours, "decoder": decoder}, rounds)
-    yield Line("validation", f"2 MP photos, {cores} cores, from the command on", "decoding alone, workers started",
+    yield Line("validation", f"2 MP photos, {cores} cores, the whole command", "decoding alone, workers started",
                speed_up(seconds, "ours", "decoder"), 0.9, rate(seconds["ours"], count, "photos"), rate(seconds["decoder"], count, "photos"))  # fmt: skip
     few, many = (1_000, 10_000) if quick else (100_000, 1_000_000)
     files = {rows: _long_manifest(folder / f"{rows}.csv", rows) for rows in (few, many)}
