@@ -101,7 +101,9 @@ def main() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would make an error of what comes now
             for child in children:
                 child.kill()  # one that hangs in a decoder would be waited for
-                child.join()
+                child.join(10)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever may still hang, they end it
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _print_version(asked: bool) -> None:

@@ -18,24 +18,43 @@ def free_memory() -> float:
     free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2  # where the system does not say
     with suppress(OSError, IndexError, ValueError):
         free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024.0
-    for most, used in _CONTAINER:
-        with suppress(OSError, ValueError):  # "max" is no number, and no limit
-            free = min(free, int(Path(most).read_text()) - int(Path(used).read_text()))
+    for group in _control_groups():
+        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with suppress(OSError, ValueError, IndexError):  # "max" is no number, and no limit
+                room = int((group / most).read_text()) - int((group / used).read_text())
+                cached = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+                free = min(free, room + cached)  # what only caches files is given back when asked for
     return max(0.0, free)
 
 
-# Limit and use of a container's memory, of cgroups version 2 and 1.
-_CONTAINER = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+def _control_groups() -> list[Path]:
+    """Folders that limit this process, of cgroups version 2 and 1, from its own upwards."""
+    found = []
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, name = line.split(":", 2)
+            if kinds == "" or "memory" in kinds.split(","):
+                top = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
+                below = top / name.lstrip("/")
+                found += [below, *(folder for folder in below.parents if folder.is_relative_to(top))]
+    return found
 
 
 def is_first_process() -> bool:
     """Whether this is the process the user started, or the first of those that torchrun or SLURM did. Lightning starts
     the other ranks by running the same command again."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(int(os.environ.get(name, 0)) == 0 for name in ranks)
+    return all(os.environ.get(name, "").strip() in ("", "0") for name in ranks)
+
+
+def started_processes() -> int | None:
+    """How many processes torchrun or SLURM's srun started, this one among them; None if neither did."""
+    for mark, count in (("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_TASKS")):
+        if mark in os.environ and os.environ.get(count, "").isdigit():
+            number = int(os.environ[count])
+            # a batch script is itself a step of one task, whatever the job may start
+            return number if mark == "TORCHELASTIC_RUN_ID" or number > 1 else None
+    return None
 
 
 def complaint(error: BaseException | None) -> EarTeachError | None:
@@ -88,7 +107,7 @@ _COMPLAINTS = (
         "open files: too many for this shell's limit; raise it (ulimit -n 65536), or lower --num-workers",
     ),
     (
-        r"connection (closed|reset) by peer|NCCL error|gloo/transport",
+        r"connection (closed|reset) by peer|NCCL error|gloo/transport|^Dist(Store|Network|Backend)Error",
         "another process of this run ended; what it said tells why. Then go on with earteach resume, or embed --resume",
     ),
     (

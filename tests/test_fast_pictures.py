@@ -107,6 +107,21 @@ def test_a_photo_that_is_cut_short_is_found_though_the_crop_is_above(photo, tmp_
     assert error.value.reason == "truncated"
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_every_format_is_turned_upright_once(photo, tmp_path, format, orientation):
+    """The picture is stored turned back, so that upright it is the one that was turned back."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "x"
+    upright = photo.resize((120, 90))
+    stored = upright.transpose(jpeg.UPRIGHT[{6: 8, 8: 6}.get(orientation, orientation)]) if orientation > 1 else upright
+    stored.save(path, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    for found in both_ways(path, (10, 20, 100, 80), PLAIN):
+        wanted = np.asarray(crops.cut(upright, (10, 20, 100, 80), PLAIN)).transpose(2, 0, 1).astype(int)
+        assert abs(found - wanted).mean() < (6 if format == "JPEG" else 0.01)  # turned wrongly: 40
+
+
 def test_a_black_photo_is_a_crop_all_the_same(tmp_path):
     path = tmp_path / "x.jpg"
     Image.new("RGB", (900, 900)).save(path)
@@ -165,7 +180,7 @@ def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path,
     cache = cache_of(tmp_path / "crops", ears).caches[0]
     for row in (0, 1):
         cache.crop(row, picture, ear)
-    place = 24 + 3 * 64 * 64
+    place = 40 + 3 * 64 * 64
     with open(cache.path, "r+b") as file:
         file.seek(at)
         byte = file.read(1)[0]
@@ -195,15 +210,65 @@ def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_pat
         full.caches[0].crop(row, picture, ear)
     old = Path(full.caches[0].path)
     manifest = read_manifest(ears / "val_teacher.npy", ears)
-    while_used = CropCaches("disk", folder, old.stat().st_blocks * 512 + 5 * 12312, 1, [manifest], PLAIN)
+    while_used = CropCaches("disk", folder, old.stat().st_size + 5 * 12328, 1, [manifest], PLAIN)
     assert old.exists() and while_used.caches[0].capacity == 5 < len(manifest)
     assert "5 of" not in while_used.words and "% of them" in while_used.words
     while_used.caches[0].crop(5, picture, ear)  # beyond
     assert (while_used.caches[0].crop(5, picture, lambda: ear(1)) == ear(1)).all()
     del full, while_used
-    after = CropCaches("disk", folder, 8 * 12312, 1, [manifest], PLAIN)
+    after = CropCaches("disk", folder, 8 * 12328, 1, [manifest], PLAIN)
     assert not old.exists() and after.caches[0].capacity == 8
-    assert CropCaches("disk", folder, 0.0, 1, [manifest], PLAIN).caches[0].capacity == 0
+
+
+def test_a_lower_limit_shrinks_a_cache_and_none_at_all_is_off(ears, tmp_path, picture):
+    cache = cache_of(tmp_path, ears).caches[0]
+    for row in range(cache.capacity):
+        cache.crop(row, picture, ear)
+    del cache
+    assert Path(cache_of(tmp_path, ears, limit=4 * 12328).caches[0].path).stat().st_size == 4 * 12328
+    off = cache_of(tmp_path, ears, limit=0.0)
+    assert off.caches == [None] and off.words == "not kept"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_strangers_file_under_a_caches_name_is_not_written(ears, tmp_path, picture, link):
+    name = Path(cache_of(tmp_path / "crops", ears).caches[0].path)
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("years of work")
+    name.unlink()
+    link(precious, name)
+    caches = cache_of(tmp_path / "crops", ears)
+    assert caches.caches == [None] and caches.words.startswith("not kept (")
+    assert precious.read_text() == "years of work"
+
+
+def test_a_picture_of_the_same_size_and_time_is_another(ears, tmp_path, picture):
+    cache = cache_of(tmp_path / "crops", ears).caches[0]
+    cache.crop(5, picture, ear)
+    status = os.stat(picture)
+    Path(picture).write_bytes(b"b picture")
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (cache.crop(5, picture, lambda: ear(1)) == ear(1)).all()
+
+
+def test_two_workers_cut_each_crop_once_in_all_epochs(manifests, tmp_path, monkeypatch, earteach):
+    """Each cut leaves a byte in a file, from whatever process."""
+    count = tmp_path / "count"
+    cut = crops.load_crop
+
+    def counted(*words):
+        with open(count, "ab", buffering=0) as file:
+            file.write(b".")
+        return cut(*words)
+
+    monkeypatch.setattr("ear_teacher_cli.data.dataset.load_crop", counted)
+    words = ["train", *manifests, *SMALL, "--max-epochs", 3, "--output-dir", tmp_path, "--num-workers", 2]
+    cuts = {}
+    for kind in ("off", "ram", "disk"):
+        assert earteach(*words, "--cache", kind, "--overwrite").code == 0
+        cuts[kind] = count.stat().st_size
+        count.unlink()
+    assert cuts["off"] >= 3 * 32 and cuts["ram"] <= 1.3 * 32 and cuts["disk"] <= 1.3 * 32, cuts
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(ears, tmp_path):

@@ -84,6 +84,9 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
     text = said(start(3, *three, "--resume"))
     assert text.count("1199 rows of 64, 1 skipped") == 1, text
     assert output("three") == output("one") and not list(tmp_path.glob(".*"))
+    again = start(2, *words[:2], tmp_path / "three.npy", *words[2:], "--resume", "--no-normalize")
+    assert "nothing unfinished" in said(again) and again.returncode != 0  # and the finished one is not replaced
+    assert output("three") == output("one")
     assert np.load(tmp_path / "three.npy", allow_pickle=False).shape == (1199, 64)  # noqa: TID251
 
 
@@ -103,6 +106,22 @@ def test_training_by_torchrun_and_from_two_processes_to_one_and_back(manifests, 
     text = said(start(2, "resume", tmp_path / "two", "--devices", 2, "--max-epochs", 4))
     assert text.count("4 epochs; best checkpoint") == 1, text
     assert [row["epoch"] for row in read_table(tmp_path / "two" / "metrics.csv")] == list("01234")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "told"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, [], "--devices: 1 on 1 node"),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, ["--devices", 3], "but 2 were started"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, [], "but 4 were started"),
+        ({}, ["--num-nodes", 2], "start with torchrun or srun"),
+    ],
+)
+def test_as_many_processes_as_were_started(manifests, tmp_path, earteach, monkeypatch, environment, words, told):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = earteach("train", *manifests, *SMALL, "--output-dir", tmp_path, "--accelerator", "cpu", *words)
+    assert found.code == 2 and told in found.err and not list(tmp_path.iterdir())
 
 
 def test_a_killed_process_ends_the_run_which_can_be_resumed(manifests, tmp_path):

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 from .. import __version__
 from ..core.embedder import Embedder, embed_pictures, load_embedder
 from ..core.ranks import Ranks, joined
 from ..data.dataset import BadPicture
-from ..data.journal import Journal, folder_of, input_mark, join_journals, put_rows, unfinished
+from ..data.journal import STATE, Journal, folder_of, input_mark, join_journals, put_rows, unfinished
 from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
@@ -89,11 +90,12 @@ def embed(
         about = _provenance(embedder, manifest, dim, normalize)
         mine = ranks.block(len(manifest), batch_size)
         part = manifest if ranks.world == 1 else manifest.subset(mine)
-        with _files(out, about, batch_size, part, resume, talk, ranks) as files:
+        going_on = resume and _has_part(out, ranks)
+        with _files(out, about, batch_size, part, going_on, talk, ranks) as files:
             journal = Journal(*files, part, dim, batch_size)
             if journal.done:
                 talk.say(f"going on after {journal.done} of {len(part)} pictures")
-            workers = num_workers // min(ranks.world, usable_cores()) if ranks.world > 1 else num_workers
+            workers = min(num_workers, max(1, usable_cores() // ranks.local))
             try:
                 for good, vectors, bad in embed_pictures(
                     embedder, part, batch_size, workers, load_timeout, talk, journal.done
@@ -154,8 +156,26 @@ def _joined_parts(journal: Journal, out: str, manifest: Manifest, ranks: Ranks) 
         rows, names = (stack.enter_context(open(folder / name, "w+b")) for name in ("rows", "names"))
         join_journals(parts, rows, names)
         whole = Journal(rows, names, manifest, journal.dim, journal.batch_size)
+        if whole.done < len(manifest):
+            raise EarTeachError(
+                f"{printable(out)}: {whole.done} of {len(manifest)} pictures are there after all are done; "
+                "is its folder the same for all processes? Nothing was written"
+            )
         whole.finish()
         yield whole
+
+
+def _has_part(out: str, ranks: Ranks) -> bool:
+    """Whether this rank has something to go on with; one that was killed at its first picture has not, but others may.
+    Raises WordsError if none has."""
+    mine = (folder_of(_part(out, ranks)) / STATE).is_file()
+    if ranks.any(mine):
+        return mine
+    path = Path(out)
+    others = [p.name for p in path.parent.glob(f".{path.name}*.unfinished") if (p / STATE).is_file()]
+    worlds = {int(name.split("-of-")[1].split(".")[0]) if "-of-" in name else 1 for name in others}
+    mend = f"start {min(worlds)} processes, as it was" if worlds else "leave --resume out"
+    raise WordsError(f"{printable(out)}: there is nothing unfinished of it by {ranks.world} process(es); {mend}")
 
 
 def _part(out: str, ranks: Ranks) -> Path:
@@ -180,10 +200,9 @@ def _files(
         with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as names:
             yield rows, names
         return
-    state = {**about, "batch_size": batch_size, "pictures_or_labels": input_mark(manifest)}
+    threads = torch.get_num_threads()  # sums of floats depend on it
+    state = {**about, "batch_size": batch_size, "threads": threads, "pictures_or_labels": input_mark(manifest)}
     part = _part(out, ranks)
-    if ranks.world > 1:  # one that was killed at its first picture has nothing to go on with, but others may
-        resume = resume and folder_of(part).is_dir()
     with unfinished(part, state, resume, talk) as files:
         yield files
 

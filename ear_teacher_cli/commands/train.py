@@ -5,6 +5,7 @@ config -> data -> model (with the receipt of its weights) -> fit -> {output_dir}
 
 import errno
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -34,7 +35,7 @@ from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
 from ..files import brief, only_writer, printable, sweep, whole_file
-from ..machine import complaint, is_first_process
+from ..machine import complaint, is_first_process, started_processes
 from ..talk import Talk, clock
 
 
@@ -84,7 +85,8 @@ def resume(run: str | Path, talk: Talk, **changes: Any) -> Outcome:
     Of a folder the newest whole checkpoint is taken: one that is damaged is said, and passed over. `changes`: of
     RESUMABLE, what is to be other than it was (None: as it was).
     """
-    assert set(changes) <= set(RESUMABLE)
+    if unknown := set(changes) - set(RESUMABLE):
+        raise TypeError(f"resume() has no {', '.join(sorted(unknown))}; it takes {', '.join(RESUMABLE)}")
     run = Path(run)
     folder = run if run.is_dir() else _experiment_of(runs.checkpoint_of(run, best=False))
     with _owned(folder) if (folder / runs.CONFIG).is_file() else nullcontext():
@@ -137,6 +139,8 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
     module = _new_module(config, talk)
     device = torch.device("cuda" if _uses_cuda(config) else "cpu")
     module.to(device).train()
+    if config.compile:
+        module.compile_model()
     loader = data.train_dataloader()
     batch = next(iter(loader))
     if len(batch["index"]) < 2:
@@ -173,6 +177,14 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
 
 def _check_machine(config: TrainConfig) -> None:
     """Let Lightning refuse an accelerator or a number of devices before anything is read or written."""
+    started = started_processes()
+    if started not in (None, config.processes):
+        found = f"{config.devices} on {config.num_nodes} node(s) are {config.processes} process(es), but {started} were started"
+        raise ConfigError(
+            "devices", found, "make --devices (of a node) times --num-nodes as many as the launcher starts"
+        )
+    if config.num_nodes > 1 and started is None and "MASTER_ADDR" not in os.environ:
+        raise ConfigError("num_nodes", "several nodes were not started", "start with torchrun or srun on all of them")
     try:
         with _quiet_lightning():
             pl.Trainer(
@@ -227,8 +239,6 @@ def _fit(
         purge_step=step,
     )
     module.talk = data.talk = talk
-    if config.compile:
-        module.compile_model()
     save_on_stop = SaveOnStop(folder / runs.CHECKPOINTS / runs.LAST)
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes))
     with _quiet_lightning():

@@ -83,6 +83,8 @@ class EarTeacherLightningModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        if self.config.compile:
+            self.compile_model()
         dataset = getattr(self.trainer.datamodule, "val_set", None)
         if dataset is not None and dataset.preprocessing != self.preprocessing:
             raise EarTeachError(

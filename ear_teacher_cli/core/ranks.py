@@ -10,6 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..errors import EarTeachError
+from ..files import brief
+from ..machine import started_processes
+
 _TO_START = timedelta(minutes=10)
 _TO_FINISH = timedelta(days=7)  # ranks wait for the slowest; one that is gone is noticed at once, by its connection
 
@@ -20,6 +24,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    local: int = 1  # processes on this machine
     group: Any = None  # of torch.distributed
 
     def block(self, items: int, batch_size: int) -> range:
@@ -27,6 +32,13 @@ class Ranks:
         batches = -(-items // batch_size)
         first, last = (batches * number // self.world * batch_size for number in (self.rank, self.rank + 1))
         return range(first, min(last, items))
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so for one of them."""
+        everything = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everything, mine, self.group)
+        return any(everything)
 
     def wait(self) -> None:
         """For all the others to get here. Raises RuntimeError if one of them has ended."""
@@ -47,16 +59,23 @@ def joined() -> Iterator[Ranks]:
     rank, world = place.global_rank(), place.world_size()
     dist.init_process_group("gloo", timeout=_TO_START, rank=rank, world_size=world)
     try:
-        yield Ranks(rank, world, dist.new_group(backend="gloo", timeout=_TO_FINISH))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+        yield Ranks(rank, world, local, dist.new_group(backend="gloo", timeout=_TO_FINISH))
     finally:
         dist.destroy_process_group()
 
 
 def _place() -> Any:
     """Lightning's word for how this process was started; None if by hand."""
-    by_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1  # a batch script is itself no step of several tasks
-    if "TORCHELASTIC_RUN_ID" not in os.environ and not by_slurm:
+    if started_processes() is None:
         return None
     from lightning_fabric.plugins import environments  # seconds to import
 
-    return environments.SLURMEnvironment() if by_slurm else environments.TorchElasticEnvironment()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may itself have been started by SLURM
+        return environments.TorchElasticEnvironment()
+    try:
+        return environments.SLURMEnvironment()
+    except RuntimeError as error:
+        raise EarTeachError(
+            f"SLURM: {brief(error)}; start it as Lightning wants it (srun --ntasks-per-node N)"
+        ) from error

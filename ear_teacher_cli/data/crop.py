@@ -42,6 +42,7 @@ REASONS = {
 _ORIENTATION = 0x0112
 # Decoders of photographs only: others (EPS, say) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
+CUT = 1  # to be raised whenever the same picture and box give another crop: kept ones are of the old kind
 _MAX_FILE_BYTES = 2**30
 _DECODE_SECONDS = 60  # the largest picture that PIL's limit lets through takes a few
 
@@ -70,6 +71,8 @@ def read_picture(path: str) -> Picture:
 def _opened(data: bytes) -> tuple[Image.Image, int]:
     """(the picture as it is stored, not yet decoded, its EXIF orientation)."""
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if image.format == "TIFF":  # turns itself upright when it is decoded, and forgets that it was not
+        image.load()
     orientation = image.getexif().get(_ORIENTATION, 1)
     return image, orientation if isinstance(orientation, int) else 1
 
@@ -192,7 +195,7 @@ def _placement(
 def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
     """Read and cut, decoding no more than the crop needs: uint8 3,H,W. Raises PictureError.
 
-    From a large JPEG it is the crop of the whole picture to within the tolerance of jpeg.SPARE, else exactly.
+    From a large JPEG it is the crop of the whole picture to within what jpeg.SPARE says, else exactly.
     """
     data = _read_bytes(path)
     with _decoding():

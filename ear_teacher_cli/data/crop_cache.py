@@ -1,15 +1,17 @@
 """Crops that were cut once and are not decoded again: one file per manifest, in memory or on disk.
 
-Each crop has a place of its own in the file, with a mark of the picture it was cut from (size and time of change) and a
+Each crop has a place of its own in the file, with a mark of the picture it was cut from (size, times of change, inode) and a
 checksum. A place is written in one call and believed only if all of it fits: several processes may fill one file at
 once, and one that is killed leaves at worst a place that is filled again. What comes out is what was put in, to the
 byte, so a run with a cache learns what it would without. The file's name is a sha256 over all that a crop depends on.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -22,12 +24,12 @@ from PIL import features
 
 from ..files import printable
 from ..machine import free_memory
-from .jpeg import SPARE
+from .crop import CUT
 from .manifest import Manifest
 from .pixels import Preprocessing
 
 FOLDER, SUFFIX = ".crops", ".crops"
-_HEAD = struct.Struct("<qqII")  # size and time of change (ns) of the picture, CRC-32 of the pixels, _WORD
+_HEAD = struct.Struct("<qqqQII")  # the picture's mark, CRC-32 of the pixels, _WORD
 _WORD = 0x45415231
 _SHARE = 0.5  # of what is free of memory or disk, the most that a cache takes
 
@@ -59,7 +61,7 @@ class CropCache:
             self._write(handle, row, mark, kept)
         return kept
 
-    def _read(self, handle: int, row: int, mark: tuple[int, int]) -> np.ndarray | None:
+    def _read(self, handle: int, row: int, mark: tuple[int, ...]) -> np.ndarray | None:
         place = bytearray(_size(self.side))
         try:
             if os.preadv(handle, [place], row * len(place)) != len(place):
@@ -72,7 +74,7 @@ class CropCache:
             return None
         return np.frombuffer(pixels, np.uint8).reshape(3, self.side, self.side)
 
-    def _write(self, handle: int, row: int, mark: tuple[int, int], crop: np.ndarray) -> None:
+    def _write(self, handle: int, row: int, mark: tuple[int, ...], crop: np.ndarray) -> None:
         pixels = np.ascontiguousarray(crop).tobytes()
         try:
             os.pwritev(handle, [_HEAD.pack(*mark, zlib.crc32(pixels), _WORD), pixels], row * _size(self.side))
@@ -83,7 +85,7 @@ class CropCache:
         if self._process != os.getpid():  # not yet, or by the process that this one was forked from
             self._process = os.getpid()
             try:
-                self._handle = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+                self._handle = _open(self.path)
             except OSError:
                 self._handle = None
         return self._handle
@@ -110,7 +112,7 @@ class CropCaches:
         in_memory = min(limit, _SHARE * free_memory()) / copies
         if kind == "auto":
             kind = "ram" if hasattr(os, "memfd_create") and copies == 1 and wanted <= in_memory else "disk"
-        if kind == "off":
+        if kind == "off" or limit == 0:
             self.words = "not kept"
             return
         names = [_key(manifest, preprocessing) + SUFFIX for manifest in manifests]
@@ -121,6 +123,8 @@ class CropCaches:
             self.words = f"not kept ({error.strerror})"
             return
         share = min(1.0, room / wanted)
+        for handle, manifest in zip(self._held[-len(manifests) :], manifests, strict=True):
+            os.ftruncate(handle, int(share * len(manifest)) * _size(preprocessing.image_size))
         self.caches = [
             CropCache(path, preprocessing.image_size, int(share * len(manifest)))
             for path, manifest in zip(paths, manifests, strict=True)
@@ -134,29 +138,53 @@ class CropCaches:
             os.close(handle)
 
     def _in_memory(self) -> str:
+        if not hasattr(os, "memfd_create"):
+            raise OSError(errno.ENOSYS, "this system has no files in memory")
         self._held.append(os.memfd_create("crops"))
         return f"/proc/{os.getpid()}/fd/{self._held[-1]}"
 
     def _on_disk(self, path: Path) -> str:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._held.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        os.utime(path)  # the last one used goes last
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(self._held[-1], fcntl.LOCK_SH)
-        return str(path.resolve())
+        if path.parent.is_symlink():
+            raise OSError(errno.ELOOP, f"{printable(path.parent)} is a link")
+        for _ in range(3):
+            handle = _open(str(path), os.O_CREAT)
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                self._held.append(handle)
+                os.utime(path)  # the last one used goes last
+                return str(path.absolute())
+            os.close(handle)  # another run removed it before it was held
+        raise OSError(errno.EAGAIN, f"{printable(path)} is being removed by another run")
 
 
 def _make_room(folder: Path, names: list[str], wanted: int, limit: float) -> float:
     """Bytes that the caches `names` may take; older ones that nobody uses are removed until they may be `wanted`."""
-    found = {path: path.stat() for path in folder.glob(f"*{SUFFIX}")}
+    found = {}
+    for path in folder.glob(f"*{SUFFIX}"):
+        with suppress(OSError):  # another run may be removing it
+            found[path] = path.lstat()
     own = sum(status.st_blocks * 512 for path, status in found.items() if path.name in names)
     others = {path: status for path, status in found.items() if path.name not in names}
-    taken = sum(status.st_blocks * 512 for status in others.values())
+    taken = sum(status.st_size for status in others.values())  # what they may become
     for path, status in sorted(others.items(), key=lambda entry: entry[1].st_mtime):
         if taken + wanted > limit and _is_removed(path):
-            taken -= status.st_blocks * 512
+            taken -= status.st_size
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return max(0.0, min(limit - taken, own + _SHARE * shutil.disk_usage(place).free))
+
+
+def _open(path: str, flags: int = 0) -> int:
+    """A file of crops. Raises OSError if it is not this user's own, and no link."""
+    in_memory = path.startswith("/proc/")
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags | (0 if in_memory else os.O_NOFOLLOW), 0o600)
+    status = os.fstat(handle)
+    if not in_memory and (not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != os.geteuid()):
+        os.close(handle)
+        raise OSError(errno.EPERM, f"{printable(path)} is no file of one's own")
+    os.fchmod(handle, 0o600)
+    return handle
 
 
 def _is_removed(path: Path) -> bool:
@@ -176,19 +204,23 @@ def _is_removed(path: Path) -> bool:
 def _key(manifest: Manifest, preprocessing: Preprocessing) -> str:
     """Of the rows, where they lie, what is done to them, and what does it."""
     root = os.path.realpath(manifest.root or ".")
-    about = (_WORD, root, preprocessing, SPARE, *(features.version(name) for name in ("pil", "jpg", "zlib", "webp")))
+    decoders = (
+        features.version(name) for name in ("pil", "libjpeg_turbo", "jpg", "zlib", "webp", "jpg_2000", "libtiff")
+    )
+    about = (_WORD, CUT, root, preprocessing, *decoders)
     digest = hashlib.sha256(repr(about).encode("utf-8", "surrogateescape"))
     for path, box in zip(manifest.paths, manifest.boxes, strict=True):
         digest.update(f"{path}\0{box}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 
-def _mark(picture: str) -> tuple[int, int] | None:
+def _mark(picture: str) -> tuple[int, ...] | None:
+    """Size, times (ns) of change of content and of status, inode: a copy under the same name and time is another file."""
     try:
         status = os.stat(picture)
     except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _size(side: int) -> int:

@@ -23,7 +23,7 @@ from ..talk import Talk
 from .dataset import BadPicture
 from .manifest import Manifest
 
-_STATE, _ROWS, _NAMES = "state.json", "rows.npy", "names.csv"
+STATE, _ROWS, _NAMES = "state.json", "rows.npy", "names.csv"
 _HEADER_BYTES = 128  # of a .npy file of two dimensions
 
 
@@ -71,8 +71,9 @@ class Journal:
     def finish(self) -> None:
         """Write the header, which says how many rows there are."""
         self._write_header()
-        self.rows.flush()
-        self.names.flush()
+        for file in (self.rows, self.names.buffer):
+            file.flush()
+            os.fsync(file.fileno())  # another machine may be about to read it
 
     def array(self) -> np.ndarray:
         """The finished rows [N, D], on the disk."""
@@ -144,7 +145,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
     EarTeachError if that was made with another state, or is being made by another process.
     """
     folder = folder_of(out)
-    if resume and not (folder / _STATE).is_file():
+    if resume and not (folder / STATE).is_file():
         raise WordsError(f"{printable(out)}: there is nothing unfinished of it; leave --resume out")
     try:
         folder.mkdir(exist_ok=True)
@@ -156,7 +157,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
         else:
             if (folder / _ROWS).exists():
                 talk.say(f"{printable(out)}: an unfinished one is dropped (--resume would go on with it)")
-            for name in (_STATE, _ROWS, _NAMES):
+            for name in (STATE, _ROWS, _NAMES):
                 (folder / name).unlink(missing_ok=True)
         try:
             for name in (_ROWS, _NAMES):
@@ -168,7 +169,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
             ).stat().st_nlink > 1:  # killed at the very end: these bytes have their final name already
                 with whole_file(folder / _ROWS) as temporary:
                     shutil.copyfile(folder / _ROWS, temporary)
-            with whole_file(folder / _STATE) as temporary:
+            with whole_file(folder / STATE) as temporary:
                 temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
             with open(folder / _ROWS, "r+b") as rows, open(folder / _NAMES, "r+b") as names:
                 yield rows, names
@@ -207,7 +208,7 @@ def input_mark(manifest: Manifest) -> str:
 
 def _state_of(folder: Path, out: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EarTeachError(f"{printable(out)}: what is unfinished of it is damaged; leave --resume out") from error
     return state if isinstance(state, dict) else {}

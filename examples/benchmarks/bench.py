@@ -4,8 +4,8 @@
     python bench.py pictures cache        # some of them
     python bench.py --rounds 7 --json out.json
 
-Every line is a ratio of two things timed one after the other, round by round (A B A B): its median, and the range
-over the rounds. Times of shared machines wander by tens of percent; ratios of neighbours in time do not.
+Every line is a ratio of two things timed one after the other, round by round (A B A B), or seconds or megabytes
+where it says so: its median, and the range over the rounds. Times of shared machines wander by tens of percent; ratios of neighbours in time do not.
 """
 
 import argparse

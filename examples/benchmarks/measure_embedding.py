@@ -38,6 +38,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         save_file(timm.create_model(name, num_classes=0).state_dict(), weights)
         embedder = load_embedder(str(weights), name, SIDE)
         dataset = _of_timm(Path(paths[0]).parent)
+        assert len(dataset) == count
         ready = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
         plain = timm.create_model(name, num_classes=0).eval()
 

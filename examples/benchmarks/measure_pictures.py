@@ -142,8 +142,9 @@ def _of_timm(folder: Path):
     from timm.data import ImageDataset, create_transform
 
     transform = create_transform((3, SIDE, SIDE), is_training=False, crop_pct=1.0, interpolation="bicubic")
-    (folder / "one").mkdir(exist_ok=True)  # it wants a folder a class
+    root = folder.with_name(folder.name + "-of-timm")  # it wants a folder a class, and takes all that is below its root
+    (root / "one").mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.jpg"):
-        if not (folder / "one" / path.name).exists():
-            (folder / "one" / path.name).hardlink_to(path)
-    return ImageDataset(str(folder), transform=transform)
+        if not (root / "one" / path.name).exists():
+            (root / "one" / path.name).hardlink_to(path)
+    return ImageDataset(str(root), transform=transform)

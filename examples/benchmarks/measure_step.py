@@ -36,6 +36,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         num_workers=1,
         max_epochs=EPOCHS,
         max_bad=0.0,
+        cache="off",  # the bare loop has none
         output_dir=str(folder / "runs"),
     )
     told: dict[str, float] = {}
