@@ -4,6 +4,7 @@ Everything random in a step is a function of (seed, step), every class is kept i
 runs at fixed epochs: a resumed run is the uninterrupted one. B pictures, D embedding, D' projection, K classes.
 """
 
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -72,6 +73,9 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def compile_model(self) -> None:
         """torch.compile backbone and decoder, in place: names of tensors stay. Costs a minute or two at the first step."""
+        torch._functorch.config.donated_buffer = False  # train/grad_ratio goes back through the graph a second time
+        # dynamo looks at inputs' gradients, which those in mid-model do not have
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         self.model.backbone.compile()
         self.model.decoder.compile()
 
