@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,8 +195,7 @@ def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path,
 
 def test_other_preprocessing_boxes_or_pictures_are_another_cache(ears, tmp_path):
     manifest = read_manifest(ears / "train_teacher.npy", ears)
-    moved = manifest.subset(range(len(manifest)))
-    moved.boxes[3] = (1.0, 2.0, 30.0, 40.0)
+    moved = replace(manifest, boxes=[*manifest.boxes[:3], (1.0, 2.0, 30.0, 40.0), *manifest.boxes[4:]])
     squashed = Preprocessing(64, 0.1, False, "bicubic", PLAIN.mean, PLAIN.std)
     kinds = [(manifest, PLAIN), (moved, PLAIN), (manifest.subset(range(5)), PLAIN), (manifest, squashed)]
     paths = [CropCaches("disk", tmp_path, 1e9, 1, [m], p).caches[0].path for m, p in kinds]

@@ -1,9 +1,12 @@
 """`embed` from the first picture to the last, where the model is the bottleneck and where the pictures are.
 
 Against the model alone on ready tensors and the decoder alone on all cores (the limits), and a loop as a user of timm
-would write it: ImageDataset, timm's transform, a DataLoader with as many workers.
+would write it: ImageDataset, timm's transform, a DataLoader with as many workers. Against thingsvision, too, where
+THINGSVISION_PYTHON names the Python of an environment that has it (`pip install thingsvision`, "pandas<3").
 """
 
+import os
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,6 +26,7 @@ from ear_teacher_cli.machine import usable_cores
 from ear_teacher_cli.talk import Talk
 
 BATCH = 16
+SCRIPT = Path(__file__).with_name("of_thingsvision.py")
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
@@ -60,7 +64,21 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
                 list(pool.map(_decode, paths, [None] * len(paths), chunksize=4))
 
         ways = {"ours": ours, "user": users_loop, "limit": forward if kind == "crops" else decoder}
+        rival = os.environ.get("THINGSVISION_PYTHON")
+        if rival:
+            words = [rival, SCRIPT, dataset.reader.root, name, BATCH, SIDE]
+            process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            versions = process.stdout.readline().strip()
+
+            def thingsvision(process=process) -> float:
+                process.stdin.write("again\n")
+                process.stdin.flush()
+                return float(process.stdout.readline())
+
+            ways["thingsvision"] = thingsvision
         seconds = in_turn(ways, rounds)
+        if rival:
+            process.communicate(timeout=60)
         what = f"{name}, {'200 px crops' if kind == 'crops' else kind + ' photos'}, {workers} workers"
         limit, aim = (
             ("the model alone on ready tensors", 0.95)
@@ -87,3 +105,6 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
             mine,
             rate(seconds["user"], count, "pictures"),
         )
+        if rival:
+            faster = speed_up(seconds, "ours", "thingsvision")
+            yield Line("embedding", what, versions, faster, 1.0, mine, rate(seconds["thingsvision"], count, "pictures"))
