@@ -12,20 +12,34 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .core.embedder import load_backbone
     from .core.lightning_module import EarTeacherLightningModule
+    from .data.crop import load_crop
     from .data.datamodule import EarDataModule
+    from .data.pixels import normalise
     from .errors import EarTeachError
 
 __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before timm loads it: nothing is sent anywhere
 
-__all__ = ["EarDataModule", "EarTeachError", "EarTeacherLightningModule", "TrainConfig"]
+__all__ = [
+    "EarDataModule",
+    "EarTeachError",
+    "EarTeacherLightningModule",
+    "TrainConfig",
+    "load_backbone",
+    "load_crop",
+    "normalise",
+]
 
 _HOME = {
     "EarDataModule": ".data.datamodule",
     "EarTeacherLightningModule": ".core.lightning_module",
     "EarTeachError": ".errors",
     "TrainConfig": ".config",
+    "load_backbone": ".core.embedder",
+    "load_crop": ".data.crop",
+    "normalise": ".data.pixels",
 }
 
 

@@ -328,19 +328,81 @@ def export_backbone(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint, or an experiment folder (its best).")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="Where to write the weights.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="x.safetensors, x.onnx, or a folder for timm (local-dir) and students.")
+    ],
+    features: Annotated[bool, typer.Option("--features", help="ONNX: the feature maps, too.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Weights in float16.")] = False,
+    ema: Annotated[
+        bool,
+        typer.Option(
+            "--ema/--no-ema",
+            help="The weights that the run validated (averaged, or moved back to the start, where it was told to), or those it would go on learning with.",
+        ),
+    ] = True,
+    val_metadata: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder: pictures for the mean and variance of the maps. Default: what the run was validated on.",
+            show_default=False,
+        ),
+    ] = None,
+    root_dir: RootDir = None,
+    consent: Annotated[
+        str | None,
+        typer.Option(help="Folder: what the model card says of the consent of those photographed.", show_default=False),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Folder: what the model card says of the licence.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Folder: pictures at a time.", min=1)] = TrainConfig.batch_size,
+    num_workers: Workers = TrainConfig.num_workers,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the backbone under timm's names, proven by loading it back."""
     from .commands import export_backbone as verb
 
-    made = verb.export_backbone(checkpoint, out, overwrite)
-    Talk(quiet).say(
-        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; loaded "
-        f"back into timm strictly, largest difference {made.difference:g}"
-        + (f"; its whitening beside it: {printable(made.whitening.name)}" if made.whitening else "")
+    talk = Talk(quiet)
+    stated = {name: value for name, value in (("consent", consent), ("license", license)) if value is not None}
+    made = verb.export_backbone(
+        checkpoint, out, overwrite, features=features, half=half, ema=ema, val_metadata=val_metadata, root_dir=root_dir,
+        batch_size=batch_size, num_workers=num_workers, talk=talk, **stated,
+    )  # fmt: skip
+    kind = "compared with torch in onnxruntime" if out.endswith(".onnx") else "loaded back into timm strictly"
+    talk.say(
+        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; {kind}, "
+        f"largest difference {made.difference:.2g}"
+        + (f"; maps of strides {', '.join(map(str, made.maps))}" if made.maps else "")
+        + (f"; float16 moves the embeddings by {made.rounding:.2g} of the largest" if made.rounding is not None else "")
+        + (f"; its whitening: {printable(made.whitening.name)}" if made.whitening else "")
+        + f"; fingerprint {made.fingerprint[:16]}"
     )
+
+
+@app.command("verify", epilog="Example: `earteach verify teacher.onnx --against teacher.safetensors`")
+def verify(
+    export: Annotated[
+        str, typer.Argument(metavar="EXPORT", help="A .safetensors, a .onnx or a folder of export-backbone.")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS",
+            help="Another form of the same teacher (an export, a checkpoint, a run) to compare with, computed here.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Check an export on this machine: weights, fingerprint, golden batch."""
+    from .commands import verify as verb
+
+    checks = verb.verify(export, against)
+    width = max(len(check.what) for check in checks)
+    for check in checks:
+        typer.echo(f"{'ok    ' if check.passed else 'WRONG '} {check.what:<{width}}  {check.found}")
+    if not all(check.passed for check in checks):
+        raise EarTeachError(f"{printable(export)}: is not what it says; export it again")
 
 
 @app.command("embed", epilog="Example: `find photos -name '*.jpg' | earteach embed - - --format npy > rows.npy`")

@@ -7,11 +7,12 @@ file that nobody holds is nobody's, and the next writer removes it.
 import fcntl
 import glob
 import os
+import shutil
 import socket
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -66,17 +67,58 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
 
 
+@contextmanager
+def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success rename it, else delete it.
+
+    An earlier folder of that name is replaced if it holds nothing but `files`: raises WordsError otherwise.
+    """
+    path = Path(path)
+    strange = sorted(set(os.listdir(path)) - set(files)) if path.is_dir() else []
+    if strange:
+        raise WordsError(
+            f"{printable(path)}: holds {printable(strange[0])}, too, which is not ours; name another folder"
+        )
+    sweep(path.parent, glob.escape(path.name))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+    except OSError as error:
+        raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror})") from error
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield temporary
+        for written in temporary.iterdir():
+            written.chmod(0o666 & ~_umask())
+            _flush_to_disk(written)
+        temporary.chmod(0o777 & ~_umask())
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=_PART, dir=path.parent) as earlier:
+            if path.is_dir():
+                os.rename(path, Path(earlier) / path.name)
+            os.rename(temporary, path)
+    except OSError as error:
+        raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files of `name` (a pattern), in `folder`, that a killed process left."""
+    """Remove the temporary files and folders of `name` (a pattern), in `folder`, that a killed process left."""
     for found in glob.glob(f".{name}.*{_PART}", root_dir=folder, include_hidden=True):
         stale = folder / found
+        mode = os.O_RDONLY if stale.is_dir() else os.O_RDWR  # a folder opens for reading only
         try:
-            handle = os.open(stale, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(stale, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink(missing_ok=True)
+            if mode == os.O_RDONLY:
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
         except OSError:  # somebody writes it
             pass
         finally:

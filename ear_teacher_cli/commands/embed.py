@@ -217,6 +217,7 @@ def _provenance(embedder: Embedder, manifest: Manifest, dim: int, normalize: boo
         "input": Path(manifest.source).name,
         "weights": Path(embedder.source).name,
         "weights_sha256": embedder.sha256,
+        "fingerprint": embedder.fingerprint,
         "architecture": embedder.architecture,
         "preprocessing": embedder.preprocessing.as_dict(),
         "versions": {"earteach": __version__, **{name: version(name) for name in ("torch", "timm", "numpy", "pillow")}},

@@ -18,7 +18,7 @@ from ..core import metrics, pairs
 from ..core.metrics import Measured
 from ..core.pairs import Order
 from ..core.whitening import Whitening, centre, fit, unit
-from ..data.embeddings import Embeddings, read_embeddings, read_rows
+from ..data.embeddings import Embeddings, read_embeddings, read_rows, space_of
 from ..data.labels import common_rows, distinct_rows, labelled_rows, labels_of
 from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, PictureError, WordsError
@@ -125,6 +125,9 @@ def evaluate(
         ]
     else:
         files = [read_embeddings(source) for source in sources]
+    for flag, fitted_on in (("--center", centre_on), ("--whiten", whiten_on)):
+        for file, other in zip(files, fitted_on, strict=False):
+            _refuse_mixture(file, flag, other)
     left_out: dict[str, int] = {}
     rows = common_rows(files, left_out, talk)
     people, sides, root = labels_of(files, rows, labels, root_dir, talk)
@@ -253,6 +256,20 @@ def _transforms(
     return found
 
 
+def _refuse_mixture(file: Embeddings, flag: str, other: str) -> None:
+    """Rows of two teachers, or raw and whitened ones, have nothing to say to each other."""
+    mark, whitened = space_of(other) if other != "none" else ("", False)
+    if not mark or not file.fingerprint or (mark, whitened) == (file.fingerprint, file.whitened):
+        return
+    kinds = ["raw", "whitened by its run"]
+    found = (
+        f"was embedded with other weights or preprocessing (fingerprint {printable(mark[:16])}, not {printable(file.fingerprint[:16])})"
+        if mark != file.fingerprint
+        else f"is {kinds[whitened]}, {printable(file.source)} is {kinds[file.whitened]}"
+    )
+    raise EarTeachError(f"{flag} {printable(other)}: {found}; embed both alike")
+
+
 def _finite(source: str) -> np.ndarray:
     rows = read_rows(source)
     for start in range(0, len(rows), _BLOCK):
@@ -296,6 +313,7 @@ def _embedded(
         part.sides,
         Path(embedder.source).name,
         embedder.whitening is not None and whiten,
+        embedder.fingerprint,
         manifest.root,
     )
 

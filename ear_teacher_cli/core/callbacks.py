@@ -20,6 +20,7 @@ from ..data.dataset import BadPicture, EarDataset, collate
 from ..errors import EarTeachError, PictureError
 from ..files import cell, printable, whole_file
 from ..talk import Steps, Talk, clock
+from . import runs
 from .checkpoint import read_torch, write_checkpoint
 from .diagnostics import JUDGED_ON, Health, degraded, verdict
 from .pictures import collage, save_gif, save_picture
@@ -244,7 +245,7 @@ class MetricsFile(Callback):
     def _add(self, trainer: pl.Trainer, epoch: int, figures: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
             return
-        rows = [row for row in read_metrics(self.path) if int(row["epoch"]) < epoch]
+        rows = [row for row in runs.read_metrics(self.path) if int(row["epoch"]) < epoch]
         values = {k: f"{float(v):.8g}" for k, v in sorted(figures.items())}
         rows.append({"epoch": str(epoch), "step": str(trainer.global_step), **values})
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -252,14 +253,6 @@ class MetricsFile(Callback):
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv; none if there is no such file yet."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 class BadPictureList(Callback):

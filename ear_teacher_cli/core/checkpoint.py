@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from .. import __version__
 from ..config import TrainConfig, from_dict
 from ..data.pixels import Preprocessing
-from ..errors import ForeignWeightsError, WeightsError
+from ..errors import ForeignWeightsError, WeightsError, WordsError
 from ..files import brief, printable, whole_file
 
 FORMAT = 1
@@ -50,6 +50,18 @@ class Checkpoint:
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """The backbone's tensors under timm's names."""
         return {k.removeprefix("backbone."): v for k, v in self.model_state.items() if k.startswith("backbone.")}
+
+    @property
+    def as_learning(self) -> "Checkpoint":
+        """With the weights that training goes on with, not the moving average or what was moved back to the start.
+
+        Without the whitening, which was fitted to the others. Raises WordsError if there is but one set."""
+        learning = self.content.get("learning_state")
+        if not isinstance(learning, dict):
+            raise WordsError(f"{printable(self.path)}: holds one set of weights; leave --no-ema out")
+        content = {**self.content, "state_dict": learning}
+        content.pop("whitening", None)
+        return replace(self, content=content)
 
 
 def describe(

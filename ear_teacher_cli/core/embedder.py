@@ -1,6 +1,5 @@
 """A backbone ready to embed, from any kind of weights, with its preprocessing and its provenance."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .. import __version__
 from ..config import TrainConfig
 from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
 from ..data.manifest import Manifest
@@ -22,18 +20,22 @@ from ..files import printable
 from ..machine import usable_cores
 from ..talk import Talk
 from . import runs
-from .checkpoint import read_checkpoint, read_safetensors, read_tensors
+from .checkpoint import Checkpoint, read_checkpoint, read_tensors
+from .exports import WEIGHTS, is_export_folder, read_export, read_whitening, whitening_of
+from .features import map_model
 from .model import build_backbone, embedding_size
-from .weights import Receipt, load_from_hub, load_state, sha256_of
+from .weights import Receipt, fingerprint, load_from_hub, load_state, sha256_of
 from .whitening import Whitening
-
-EXPORT_FORMAT = "1"
 
 
 @dataclass
 class Embedder:
-    """uint8 B,3,H,W -> float32 B,D on the CPU, computed where the backbone lies. `source`, `sha256`: which weights.
-    `whitening`: what the run fitted to its training embeddings, for the caller to apply; None if it did not."""
+    """uint8 B,3,H,W -> float32 B,D on the CPU, computed where the backbone lies.
+
+    `source`, `sha256`: which file. `fingerprint`: of weights and preprocessing, wherever they are kept
+    (weights.fingerprint). `whitening`: what the run fitted to its training embeddings, for the caller to apply; None if
+    it did not, or if it is not wanted.
+    """
 
     backbone: nn.Module
     architecture: str
@@ -42,6 +44,7 @@ class Embedder:
     source: str
     sha256: str
     receipt: Receipt
+    fingerprint: str
     whitening: Whitening | None = None
 
     def unit_rows(self, embeddings: torch.Tensor, whiten: bool = True) -> np.ndarray:
@@ -71,27 +74,47 @@ def load_embedder(
             )
         return _from_timm(weights.removeprefix("timm:"), image_size)
     path = Path(weights)
-    if path.is_dir():
+    if is_export_folder(path):
+        path = path / WEIGHTS
+    elif path.is_dir():
         path = runs.checkpoint_of(path, best=True)
+    if path.suffix == ".onnx":
+        raise WordsError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
     try:
-        name, preprocessing, state, whitening = (
-            _own_export(path, whiten) if path.suffix == ".safetensors" else _own_checkpoint(path)
+        embedder = (
+            _exported(path, whiten) if path.suffix == ".safetensors" else embedder_of(read_checkpoint(path), whiten)
         )
     except ForeignWeightsError as error:
         if backbone is None:
             raise WeightsError(
                 f"{printable(path)}: is not of earteach; say of which model it is with --backbone NAME"
             ) from error
-        name, preprocessing, state = backbone, _default_preprocessing(backbone, image_size), read_tensors(path)
-        whitening = None
-    else:
-        if backbone not in (None, name) or image_size not in (None, preprocessing.image_size):
-            raise WordsError(
-                f"{printable(path)}: is of {name} at {preprocessing.image_size} px and says so; leave --backbone and --image-size out"
-            )
-    module = build_backbone(name, preprocessing.image_size)
-    receipt = load_state(module, name, state, printable(path), sha256_of(path))
-    return _ready(module, name, preprocessing, receipt, whitening)
+        preprocessing = _default_preprocessing(backbone, image_size)
+        module = build_backbone(backbone, preprocessing.image_size)
+        receipt = load_state(module, backbone, read_tensors(path), printable(path), sha256_of(path))
+        return _ready(module, backbone, preprocessing, receipt)
+    name, size = embedder.architecture, embedder.preprocessing.image_size
+    if backbone not in (None, name) or image_size not in (None, size):
+        raise WordsError(
+            f"{printable(path)}: is of {name} at {size} px and says so; leave --backbone and --image-size out"
+        )
+    return embedder
+
+
+def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Module, Preprocessing]:
+    """(module, preprocessing) of an export (a .safetensors or a folder), a checkpoint or a run; frozen, on the CPU.
+
+    module: float32 B,3,S,S, normalised as `ear_teacher_cli.normalise(pixels, preprocessing)` does, -> float32 B,D; with
+    `features_only` -> list of maps B,C,S/stride,S/stride, fine to coarse, as timm's `features_only` gives them, with
+    timm's `feature_info`. Crops: `ear_teacher_cli.load_crop(path, box, preprocessing)`, uint8 3,S,S.
+    Raises EarTeachError.
+    """
+    embedder = load_embedder(str(path), whiten=False)
+    if features_only:
+        return map_model(
+            embedder.backbone, embedder.architecture, embedder.preprocessing.image_size
+        ), embedder.preprocessing
+    return embedder.backbone.cpu(), embedder.preprocessing
 
 
 def embed_pictures(
@@ -105,9 +128,35 @@ def embed_pictures(
 ) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
     """A batch at a time, in order, from the picture `start` on: indices B, embeddings float32 B,D (None if B is 0), and
     what could not be read."""
+    if embedder.preprocessing.mirror:
+        unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
+        if unknown:
+            talk.warn(
+                f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
+                "embedded as they are. A manifest with a side column puts it right"
+            )
+    batches = crops_of(
+        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, talk, "embedding", start
+    )
+    for good, pixels, bad in batches:
+        yield good, embedder(pixels) if good else None, bad
+
+
+def crops_of(
+    manifest: Manifest,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    num_workers: int,
+    load_timeout: int,
+    talk: Talk,
+    what: str,
+    start: int = 0,
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
+    """A batch at a time, in order, from the picture `start` on: indices B, uint8 B,3,H,W (None if B is 0), and what
+    could not be read, which is said. `what` is done to them: for the progress bar."""
     workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
     loader = DataLoader(
-        EarDataset(manifest, embedder.preprocessing),
+        EarDataset(manifest, preprocessing),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
@@ -116,80 +165,32 @@ def embed_pictures(
         timeout=load_timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
-    if embedder.preprocessing.mirror:
-        unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
-        if unknown:
-            talk.warn(
-                f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
-                "embedded as they are. A manifest with a side column puts it right"
-            )
-    with talk.progress("embedding", len(manifest) - start, "pictures") as steps:
+    with talk.progress(what, len(manifest) - start, "pictures") as steps:
         for batch in loader:
             for bad in batch["bad"]:
                 talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
             good = batch["index"].tolist()
-            yield good, embedder(batch["pixels"]) if good else None, batch["bad"]
+            yield good, batch["pixels"] if good else None, batch["bad"]
             steps.advance(len(good) + len(batch["bad"]))
 
 
-def whitening_beside(export: Path) -> Path:
-    """Where the whitening of an export lies: timm opens the export only if nothing but the backbone is in it."""
-    return export.with_suffix(".whitening.safetensors")
-
-
-def export_header(
-    architecture: str,
-    embedding_dim: int,
-    preprocessing: Preprocessing,
-    source_sha256: str,
-    whitening_sha256: str | None = None,
-) -> dict[str, str]:
-    """Metadata of an exported .safetensors: everything inference needs, as text."""
-    about = {"architecture": architecture, "embedding_dim": embedding_dim, **preprocessing.as_dict()}
-    about |= {"source_sha256": source_sha256, "earteach": __version__, "earteach_export": EXPORT_FORMAT}
-    about |= {"whitening_sha256": whitening_sha256} if whitening_sha256 else {}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
-
-
-def _own_export(path: Path, whiten: bool) -> tuple[str, Preprocessing, dict, Whitening | None]:
-    state, header = read_safetensors(path)
-    if header.get("earteach_export") != EXPORT_FORMAT:
-        raise ForeignWeightsError(f"{printable(path)}: was not written by earteach export-backbone")
-    try:
-        about = {
-            name: header[name] if name == "interpolation" else json.loads(header[name])
-            for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std", "mirror")
-            if name in header or name != "mirror"
-        }
-        name, preprocessing = header["architecture"], Preprocessing.from_dict(about, printable(path))
-    except (KeyError, ValueError) as error:
-        raise WeightsError(f"{printable(path)}: its header is not whole ({error!r}); export it again") from error
-
-    whitening = (
-        _exported_whitening(path, header["whitening_sha256"]) if whiten and "whitening_sha256" in header else None
+def embedder_of(checkpoint: Checkpoint, whiten: bool = True) -> Embedder:
+    """From a checkpoint that was read."""
+    name, preprocessing = checkpoint.config.backbone, checkpoint.preprocessing
+    module = build_backbone(name, preprocessing.image_size)
+    receipt = load_state(
+        module, name, checkpoint.backbone_state, printable(checkpoint.path), sha256_of(checkpoint.path)
     )
-    return name, preprocessing, state, whitening
+    fitted = checkpoint.content.get("whitening") if whiten else None
+    return _ready(module, name, preprocessing, receipt, whitening_of(fitted) if fitted else None)
 
 
-def _exported_whitening(export: Path, sha256: str) -> Whitening:
-    path = whitening_beside(export)
-    if not path.is_file():
-        raise WeightsError(f"{printable(export)}: its whitening, {path.name}, is not beside it; copy it there, too")
-    if sha256_of(path) != sha256:
-        raise WeightsError(f"{printable(path)}: is of another export than {export.name}; export both again")
-    return whitening_of(read_safetensors(path)[0])
-
-
-def _own_checkpoint(path: Path) -> tuple[str, Preprocessing, dict, Whitening | None]:
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.content.get("whitening")
-    whitening = whitening_of(state) if state else None
-    return checkpoint.config.backbone, checkpoint.preprocessing, checkpoint.backbone_state, whitening
-
-
-def whitening_of(tensors: dict[str, torch.Tensor]) -> Whitening:
-    """From `mean` D and `matrix` D,K."""
-    return Whitening(tensors["mean"].double().numpy(), tensors["matrix"].double().numpy())
+def _exported(path: Path, whiten: bool) -> Embedder:
+    about, state = read_export(path)
+    whitening = read_whitening(path, about.whitening_sha256) if whiten and about.whitening_sha256 else None
+    module = build_backbone(about.architecture, about.preprocessing.image_size)
+    receipt = load_state(module, about.architecture, state, printable(path), sha256_of(path))
+    return _ready(module, about.architecture, about.preprocessing, receipt, whitening)
 
 
 def _from_timm(name: str, image_size: int | None) -> Embedder:
@@ -207,10 +208,11 @@ def _ready(
     backbone: nn.Module, name: str, preprocessing: Preprocessing, receipt: Receipt, whitening: Whitening | None = None
 ) -> Embedder:
     dim = embedding_size(backbone, preprocessing.image_size)
+    mark = fingerprint(name, backbone.state_dict(), preprocessing)
     backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # what convolutions are fast in
     if torch.cuda.is_available():
         backbone.cuda()
-    return Embedder(backbone, name, dim, preprocessing, receipt.source, receipt.sha256, receipt, whitening)
+    return Embedder(backbone, name, dim, preprocessing, receipt.source, receipt.sha256, receipt, mark, whitening)
 
 
 def _newest() -> str:

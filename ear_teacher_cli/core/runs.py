@@ -1,5 +1,6 @@
 """Where things lie in an experiment folder, and how to find the right checkpoint."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -64,3 +65,11 @@ def checkpoint_of(path: Path, *, best: bool) -> Path:
             f"{printable(path)}: holds no checkpoint; give an experiment folder that earteach train made"
         )
     return found
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics.csv; none if there is no such file yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

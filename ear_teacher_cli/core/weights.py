@@ -7,6 +7,7 @@ oldest mistake of this trade. Only a classifier is left out, and the receipt say
 """
 
 import hashlib
+import json
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
+from ..data.pixels import Preprocessing
 from ..errors import WeightsError
 from ..files import printable
 from .checkpoint import read_tensors
@@ -120,6 +122,18 @@ def to_timm_names(state: State) -> tuple[str, State]:
     if rename:
         state = {_renamed(k, rename): v for k, v in state.items()}
     return (f"lightning ({prefix}*) {naming}" if prefix else naming), state
+
+
+def fingerprint(architecture: str, state: State, preprocessing: Preprocessing) -> str:
+    """64 hexadecimal digits that are equal where embeddings may be compared: of the architecture, every weight as
+    float32 (counters of batches aside) and the preprocessing, wherever they are kept."""
+    digest = hashlib.sha256(json.dumps([architecture, preprocessing.as_dict()], sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name]
+        if tensor.is_floating_point():
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
 
 
 def sha256_of(path: str | Path) -> str:

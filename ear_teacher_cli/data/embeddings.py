@@ -32,6 +32,7 @@ class Embeddings:
     sides: Sequence[str] | None = None
     weights: str = ""  # the name of the weights' file, if `x.json` says it
     whitened: bool = False  # by the run that made them, as `x.json` says
+    fingerprint: str = ""  # of the weights and their preprocessing, if `x.json` says it
     root: Path | None = None  # where the pictures lie, if they were embedded just now
 
     def __len__(self) -> int:
@@ -159,4 +160,14 @@ def _checked(found: Embeddings, path: Path, where: str, about: dict[str, Any]) -
             f"{where}: has {len(found)} rows, but {printable(path.with_suffix('.json').name)} says "
             f"{printable(about['rows'])}; they are not of one embed: embed again"
         )
-    return replace(found, weights=str(about.get("weights", "")), whitened=about.get("whitened") is True)
+    mark = str(about.get("fingerprint", ""))
+    return replace(
+        found, weights=str(about.get("weights", "")), whitened=about.get("whitened") is True, fingerprint=mark
+    )
+
+
+def space_of(source: str | Path) -> tuple[str, bool]:
+    """(fingerprint or '', whether whitened) of what embed wrote, as `x.json` beside it says: only rows of one space may
+    be compared."""
+    about = _about(Path(source).with_suffix(".json"))
+    return str(about.get("fingerprint", "")), about.get("whitened") is True

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.embedder import export_header
+from ear_teacher_cli.core.exports import About, header_of
 from ear_teacher_cli.core.model import build_backbone, embedding_size
 from ear_teacher_cli.core.weights import load_pretrained
 from ear_teacher_cli.data.pixels import preprocessing_for
@@ -28,20 +27,4 @@ def save_teacher(backbone: nn.Module, config: TrainConfig, path: Path) -> None:
     preprocessing = preprocessing_for(config)
     dim = embedding_size(backbone.cpu(), config.image_size)
     state = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(state, path, metadata=export_header(config.backbone, dim, preprocessing, source_sha256=""))
-
-
-def feature_maps(weights: nn.Module, name: str, image_size: int) -> nn.Module:
-    """A timm `features_only` model with the weights of a whole backbone: B,3,H,W -> list of B,C,H',W'.
-
-    timm drops keys it does not know without a word here, so every tensor is compared with where it came from.
-    """
-    sized = {"img_size": image_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    maps = timm.create_model(name, pretrained=False, features_only=True, **sized)
-    state = {key.replace(".", "_"): tensor for key, tensor in weights.state_dict().items()}
-    with torch.no_grad():
-        for key, tensor in maps.state_dict().items():  # FeatureListNet calls stages.0.x stages_0.x
-            plain = key.removeprefix("model.").replace(".", "_")
-            assert plain in state, f"{name}: the map model's {key} is not in the backbone"
-            tensor.copy_(state[plain])
-    return maps.eval().requires_grad_(False)
+    save_file(state, path, metadata=header_of(About(config.backbone, dim, preprocessing), source_sha256=""))

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from backbones import feature_maps
 from PIL import Image, ImageDraw
 
 from ear_teacher_cli.core.embedder import Embedder, load_embedder
+from ear_teacher_cli.core.features import map_model
 from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.data.pixels import Preprocessing, normalise
@@ -57,7 +57,7 @@ def probe(weights: str | Path | Embedder, landmarks: str | Path, seed: int = 0) 
     """Train and test the probe on the maps of any weights that `load_embedder` reads. The same seed, the same result."""
     embedder = weights if isinstance(weights, Embedder) else load_embedder(str(weights))
     train, test = read_ears(landmarks, embedder.preprocessing)
-    maps = feature_maps(embedder.backbone, embedder.architecture, embedder.preprocessing.image_size)
+    maps = map_model(embedder.backbone, embedder.architecture, embedder.preprocessing.image_size)
     known, unknown = cached_maps(maps, train.pixels, embedder), cached_maps(maps, test.pixels, embedder)
     spread, mean = torch.std_mean(known.float(), dim=(0, 2, 3), keepdim=True)  # 1,C,1,1
     known, unknown = ((m.float() - mean) / spread.clamp_min(1e-6) for m in (known, unknown))

@@ -1,0 +1,173 @@
+"""`verify`: is an export what it says, on this machine?"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+from ..core.embedder import load_embedder
+from ..core.exports import CONFIG, FEATURES, PREPROCESS, WEIGHTS, About, about_of, is_export_folder, read_export
+from ..core.features import map_model
+from ..core.golden import TOLERANCE, relative_difference
+from ..core.onnx_model import EMBEDDING, OnnxModel
+from ..core.weights import fingerprint
+from ..data.pixels import Preprocessing, normalise
+from ..errors import EarTeachError, ForeignWeightsError, WeightsError
+from ..files import brief, printable
+
+
+@dataclass(frozen=True)
+class Check:
+    what: str
+    found: str
+    passed: bool
+
+
+def verify(source: str, against: str | None = None) -> list[Check]:
+    """Check an export (.safetensors, .onnx, or a folder), and compare it `against` other weights of the same teacher.
+
+    What cannot be read at all raises EarTeachError; what is read and wrong is a Check that did not pass.
+    """
+    path = Path(source)
+    if path.suffix == ".onnx":
+        about, checks, run = _onnx(path)
+    else:
+        file = path / WEIGHTS if is_export_folder(path) else path
+        if path.is_dir() and file == path:
+            raise WeightsError(f"{printable(path)}: is no export (no {WEIGHTS} and {PREPROCESS} in it); name one")
+        about, checks, run = _weights(file)
+        if file != path:
+            checks += _folder(path, about)
+    if against is not None:
+        checks.append(_compared(about, run, against))
+    return checks
+
+
+def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.ndarray]]:
+    try:
+        about, state = read_export(path)
+    except ForeignWeightsError as error:
+        raise WeightsError(f"{error}; verify checks what export-backbone wrote") from error
+    embedder = load_embedder(str(path))  # strict, and the whitening's sha256
+    embedder.backbone.cpu()
+    kind = "float16" if any(tensor.dtype == torch.float16 for tensor in state.values()) else "float32"
+    checks = [Check("weights", f"{len(state)} tensors ({kind}) fit timm's {about.architecture}, all of them", True)]
+    mark = fingerprint(about.architecture, state, about.preprocessing)
+    checks.append(_fingerprint(about.fingerprint, mark))
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return embedder(torch.from_numpy(pixels)).numpy()
+
+    checks.append(_golden(about, run))
+    if embedder.whitening is not None:
+        size = " x ".join(map(str, embedder.whitening.matrix.shape))
+        fits = embedder.whitening.matrix.shape[0] == about.embedding_dim
+        checks.append(Check("whitening", f"of this export, {size}", fits))
+    return about, checks, run
+
+
+def _onnx(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.ndarray]]:
+    model = OnnxModel(path)
+    try:
+        about = about_of(model.header, printable(path))
+    except ForeignWeightsError as error:
+        raise WeightsError(f"{error}; verify checks what export-backbone wrote") from error
+    outputs = ", ".join(model.outputs)
+    checks = [Check("outputs", printable(outputs), model.outputs[:1] == [EMBEDDING])]
+    checks.append(_golden(about, lambda pixels: model(pixels)[0]))
+    if about.golden is not None:
+        one = model(about.golden.pixels[:1])[0]
+        difference = relative_difference(one, about.golden.embeddings[:1])
+        checks.append(Check("batch of 1", f"largest difference {difference:.2g}", difference <= TOLERANCE))
+    return about, checks, lambda pixels: model(pixels)[0]
+
+
+def _folder(folder: Path, about: About) -> list[Check]:
+    checks = []
+    try:
+        said = {
+            name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, PREPROCESS, FEATURES)
+        }
+        preprocessing = Preprocessing.from_dict(said[PREPROCESS], printable(folder / PREPROCESS))
+        maps = [
+            (m["name"], m["stride"], m["channels"], len(m["mean"]), len(m["variance"])) for m in said[FEATURES]["maps"]
+        ]
+        marks = {said[name].get("fingerprint") for name in (PREPROCESS, FEATURES)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(
+            f"{printable(folder)}: {CONFIG}, {PREPROCESS} or {FEATURES} is not whole ({brief(error)}); export it again"
+        ) from error
+    same = preprocessing == about.preprocessing and marks == {about.fingerprint}
+    checks.append(Check(f"{PREPROCESS}, {FEATURES}", "as in the weights" if same else "of another export", same))
+    name, size = f"local-dir:{folder}", about.preprocessing.image_size
+    try:
+        whole, stages = (
+            timm.create_model(name, pretrained=True, **only).eval() for only in ({}, {"features_only": True})
+        )
+        images = (
+            normalise(torch.from_numpy(about.golden.pixels), about.preprocessing)
+            if about.golden
+            else torch.zeros(1, 3, size, size)
+        )
+        embedder = load_embedder(str(folder), whiten=False)
+        own = map_model(embedder.backbone, about.architecture, size)
+        with torch.inference_mode():
+            expected = embedder.backbone.cpu()(images)
+            differences = [(whole(images) - expected).abs().max() / max(1, expected.abs().max())]
+            differences += [
+                (a - b).abs().max() / max(1, b.abs().max()) for a, b in zip(stages(images), own(images), strict=True)
+            ]
+        difference = float(max(differences))
+    except (RuntimeError, ValueError, OSError, TypeError, AttributeError) as error:
+        checks.append(Check("timm's local-dir", f"does not open it: {brief(error)}", False))
+        return checks
+    info = own.feature_info
+    strides = "/".join(map(str, info.reduction()))
+    checks.append(
+        Check("timm's local-dir", f"embedding and maps, largest difference {difference:.2g}", difference <= TOLERANCE)
+    )
+    wanted = [(n, s, c, c, c) for n, s, c in zip(info.module_name(), info.reduction(), info.channels(), strict=True)]
+    pictures = said[FEATURES].get("pictures")
+    checks.append(Check("maps", f"strides {strides}, statistics over {printable(pictures)} pictures", maps == wanted))
+    return checks
+
+
+def _fingerprint(said: str | None, found: str) -> Check:
+    if said is None:
+        return Check("fingerprint", "none: of an older earteach; export it again", False)
+    return Check("fingerprint", found if said == found else f"{found}, but it says {printable(said)}", said == found)
+
+
+def _golden(about: About, run: Callable[[np.ndarray], np.ndarray]) -> Check:
+    if about.golden is None:
+        return Check("golden batch", "none: of an older earteach; export it again", False)
+    difference = about.golden.difference(run(about.golden.pixels))
+    count = len(about.golden.pixels)
+    return Check(
+        "golden batch",
+        f"{count} drawn pictures, largest difference {difference:.2g} (at most {TOLERANCE:g})",
+        difference <= TOLERANCE,
+    )
+
+
+def _compared(about: About, run: Callable[[np.ndarray], np.ndarray], against: str) -> Check:
+    """With another form of the same teacher, computed here and now."""
+    if about.golden is None:
+        raise EarTeachError("--against: there is no golden batch to compare on; export it again")
+    pixels = about.golden.pixels
+    if Path(against).suffix == ".onnx":
+        model = OnnxModel(Path(against))
+        other, mark = model(pixels)[0], model.header.get("fingerprint")
+    else:
+        embedder = load_embedder(against, whiten=False)
+        other, mark = embedder(torch.from_numpy(pixels)).numpy(), embedder.fingerprint
+    own = run(pixels)
+    name = f"against {printable(Path(against).name)}"
+    if mark != about.fingerprint or own.shape != other.shape:
+        return Check(name, f"another teacher: its fingerprint is {printable(mark)}", False)
+    difference = relative_difference(own, other)
+    return Check(name, f"computed here by both, largest difference {difference:.2g}", difference <= TOLERANCE)
