@@ -27,7 +27,7 @@ from ..core.exports import (
     read_export,
     whitening_beside,
 )
-from ..core.features import MapStatistics, map_model, statistics
+from ..core.features import MapStatistics, map_model, open_local_dir, statistics
 from ..core.golden import TOLERANCE, golden_of, relative_difference
 from ..core.model_card import NOT_STATED, model_card
 from ..core.onnx_model import OnnxModel, map_names, write_onnx
@@ -202,10 +202,8 @@ def _prove(path: Path, teacher: Embedder) -> float:
 def _prove_folder(folder: Path, teacher: Embedder) -> None:
     """Open it as users will, with timm's `local-dir:`, both ways."""
     about = read_export(folder / WEIGHTS)[0]
-    name = f"local-dir:{folder}"
     try:
-        whole = timm.create_model(name, pretrained=True)
-        maps = timm.create_model(name, pretrained=True, features_only=True)
+        whole, maps = open_local_dir(folder)
     except (RuntimeError, ValueError, OSError) as error:
         raise WeightsError(
             f"{printable(folder)}: timm does not open it ({printable(error)}); nothing was written"

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 
 from ..core.embedder import load_embedder
-from ..core.exports import CONFIG, FEATURES, PREPROCESS, WEIGHTS, About, about_of, is_export_folder, read_export
-from ..core.features import map_model
-from ..core.golden import TOLERANCE, relative_difference
+from ..core.exports import FEATURES, PREPROCESS, WEIGHTS, About, about_of, is_export_folder, read_export
+from ..core.features import map_model, open_local_dir
+from ..core.golden import TOLERANCE, draw, relative_difference
 from ..core.onnx_model import EMBEDDING, OnnxModel
 from ..core.weights import fingerprint
 from ..data.pixels import Preprocessing, normalise
@@ -87,53 +86,35 @@ def _onnx(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.nda
 
 
 def _folder(folder: Path, about: About) -> list[Check]:
-    checks = []
     try:
-        said = {
-            name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, PREPROCESS, FEATURES)
-        }
+        said = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (PREPROCESS, FEATURES)}
         preprocessing = Preprocessing.from_dict(said[PREPROCESS], printable(folder / PREPROCESS))
-        maps = [
-            (m["name"], m["stride"], m["channels"], len(m["mean"]), len(m["variance"])) for m in said[FEATURES]["maps"]
-        ]
-        marks = {said[name].get("fingerprint") for name in (PREPROCESS, FEATURES)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        maps = [(m["name"], m["stride"], *(len(m[k]) for k in ("mean", "variance"))) for m in said[FEATURES]["maps"]]
+        marks = {said[name]["fingerprint"] for name in (PREPROCESS, FEATURES)}
+        pictures = int(said[FEATURES]["pictures"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
-            f"{printable(folder)}: {CONFIG}, {PREPROCESS} or {FEATURES} is not whole ({brief(error)}); export it again"
+            f"{printable(folder)}: {PREPROCESS} or {FEATURES} is not whole ({brief(error)}); export it again"
         ) from error
     same = preprocessing == about.preprocessing and marks == {about.fingerprint}
-    checks.append(Check(f"{PREPROCESS}, {FEATURES}", "as in the weights" if same else "of another export", same))
-    name, size = f"local-dir:{folder}", about.preprocessing.image_size
-    try:
-        whole, stages = (
-            timm.create_model(name, pretrained=True, **only).eval() for only in ({}, {"features_only": True})
-        )
-        images = (
-            normalise(torch.from_numpy(about.golden.pixels), about.preprocessing)
-            if about.golden
-            else torch.zeros(1, 3, size, size)
-        )
-        embedder = load_embedder(str(folder), whiten=False)
-        own = map_model(embedder.backbone, about.architecture, size)
-        with torch.inference_mode():
-            expected = embedder.backbone.cpu()(images)
-            differences = [(whole(images) - expected).abs().max() / max(1, expected.abs().max())]
-            differences += [
-                (a - b).abs().max() / max(1, b.abs().max()) for a, b in zip(stages(images), own(images), strict=True)
-            ]
-        difference = float(max(differences))
-    except (RuntimeError, ValueError, OSError, TypeError, AttributeError) as error:
-        checks.append(Check("timm's local-dir", f"does not open it: {brief(error)}", False))
-        return checks
+    checks = [Check(f"{PREPROCESS}, {FEATURES}", "as in the weights" if same else "of another export", same)]
+    embedder = load_embedder(str(folder), whiten=False)
+    backbone = embedder.backbone.cpu()
+    own = map_model(backbone, about.architecture, about.preprocessing.image_size)
     info = own.feature_info
     strides = "/".join(map(str, info.reduction()))
-    checks.append(
-        Check("timm's local-dir", f"embedding and maps, largest difference {difference:.2g}", difference <= TOLERANCE)
-    )
-    wanted = [(n, s, c, c, c) for n, s, c in zip(info.module_name(), info.reduction(), info.channels(), strict=True)]
-    pictures = said[FEATURES].get("pictures")
-    checks.append(Check("maps", f"strides {strides}, statistics over {printable(pictures)} pictures", maps == wanted))
-    return checks
+    wanted = [(n, s, c, c) for n, s, c in zip(info.module_name(), info.reduction(), info.channels(), strict=True)]
+    checks.append(Check("maps", f"strides {strides}, statistics over {pictures} pictures", maps == wanted))
+    try:
+        timms = open_local_dir(folder)
+    except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        return [*checks, Check("timm's local-dir", f"does not open it ({brief(error)})", False)]
+    images = normalise(torch.from_numpy(draw(about.preprocessing.image_size)), about.preprocessing)
+    with torch.inference_mode():
+        found, expected = ([whole(images), *maps(images)] for whole, maps in (timms, (backbone, own)))
+    difference = max(relative_difference(a.numpy(), b.numpy()) for a, b in zip(found, expected, strict=True))
+    said_by_timm = f"embedding and maps, largest difference {difference:.2g}"
+    return [*checks, Check("timm's local-dir", said_by_timm, difference <= TOLERANCE)]
 
 
 def _fingerprint(said: str | None, found: str) -> Check:

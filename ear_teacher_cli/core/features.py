@@ -1,7 +1,9 @@
 """Feature maps of a backbone, as timm gives them, and their mean and variance: what a student is distilled from."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
@@ -42,6 +44,19 @@ def map_model(backbone: nn.Module, architecture: str, image_size: int) -> nn.Mod
                 raise WeightsError(f"{architecture}: the maps' {key} is not in the backbone; choose another backbone")
             tensor.copy_(state[plain])
     return maps.eval().requires_grad_(False)
+
+
+def open_local_dir(folder: str | Path) -> tuple[nn.Module, nn.Module]:
+    """(backbone, maps) of an exported folder with nothing but timm's own loader, as users open it."""
+    log = logging.getLogger("timm")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it tells of a head that the maps do not need
+    try:
+        whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    finally:
+        log.setLevel(level)
+    return whole.eval(), maps.eval()
 
 
 @torch.inference_mode()

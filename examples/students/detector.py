@@ -1,0 +1,228 @@
+"""A small ear detector, with and without a teacher: where is the ear in a photo of 128 px?
+
+    python detector.py EARS TEACHER --draw detections.png
+
+EARS: what make_sample_ears.py drew. TEACHER: a folder of `earteach export-backbone`. The student has blocks in the manner
+of BlazeFace, looks at strides 8 and 16 without anchors (FCOS, Tian et al. 2019), and has under a million parameters. With
+the teacher, it first learns the teacher's maps of strides 8 and 16 on all training photos without their boxes; then both
+learn from few labelled photos, the same in the same order from the same seed. The control has an untrained twin of the
+teacher: what it gains owes nothing to what the teacher learned.
+
+The figure is the average precision of COCO: over IoU 0.50 to 0.95, on photos of people whom neither student nor teacher saw.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from distillation import Block, Teacher, Trunk, as_input, distil, mean_and_spread, read_ears, square
+from PIL import Image, ImageDraw
+from torch import nn
+from torchvision.ops import box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
+
+SIDE, STRIDES, WIDTHS = 128, (8, 16), (32, 64, 128, 160)
+LARGE = 48  # pixels of the longer side from which a box is for stride 16
+KINDS = ("without", "untrained", "teacher")
+
+
+class Detector(nn.Module):
+    """B,3,128,128 -> logits B,K of an ear at each of K cells, and boxes B,K,4 (x1, y1, x2, y2 in pixels)."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = Trunk(WIDTHS, (2, 3, 4, 3))
+        self.sides = nn.ModuleList(nn.Conv2d(width, 96, 1) for width in WIDTHS[1:])
+        self.heads = nn.ModuleList(nn.Sequential(Block(96, 96), nn.Conv2d(96, 5, 1)) for _ in STRIDES)
+        for head in self.heads:
+            nn.init.constant_(head[-1].bias[0], -4)  # ears are rare among cells
+        cells = [_cells(SIDE // stride, stride) for stride in STRIDES]
+        self.register_buffer("cells", torch.cat(cells))  # K,3: x and y of the centre, stride
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.trunk(images)[1:3]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        fine, middle, coarse = (side(stage) for side, stage in zip(self.sides, self.trunk(images)[1:], strict=True))
+        middle = middle + F.interpolate(coarse, scale_factor=2)
+        fine = fine + F.interpolate(middle, scale_factor=2)
+        found = [head(stage).flatten(2) for head, stage in zip(self.heads, (fine, middle), strict=True)]
+        found = torch.cat(found, 2).transpose(1, 2)  # B,K,5
+        reach = found[..., 1:].clamp(-4, 4).exp() * 2 * self.cells[:, 2:]
+        centre = self.cells[:, :2]
+        return found[..., 0], torch.cat([centre - reach[..., :2], centre + reach[..., 2:]], -1)
+
+
+def _cells(count: int, stride: int) -> torch.Tensor:
+    across = (torch.arange(count) + 0.5) * stride
+    y, x = torch.meshgrid(across, across, indexing="ij")
+    return torch.stack([x.ravel(), y.ravel(), torch.full((count * count,), float(stride))], -1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ears")
+    parser.add_argument("teacher")
+    parser.add_argument("--labelled", type=int, nargs="+", default=[50, 200, 1000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--steps", type=int, default=240, help="of learning from labelled photos (default: %(default)s)"
+    )
+    parser.add_argument("--distil-steps", type=int, default=240, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--draw", metavar="FILE.png", help="true and found boxes on test photos")
+    parser.add_argument("--json", metavar="FILE", help="every run's figure")
+    options = parser.parse_args()
+    start = time.time()
+    train, test = (photos(read_ears(options.ears, split)) for split in ("train", "eval"))
+    found, shown = {}, {}
+    for seed in options.seeds:
+        for kind in KINDS:
+            student = fresh(seed)
+            if kind != "without":
+                teacher = Teacher(options.teacher, STRIDES, train[0][:64] if kind == "untrained" else None)
+                distil(student, train[0], teacher, options.distil_steps, 2 * options.batch, seed)
+            for count in options.labelled:
+                learner = learn(copy.deepcopy(student), train, count, options.steps, options.batch, seed)
+                predicted = predict(learner, test[0])
+                found.setdefault((count, kind), []).append(100 * average_precision(predicted, test[1]))
+                shown[count, kind] = predicted
+                print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.1f} %", file=sys.stderr)
+    size = sum(p.numel() for p in Detector().parameters())
+    print(f"{size:,} parameters; {len(test[0])} test photos; {len(options.seeds)} seeds; {time.time() - start:.0f} s\n")
+    print(
+        "| labelled photos | without a teacher, AP % | untrained twin | teacher | teacher - without, each seed |\n|---|---|---|---|---|"
+    )
+    for count in options.labelled:
+        cells = [mean_and_spread(found[count, kind]) for kind in KINDS]
+        gains = [b - a for a, b in zip(found[count, "without"], found[count, "teacher"], strict=True)]
+        print(f"| {count} | {' | '.join(cells)} | {', '.join(f'{gain:+.1f}' for gain in gains)} |")
+    if options.draw:
+        draw(test, {kind: shown[options.labelled[0], kind] for kind in KINDS}, options.labelled[0], Path(options.draw))
+    if options.json:
+        runs = [{"labelled": count, "kind": kind, "ap": values} for (count, kind), values in found.items()]
+        Path(options.json).write_text(json.dumps(runs, indent=1) + "\n")
+    return 0
+
+
+def photos(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 N,3,128,128; the ear's box N,4 in pixels): whole photos, padded to squares."""
+    pixels, boxes = [], []
+    for row in rows:
+        with Image.open(row["file"]) as file:
+            picture = file.convert("RGB")
+        whole, scale, offset = square(picture, (0, 0, *picture.size), SIDE)
+        pixels.append(torch.from_numpy(whole.transpose(2, 0, 1).copy()))
+        boxes.append(torch.tensor((np.array(row["bbox"]).reshape(2, 2) * scale + offset).ravel(), dtype=torch.float32))
+    return torch.stack(pixels), torch.stack(boxes)
+
+
+def fresh(seed: int) -> Detector:
+    torch.manual_seed(seed)
+    return Detector().to(memory_format=torch.channels_last)
+
+
+def learn(student: Detector, train, count: int, steps: int, batch: int, seed: int) -> Detector:
+    """From the first `count` of the training photos in the seed's order."""
+    random = torch.Generator().manual_seed(seed)
+    labelled = torch.randperm(len(train[0]), generator=random)[:count]
+    optimiser = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    student.train()
+    for _ in range(steps):
+        chosen = labelled[torch.randint(len(labelled), (batch,), generator=random)]
+        images, boxes = varied(as_input(train[0][chosen]), train[1][chosen], random)
+        logits, reached = student(images)
+        near = positives(student.cells, boxes)  # B,K
+        loss = sigmoid_focal_loss(logits, near.float(), reduction="sum") / near.sum()
+        loss = loss + generalized_box_iou_loss(reached[near], boxes[:, None].expand_as(reached)[near], reduction="mean")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return student
+
+
+def positives(cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Which cells shall find the box: those of its stride within a cell of its centre. B,K."""
+    centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    stride = torch.where(size > LARGE, STRIDES[1], STRIDES[0])
+    away = (cells[None, :, :2] - centre[:, None]).abs().amax(-1)
+    return (cells[None, :, 2] == stride[:, None]) & (away <= stride[:, None])
+
+
+def varied(images: torch.Tensor, boxes: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mirrored or not, 0.8 to 1.25 times as large, shifted by up to 10 %, lighter or darker; boxes follow."""
+
+    def between(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(len(images), *shape, generator=random)
+
+    scale, shift = between(0.8, 1.25), between(-0.2, 0.2, 2)  # the side is 2 long
+    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
+    turn = torch.diag_embed(torch.stack([mirror / scale, 1 / scale], -1))
+    grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], -1), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False) * between(0.8, 1.2, 1, 1, 1) + between(-0.2, 0.2, 1, 1, 1)
+    corners = (boxes.unflatten(1, (2, 2)) * 2 / SIDE - 1 - shift[:, None]) @ torch.linalg.inv(turn)
+    corners = ((corners + 1) * SIDE / 2).sort(1).values.clamp(0, SIDE)
+    return images.to(memory_format=torch.channels_last), corners.flatten(1)
+
+
+@torch.inference_mode()
+def predict(student: Detector, pixels: torch.Tensor, most: int = 10) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each photo (boxes M,4; scores M), the surest first."""
+    student.eval()
+    found = []
+    for batch in pixels.split(32):
+        for logits, boxes in zip(*student(as_input(batch)), strict=True):
+            kept = nms(boxes, logits, 0.5)[:most]
+            found.append((boxes[kept].clamp(0, SIDE), logits[kept].sigmoid()))
+    return found
+
+
+def average_precision(found, boxes: torch.Tensor) -> float:
+    """COCO's AP (101 recalls, IoU 0.50 to 0.95) where every photo has one ear."""
+    scores = torch.cat([scores for _, scores in found])
+    order = scores.argsort(descending=True)
+    result = []
+    for threshold in np.arange(0.5, 1, 0.05):
+        hits = []
+        for (own, _), box in zip(found, boxes, strict=True):
+            hit = box_iou(own, box[None])[:, 0] >= threshold
+            hit[1:] &= hit.cumsum(0)[:-1] == 0  # a second box on the same ear is a mistake
+            hits.append(hit)
+        right = torch.cat(hits)[order].double().cumsum(0)
+        precision = (right / torch.arange(1, len(right) + 1)).flip(0).cummax(0).values.flip(0)
+        recall = right / len(boxes)
+        place = torch.searchsorted(recall, torch.linspace(0, 1, 101, dtype=torch.float64))
+        result.append(float(torch.cat([precision, precision.new_zeros(1)])[place].mean()))
+    return float(np.mean(result))
+
+
+def draw(test, predicted, count: int, path: Path, columns: int = 8) -> None:
+    """Test photos, evenly chosen, twice as large: the true box in white, the surest found one in red with its score."""
+    places, side = np.linspace(0, len(test[0]) - 1, columns).round().astype(int), 2 * SIDE
+    page = Image.new("RGB", (130 + columns * (side + 6), 8 + len(predicted) * (side + 6)), (250, 250, 248))
+    pen = ImageDraw.Draw(page)
+    for line, (name, found) in enumerate(predicted.items()):
+        top = 8 + line * (side + 6)
+        words = f"{name}\nAP {100 * average_precision(found, test[1]):.1f} %\n{count} labelled"
+        pen.text((8, top + 100), words, fill=(24, 28, 36))
+        for column, place in enumerate(places):
+            left = 130 + column * (side + 6)
+            photo = Image.fromarray(test[0][place].permute(1, 2, 0).numpy()).resize((side, side))
+            page.paste(photo, (left, top))
+            boxes, scores = found[place]
+            for box, colour in ((test[1][place], (255, 255, 255)), (boxes[0], (230, 40, 40))):
+                x1, y1, x2, y2 = (2 * box).tolist()
+                pen.rectangle((left + x1, top + y1, left + x2, top + y2), outline=colour, width=2)
+            pen.text((left + 6, top + 4), f"{scores[0]:.2f}", fill=(230, 40, 40))
+    page.save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What both students share: the export as timm opens it, its standardised maps, the loss, the block they are built of.
+
+Only public packages and the exported folder are used here (torch, timm, numpy, Pillow), as a student's trainer would.
+
+B pictures, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+FILL = (124, 116, 104)  # around pictures that are not square
+
+
+class Teacher:
+    """The maps of an exported folder at some strides, standardised per channel with the export's own statistics.
+
+    `untrained`: the control, the same architecture with random weights, standardised with what it gives for `pixels`.
+    """
+
+    def __init__(self, folder: str | Path, strides: tuple[int, ...], untrained: torch.Tensor | None = None):
+        about = json.loads((Path(folder) / "features.json").read_text())["maps"]
+        self.preprocess = json.loads((Path(folder) / "preprocess.json").read_text())
+        self.places = [[m["stride"] for m in about].index(stride) for stride in strides]
+        self.channels = [about[place]["channels"] for place in self.places]
+        self.name = json.loads((Path(folder) / "config.json").read_text())["architecture"]
+        if untrained is None:
+            self.maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+            self.mean = [torch.tensor(about[place]["mean"]) for place in self.places]
+            self.deviation = [torch.tensor(about[place]["variance"]).sqrt() for place in self.places]
+        else:
+            self.maps = timm.create_model(self.name, pretrained=False, features_only=True).eval()
+            stages = self._stages(untrained)
+            self.mean = [stage.mean((0, 2, 3)) for stage in stages]
+            self.deviation = [stage.std((0, 2, 3)) for stage in stages]
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """uint8 B,3,S,S -> float16 B,C,S/stride,S/stride for every stride, mean 0 and variance 1."""
+        described = zip(self._stages(pixels), self.mean, self.deviation, strict=True)
+        return [((s - m[:, None, None]) / d[:, None, None].clamp_min(1e-6)).half() for s, m, d in described]
+
+    def of_all(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """The same of many pictures: computed once, looked up in every epoch."""
+        batches = [self(batch) for batch in pixels.split(32)]
+        return [torch.cat(stages) for stages in zip(*batches, strict=True)]
+
+    @torch.inference_mode()
+    def _stages(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        mean, std = (torch.tensor(self.preprocess[name])[:, None, None] * 255 for name in ("mean", "std"))
+        stages = self.maps((pixels - mean) / std)
+        return [stages[place] for place in self.places]
+
+
+def distil(
+    student: nn.Module, pixels: torch.Tensor, teacher: Teacher, steps: int, batch: int, seed: int, rate: float = 2e-3
+) -> None:
+    """Teach `student.maps(images)` the teacher's maps of unlabelled pictures, uint8 N,3,S,S.
+
+    A 1 x 1 convolution brings each map to the teacher's channels; the loss is smooth L1 plus 1 - cosine along channels.
+    """
+    random = torch.Generator().manual_seed(seed)
+    wanted = teacher.of_all(pixels)
+    widths = [stage.shape[1] for stage in student.maps(as_input(pixels[:1]))]
+    torch.manual_seed(seed)
+    bridges = nn.ModuleList(nn.Conv2d(own, theirs, 1) for own, theirs in zip(widths, teacher.channels, strict=True))
+    optimiser = torch.optim.AdamW([*student.parameters(), *bridges.parameters()], lr=rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    student.train()
+    for _ in range(steps):
+        chosen = torch.randint(len(pixels), (batch,), generator=random)
+        loss = torch.zeros(())
+        for stage, bridge, theirs in zip(student.maps(as_input(pixels[chosen])), bridges, wanted, strict=True):
+            theirs, own = theirs[chosen].float(), bridge(stage)
+            loss = loss + F.smooth_l1_loss(own, theirs) + 1 - F.cosine_similarity(own, theirs, dim=1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def as_input(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 B,3,S,S -> float32 in [-1, 1], the students' input."""
+    return (pixels / 127.5 - 1).to(memory_format=torch.channels_last)
+
+
+class Block(nn.Module):
+    """BlazeFace's (Bazarevsky et al. 2019, fig. 1): depthwise 5 x 5, pointwise 1 x 1, and the input added."""
+
+    def __init__(self, narrow: int, wide: int, stride: int = 1):
+        super().__init__()
+        self.deep = nn.Sequential(
+            nn.Conv2d(narrow, narrow, 5, stride, 2, groups=narrow, bias=False),
+            nn.Conv2d(narrow, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+        )
+        self.stride, self.more = stride, wide - narrow
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        kept = F.max_pool2d(images, 2) if self.stride == 2 else images
+        return F.relu(self.deep(images) + F.pad(kept, (0, 0, 0, 0, 0, self.more)))
+
+
+class Trunk(nn.Module):
+    """Maps at strides 4, 8, 16 and 32 of a picture B,3,S,S."""
+
+    def __init__(self, widths: tuple[int, int, int, int], depths: tuple[int, int, int, int]):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 5, 2, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        stages, narrow = [], 24
+        for width, depth in zip(widths, depths, strict=True):
+            stages.append(nn.Sequential(Block(narrow, width, 2), *(Block(width, width) for _ in range(depth - 1))))
+            narrow = width
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        images, found = self.stem(images), []
+        for stage in self.stages:
+            images = stage(images)
+            found.append(images)
+        return found
+
+
+def read_ears(folder: str | Path, split: str) -> list[dict]:
+    """Rows of ears.jsonl (make_sample_ears.py) of one split: image_path, bbox, identity, landmarks."""
+    with open(Path(folder) / "ears.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row | {"file": Path(folder) / row["image_path"]} for row in rows if row["split"] == split]
+
+
+def square(picture: Image.Image, region: tuple[float, ...], side: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """The region (x1, y1, x2, y2) of a picture, padded to a square: (uint8 side,side,3, scale, offset).
+
+    A point p of the picture is at p * scale + offset, in pixels of the square.
+    """
+    x1, y1, x2, y2 = region
+    scale = side / max(x2 - x1, y2 - y1)
+    size = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
+    corner = (side - size[0]) // 2, (side - size[1]) // 2
+    canvas = Image.new("RGB", (side, side), FILL)
+    canvas.paste(picture.resize(size, Image.Resampling.BICUBIC, box=region), corner)
+    return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"

@@ -1,0 +1,425 @@
+"""What a student's trainer gets: folders and ONNX that open without this package, and a proof that travels with them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+from safetensors.torch import load_file, save_file
+
+from ear_teacher_cli import load_backbone, load_crop, normalise
+from ear_teacher_cli.commands import export_backbone as verb
+from ear_teacher_cli.commands.train import train
+from ear_teacher_cli.core import golden
+from ear_teacher_cli.core.checkpoint import read_checkpoint, read_safetensors
+from ear_teacher_cli.core.exports import about_of
+from ear_teacher_cli.core.features import map_model, statistics
+from ear_teacher_cli.core.onnx_model import OnnxModel
+from ear_teacher_cli.core.runs import best_checkpoint
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.talk import Talk
+
+NO_PACKAGE = "import sys; sys.modules['ear_teacher_cli'] = None\n"
+
+
+@pytest.fixture(scope="module")
+def whitened(manifests, tmp_path_factory):
+    """A run with a whitening and two sets of weights."""
+    changes = {"whiten": True, "ema_decay": 0.9, "max_epochs": 2}
+    config = small_config(manifests, output_dir=str(tmp_path_factory.mktemp("whitened")), **changes)
+    return train(config, Talk(quiet=True)).experiment
+
+
+@pytest.fixture(scope="module")
+def exports(whitened, tmp_path_factory):
+    """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint."""
+    folder = tmp_path_factory.mktemp("exports")
+    verb.export_backbone(whitened, folder / "teacher.safetensors")
+    verb.export_backbone(whitened, folder / "teacher.onnx", features=True)
+    verb.export_backbone(whitened, folder / "teacher", consent="drawn, nobody", license="MIT | of us")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+def test_timm_alone_opens_the_folder_both_ways(exports, whitened, images, tmp_path):
+    backbone, _ = load_backbone(whitened)
+    maps, _ = load_backbone(whitened, features_only=True)
+    with torch.inference_mode():
+        save_file(
+            {"images": images, "embedding": backbone(images)} | name_maps(maps(images)), tmp_path / "e.safetensors"
+        )
+    code = f"""{NO_PACKAGE}
+import timm, torch
+from safetensors.torch import load_file
+expected = load_file({str(tmp_path / "e.safetensors")!r})
+with torch.inference_mode():
+    whole = timm.create_model("local-dir:teacher", pretrained=True).eval()
+    assert torch.equal(whole(expected["images"]), expected["embedding"])
+    maps = timm.create_model("local-dir:teacher", pretrained=True, features_only=True).eval()
+    found = maps(expected["images"])
+    assert len(found) == 4 and maps.feature_info.reduction() == [4, 8, 16, 32]
+    for place, stage in enumerate(found):
+        assert torch.equal(stage, expected[f"map{{place}}"]), place
+    single = timm.create_model("test_convnext", num_classes=0, checkpoint_path="teacher.safetensors").eval()
+    assert torch.equal(single(expected["images"]), expected["embedding"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=exports)
+    assert done.returncode == 0, done.stderr
+
+
+def name_maps(stages) -> dict[str, torch.Tensor]:
+    return {f"map{place}": stage.contiguous() for place, stage in enumerate(stages)}
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher.safetensors", "checkpoint"])
+def test_load_backbone_gives_the_same_from_everything(exports, whitened, images, name):
+    path = best_checkpoint(whitened) if name == "checkpoint" else exports / name
+    (own, preprocessing), (other, same) = load_backbone(whitened), load_backbone(path)
+    assert preprocessing == same and not other.training
+    maps, other_maps = (load_backbone(p, features_only=True)[0] for p in (whitened, path))
+    with torch.inference_mode():
+        assert torch.equal(own(images), other(images))
+        assert all(torch.equal(a, b) for a, b in zip(maps(images), other_maps(images), strict=True))
+
+
+def test_load_backbone_and_its_crops_are_what_embed_writes(exports, ears, tmp_path, earteach):
+    words = ["--weights", exports / "teacher", "--no-normalize"]
+    assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", *words).code == 0
+    backbone, preprocessing = load_backbone(exports / "teacher")
+    manifest = read_manifest(ears / "eval.csv")
+    crop = torch.from_numpy(load_crop(manifest.file(4), manifest.boxes[4], preprocessing))
+    with torch.inference_mode():
+        row = backbone(normalise(crop[None], preprocessing))[0].numpy()
+    assert np.abs(row - np.load(tmp_path / "x.npy")[4]).max() < 1e-5  # noqa: TID251  (what our users will call)
+
+
+def test_onnx_alone_gives_embedding_and_maps_for_any_batch(exports, whitened):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 64, 64), dtype=np.uint8)
+    backbone, preprocessing = load_backbone(whitened)
+    maps, _ = load_backbone(whitened, features_only=True)
+    batch = normalise(torch.from_numpy(pixels), preprocessing)
+    with torch.inference_mode():
+        expected = {"pixels": torch.from_numpy(pixels), "embedding": backbone(batch)} | name_maps(maps(batch))
+    save_file(expected, exports / "expected.safetensors")
+    code = f"""{NO_PACKAGE}
+import numpy as np, onnxruntime
+from safetensors.numpy import load_file
+expected = load_file("expected.safetensors")
+model = onnxruntime.InferenceSession("teacher.onnx", providers=["CPUExecutionProvider"])
+assert [o.name for o in model.get_outputs()] == ["embedding", "map_4", "map_8", "map_16", "map_32"]
+for count in (1, 2, 5):
+    found = model.run(None, {{"pixels": expected["pixels"][:count]}})
+    for name, value in zip(["embedding", "map0", "map1", "map2", "map3"], found, strict=True):
+        wanted = expected[name][:count]
+        assert value.shape == wanted.shape and np.abs(value - wanted).max() < 1e-4, (count, name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=exports)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
+    prints = set()
+    for name, count in (("teacher.safetensors", 4), ("teacher.onnx", 3), ("teacher", 7)):
+        said = earteach("verify", exports / name)
+        lines = said.out.decode().splitlines()
+        assert said.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), said
+        path = exports / name / "model.safetensors" if name == "teacher" else exports / name
+        header = OnnxModel(path).header if name.endswith("onnx") else read_safetensors(path)[1]
+        prints.add(header["fingerprint"])
+    assert len(prints) == 1
+    for name in ("teacher.onnx", "teacher"):
+        for other in (exports / "teacher.safetensors", whitened, exports / "teacher.onnx"):
+            said = earteach("verify", exports / name, "--against", other)
+            assert said.code == 0 and b"computed here by both" in said.out, said
+
+
+def test_the_golden_batch_is_recomputed_not_believed(exports):
+    tensors, header = read_safetensors(exports / "teacher.safetensors")
+    about = about_of(header, "x")
+    assert about.golden.pixels.shape == (4, 3, 64, 64) and len(np.unique(about.golden.pixels)) > 100
+    spread = np.abs(about.golden.embeddings[:, None] - about.golden.embeddings).max(-1)
+    assert spread[np.triu_indices(4, 1)].min() > 0.01  # each picture has an embedding of its own
+    backbone, preprocessing = load_backbone(exports / "teacher.safetensors")
+    with torch.inference_mode():
+        found = backbone(normalise(torch.from_numpy(about.golden.pixels), preprocessing)).numpy()
+    assert 0 < about.golden.difference(found) < 1e-5  # float32 against float64
+    assert about.golden.difference(found + 1e-3) > golden.TOLERANCE
+    assert about.golden.difference(found[:2]) == float("inf")
+
+
+def changed(exports, tmp_path, change):
+    """A copy of teacher.safetensors with another content."""
+    tensors, header = read_safetensors(exports / "teacher.safetensors")
+    change(tensors, header)
+    path = tmp_path / "teacher.safetensors"
+    save_file(tensors, path, metadata=header)
+    shutil.copy(exports / "teacher.whitening.safetensors", tmp_path)
+    return path
+
+
+def rename_a_key(tensors, header):
+    tensors["stages.0.blocks.0.norm.wait"] = tensors.pop("stages.0.blocks.0.norm.weight")
+
+
+def drop_a_key(tensors, header):
+    del tensors["stages.0.blocks.0.norm.weight"]
+
+
+def say_another_architecture(tensors, header):
+    header["architecture"] = "resnet18"
+
+
+def break_the_golden_batch(tensors, header):
+    header["golden"] = header["golden"][:500]
+
+
+def forget_the_size(tensors, header):
+    del header["image_size"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (rename_a_key, "norm.wait"),
+        (drop_a_key, "1 missing"),
+        (say_another_architecture, "fit resnet18"),
+        (break_the_golden_batch, "golden batch is not whole"),
+        (forget_the_size, "header is not whole"),
+    ],
+)
+def test_what_does_not_fit_is_refused(exports, tmp_path, earteach, change, word):
+    path = changed(exports, tmp_path, change)
+    for words in (["verify", path], ["embed", exports, tmp_path / "x.npy", "--weights", path]):
+        said = earteach(*words)
+        assert said.code == 1 and (word in said.err or words[0] == "embed"), said
+
+
+def nudge_a_weight(tensors, header):
+    tensors["stages.3.blocks.0.mlp.fc2.bias"] = tensors["stages.3.blocks.0.mlp.fc2.bias"] + 1.0
+
+
+def say_another_mean(tensors, header):
+    header["mean"] = "[0.4, 0.5, 0.5]"
+
+
+@pytest.mark.parametrize("change", [nudge_a_weight, say_another_mean])
+def test_what_fits_but_is_another_is_called_wrong(exports, tmp_path, earteach, change):
+    said = earteach("verify", changed(exports, tmp_path, change))
+    wrong = [line.split()[1] for line in said.out.decode().splitlines() if line.startswith("WRONG")]
+    assert said.code == 1 and wrong == ["fingerprint", "golden"], said
+
+
+def test_a_folder_that_is_not_whole_is_refused(exports, tmp_path, earteach):
+    for place, name in enumerate(("features.json", "preprocess.json", "config.json", "model.safetensors")):
+        folder = shutil.copytree(exports / "teacher", tmp_path / str(place))
+        (folder / name).write_text("{}")
+        assert earteach("verify", folder).code == 1, name
+    folder = shutil.copytree(exports / "teacher", tmp_path / "resized")
+    text = (folder / "preprocess.json").read_text()
+    (folder / "preprocess.json").write_text(text.replace('"bbox_buffer": 0.1', '"bbox_buffer": 0.2'))
+    said = earteach("verify", folder)
+    assert said.code == 1 and b"WRONG" in said.out and b"of another export" in said.out
+    for path, word in ((exports, "no export"), (exports / "teacher.whitening.safetensors", "not written by")):
+        said = earteach("verify", path)
+        assert said.code == 1 and word in said.err, said
+
+
+def test_another_teacher_is_told_by_its_fingerprint(exports, run, tmp_path, earteach):
+    said = earteach("verify", exports / "teacher.onnx", "--against", run)
+    assert said.code == 1 and b"another teacher" in said.out
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_in_every_form(exports, whitened, tmp_path):
+    verb.export_backbone(whitened, tmp_path / "teacher.onnx", features=True)
+    assert (tmp_path / "teacher.onnx").read_bytes() == (exports / "teacher.onnx").read_bytes()
+    verb.export_backbone(whitened, tmp_path / "teacher", consent="drawn, nobody", license="MIT | of us")
+    for path in (exports / "teacher").iterdir():
+        assert path.read_bytes() == (tmp_path / "teacher" / path.name).read_bytes(), path.name
+    assert (exports / "teacher" / "model.safetensors").read_bytes() == (exports / "teacher.safetensors").read_bytes()
+
+
+def test_no_export_names_a_folder_of_this_machine(exports, whitened, ears):
+    for path in exports.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for place in (whitened, ears, exports, sys.prefix):
+                assert str(place).encode() not in content, path
+
+
+def test_the_statistics_are_those_of_the_validation_crops(exports, whitened, ears):
+    said = json.loads((exports / "teacher" / "features.json").read_text())
+    maps, preprocessing = load_backbone(whitened, features_only=True)
+    manifest = read_manifest(ears / "val_teacher.npy")
+    crops = [load_crop(manifest.file(i), manifest.boxes[i], preprocessing) for i in range(len(manifest))]
+    assert said["pictures"] == len(crops) == 8
+    with torch.inference_mode():
+        stages = maps(normalise(torch.from_numpy(np.stack(crops)), preprocessing))
+    for stage, about, stride in zip(stages, said["maps"], (4, 8, 16, 32), strict=True):
+        assert about["stride"] == stride and about["channels"] == stage.shape[1]
+        assert np.allclose(about["mean"], stage.mean((0, 2, 3)), atol=1e-4)
+        assert np.allclose(about["variance"], stage.var((0, 2, 3), unbiased=False), rtol=1e-3, atol=1e-6)
+
+
+def test_statistics_do_not_depend_on_the_batches(images):
+    backbone = torch.nn.Sequential()
+    backbone.feature_info = type("Info", (), {"module_name": lambda s: ["a"], "reduction": lambda s: [1]})()
+    backbone.forward = lambda x: [x]
+    whole, parts = (statistics(backbone, images.split(size))[0] for size in (3, 1))
+    assert whole == parts
+    assert np.allclose(whole.variance, images.var((0, 2, 3), unbiased=False), rtol=1e-4)
+
+
+def test_the_card_says_what_was_said_and_the_figures(exports, whitened):
+    card = (exports / "teacher" / "README.md").read_text()
+    assert "drawn, nobody" in card and "MIT \\| of us" in card and "train_teacher.npy, 24 ears" in card
+    assert "| backbone | test_convnext |" in card and "| ema-decay | 0.9 |" in card
+    assert "val_teacher.npy" in card and "PSNR of the reconstruction, dB" in card
+
+
+def test_half_precision_is_another_teacher_and_says_how_far_off(whitened, ears, tmp_path, earteach, exports):
+    said = earteach("export-backbone", whitened, tmp_path / "half.safetensors", "--half")
+    assert said.code == 0 and "float16 moves the embeddings by" in said.err
+    tensors = load_file(tmp_path / "half.safetensors")
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
+    assert earteach("verify", tmp_path / "half.safetensors").code == 0
+    assert earteach("verify", tmp_path / "half.safetensors", "--against", whitened).code == 1
+    for name in ("full", "half"):
+        weights = whitened if name == "full" else tmp_path / "half.safetensors"
+        assert (
+            earteach("embed", ears / "eval.csv", tmp_path / f"{name}.npy", "--weights", weights, "--no-whiten").code
+            == 0
+        )
+    full, half = (np.load(tmp_path / f"{name}.npy") for name in ("full", "half"))  # noqa: TID251  (what our users will call)
+    assert 0 < np.abs(full - half).max() < 0.01
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (exports / "teacher.safetensors").stat().st_size
+    assert earteach("export-backbone", whitened, tmp_path / "half.onnx", "--half").code == 2
+
+
+def test_weights_beyond_float16_are_refused(whitened, tmp_path, monkeypatch):
+    state = type(read_checkpoint(best_checkpoint(whitened))).backbone_state.fget
+
+    def large(checkpoint):
+        return {k: torch.full_like(v, 1e6) if k == "stem.0.bias" else v for k, v in state(checkpoint).items()}
+
+    monkeypatch.setattr("ear_teacher_cli.core.checkpoint.Checkpoint.backbone_state", property(large))
+    with pytest.raises(WeightsError, match=r"stem.0.bias holds numbers that float16 cannot"):
+        verb.export_backbone(whitened, tmp_path / "half.safetensors", half=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_weights_that_learn_can_be_had_too(whitened, run, tmp_path, earteach):
+    for name, flag in (("ema", "--ema"), ("learning", "--no-ema")):
+        assert earteach("export-backbone", whitened, tmp_path / f"{name}.safetensors", flag).code == 0
+    content = read_checkpoint(best_checkpoint(whitened)).content
+    for name, part in (("ema", "state_dict"), ("learning", "learning_state")):
+        tensors = load_file(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(tensors[k], content[part][f"model.backbone.{k}"]) for k in tensors)
+    assert not (tmp_path / "learning.whitening.safetensors").exists()  # it was fitted to the others
+    said = earteach("export-backbone", run, tmp_path / "x.safetensors", "--no-ema")
+    assert said.code == 2 and "one set of weights" in said.err
+
+
+def test_evaluate_does_not_mix_two_teachers_nor_raw_with_whitened(whitened, run, ears, tmp_path, earteach):
+    for name, words in {"a": [whitened], "b": [run], "raw": [whitened, "--no-whiten"]}.items():
+        assert earteach("embed", ears / "eval.csv", tmp_path / f"{name}.npy", "--weights", *words).code == 0
+    marks = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b", "raw")}
+    assert marks["a"]["fingerprint"] == marks["raw"]["fingerprint"] != marks["b"]["fingerprint"]
+    assert (marks["a"]["whitened"], marks["raw"]["whitened"]) == (True, False)
+    labels = ears / "eval.csv"
+    for flag in ("--whiten", "--center"):
+        said = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "b.npy")
+        assert said.code == 1 and "other weights or preprocessing" in said.err, said
+        said = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "raw.npy")
+        assert said.code == 1 and "is raw" in said.err, said
+        assert earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "a.npy", "--bootstrap", 0).code == 0
+    said = earteach("evaluate", "--compare", tmp_path / "a.npy", tmp_path / "b.npy", labels, "--bootstrap", 0)
+    assert said.code == 0, said  # two systems beside each other are no mixture
+
+
+def test_an_existing_folder_stays_unless_it_is_ours_and_told_so(exports, whitened, tmp_path, earteach):
+    folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
+    assert earteach("export-backbone", whitened, folder).code == 2
+    (folder / "config.json").write_text("old")
+    assert earteach("export-backbone", whitened, folder, "--overwrite").code == 0
+    assert json.loads((folder / "config.json").read_text())["num_classes"] == 0
+    (folder / "mine.txt").write_text("mine")
+    said = earteach("export-backbone", whitened, folder, "--overwrite")
+    assert said.code == 2 and "mine.txt" in said.err and (folder / "mine.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    assert earteach("export-backbone", whitened, tmp_path / "file", "--overwrite").code == 2
+    assert earteach("export-backbone", whitened, tmp_path / "x.pth").code == 2
+    assert earteach("export-backbone", whitened, tmp_path / "nowhere" / "x").code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "teacher"]
+
+
+def test_a_failed_proof_leaves_no_folder_and_no_onnx(whitened, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "relative_difference", lambda a, b: 1.0)
+    with pytest.raises(WeightsError, match="onnxruntime's numbers differ"):
+        verb.export_backbone(whitened, tmp_path / "x.onnx")
+    monkeypatch.setattr(verb, "_largest_difference", lambda fresh, own, about: 0.5)
+    with pytest.raises(WeightsError, match="differ"):
+        verb.export_backbone(whitened, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_swept(whitened, tmp_path):
+    left = tmp_path / ".teacher.abc.part"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    verb.export_backbone(whitened, tmp_path / "teacher")
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_a_folder_from_elsewhere_asks_for_pictures(whitened, ears, tmp_path, monkeypatch, earteach):
+    checkpoint = read_checkpoint(best_checkpoint(whitened)).content
+    checkpoint["hyper_parameters"]["val_metadata"] = "gone.npy"
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    said = earteach("export-backbone", tmp_path / "moved.ckpt", tmp_path / "teacher")
+    assert said.code == 1 and "gone.npy" in said.err and "--val-metadata" in said.err
+    words = ["--val-metadata", ears / "eval.csv"]
+    assert earteach("export-backbone", tmp_path / "moved.ckpt", tmp_path / "teacher", *words).code == 0
+    assert "metrics.csv was not beside" in (tmp_path / "teacher" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_onnx_one_line_says_what_to_install(exports, whitened, tmp_path, monkeypatch, earteach, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    said = earteach("export-backbone", whitened, tmp_path / "x.onnx")
+    assert said.code == 1 and f"{package} is not installed" in said.err and "[onnx]" in said.err
+    assert list(tmp_path.iterdir()) == []
+    if package == "onnxruntime":
+        assert earteach("verify", exports / "teacher.onnx").code == 1
+    assert earteach("verify", exports / "teacher.safetensors").code == 0
+
+
+def test_embed_and_verify_say_what_an_onnx_file_is_for(exports, ears, tmp_path, earteach):
+    said = earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", exports / "teacher.onnx")
+    assert said.code == 2 and "onnxruntime" in said.err
+    for content in (b"", b"no model", (exports / "teacher.onnx").read_bytes()[:5000]):
+        (tmp_path / "x.onnx").write_bytes(content)
+        said = earteach("verify", tmp_path / "x.onnx")
+        assert said.code == 1 and "x.onnx" in said.err, said
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto"])
+def test_maps_of_other_models_are_timms(name):
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=0).eval()
+    maps = map_model(backbone, name, 64)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        stages = maps(images)
+        _, expected = backbone.forward_intermediates(images)
+    assert all(torch.equal(a, b) for a, b in zip(stages, expected, strict=True))
+    assert len(stages) == len(maps.feature_info.reduction())
