@@ -1,6 +1,7 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.   make test: lint and tests.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
 # make bench: how fast everything is, beside the alternatives and the limits, half an hour.
+# make students: a teacher from drawn ears, and two small models with and without it, half an hour.
 # All make .venv when it is not there, with the versions of .ci/constraints.txt; uv is used where pip can fetch it.
 
 VENV := .venv
@@ -10,7 +11,7 @@ INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test soak fuzz bench clean
+.PHONY: help demo students test soak fuzz bench clean
 
 help:
 	@grep '^# make' Makefile | tr -s ' ' | sed 's/^# //'
@@ -18,6 +19,10 @@ help:
 demo: $(READY)
 	rm -rf demo
 	examples/demo.sh demo
+
+students: $(READY)
+	rm -rf students
+	examples/students.sh students
 
 test: $(READY)
 	ruff check .
@@ -34,7 +39,7 @@ bench: $(READY)
 	python examples/benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo students
 
 $(READY): pyproject.toml .ci/constraints.txt
 	@echo "setting up $(VENV): torch and its libraries, several GB; half a minute with a fast line" >&2

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Teacher, Trunk, as_input, distil, mean_and_spread, read_ears, square
+from distillation import Block, Teacher, Trunk, as_input, distil, read_ears, square, table
 from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.ops import box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
@@ -71,6 +71,9 @@ def main() -> int:
     parser.add_argument("--labelled", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
+    )
+    parser.add_argument(
         "--steps", type=int, default=240, help="of learning from labelled photos (default: %(default)s)"
     )
     parser.add_argument("--distil-steps", type=int, default=240, help="(default: %(default)s)")
@@ -80,13 +83,17 @@ def main() -> int:
     options = parser.parse_args()
     start = time.time()
     train, test = (photos(read_ears(options.ears, split)) for split in ("train", "eval"))
+    teachers = {
+        kind: Teacher(options.teacher, STRIDES, train[0], kind == "untrained")
+        for kind in options.kinds
+        if kind != "without"
+    }
     found, shown = {}, {}
     for seed in options.seeds:
-        for kind in KINDS:
+        for kind in options.kinds:
             student = fresh(seed)
-            if kind != "without":
-                teacher = Teacher(options.teacher, STRIDES, train[0][:64] if kind == "untrained" else None)
-                distil(student, train[0], teacher, options.distil_steps, 2 * options.batch, seed)
+            if kind in teachers:
+                distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
             for count in options.labelled:
                 learner = learn(copy.deepcopy(student), train, count, options.steps, options.batch, seed)
                 predicted = predict(learner, test[0])
@@ -95,15 +102,14 @@ def main() -> int:
                 print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.1f} %", file=sys.stderr)
     size = sum(p.numel() for p in Detector().parameters())
     print(f"{size:,} parameters; {len(test[0])} test photos; {len(options.seeds)} seeds; {time.time() - start:.0f} s\n")
-    print(
-        "| labelled photos | without a teacher, AP % | untrained twin | teacher | teacher - without, each seed |\n|---|---|---|---|---|"
-    )
-    for count in options.labelled:
-        cells = [mean_and_spread(found[count, kind]) for kind in KINDS]
-        gains = [b - a for a, b in zip(found[count, "without"], found[count, "teacher"], strict=True)]
-        print(f"| {count} | {' | '.join(cells)} | {', '.join(f'{gain:+.1f}' for gain in gains)} |")
+    print(table(found, options.labelled, options.kinds, "photos", "AP %"))
     if options.draw:
-        draw(test, {kind: shown[options.labelled[0], kind] for kind in KINDS}, options.labelled[0], Path(options.draw))
+        draw(
+            test,
+            {kind: shown[options.labelled[0], kind] for kind in options.kinds},
+            options.labelled[0],
+            Path(options.draw),
+        )
     if options.json:
         runs = [{"labelled": count, "kind": kind, "ap": values} for (count, kind), values in found.items()]
         Path(options.json).write_text(json.dumps(runs, indent=1) + "\n")

@@ -6,6 +6,7 @@ B pictures, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
 """
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +20,37 @@ FILL = (124, 116, 104)  # around pictures that are not square
 
 
 class Teacher:
-    """The maps of an exported folder at some strides, standardised per channel with the export's own statistics.
+    """What an exported folder's maps are at some strides, for all of `pixels`, uint8 N,3,S,S.
 
-    `untrained`: the control, the same architecture with random weights, standardised with what it gives for `pixels`.
+    `maps`: for each stride float16 N,C,S/stride,S/stride, standardised per channel with the export's own mean and
+    variance. `untrained`: the control, the same architecture with random weights, standardised with its own.
     """
 
-    def __init__(self, folder: str | Path, strides: tuple[int, ...], untrained: torch.Tensor | None = None):
-        about = json.loads((Path(folder) / "features.json").read_text())["maps"]
-        self.preprocess = json.loads((Path(folder) / "preprocess.json").read_text())
-        self.places = [[m["stride"] for m in about].index(stride) for stride in strides]
-        self.channels = [about[place]["channels"] for place in self.places]
-        self.name = json.loads((Path(folder) / "config.json").read_text())["architecture"]
-        if untrained is None:
-            self.maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
-            self.mean = [torch.tensor(about[place]["mean"]) for place in self.places]
-            self.deviation = [torch.tensor(about[place]["variance"]).sqrt() for place in self.places]
+    def __init__(self, folder: str | Path, strides: tuple[int, ...], pixels: torch.Tensor, untrained: bool = False):
+        folder = Path(folder)
+        about = json.loads((folder / "features.json").read_text())["maps"]
+        places = [[stage["stride"] for stage in about].index(stride) for stride in strides]
+        self.channels = [about[place]["channels"] for place in places]
+        logging.getLogger("timm").setLevel(logging.ERROR)  # it tells of a head that the maps do not need
+        if untrained:
+            torch.manual_seed(0)
+            name = json.loads((folder / "config.json").read_text())["architecture"]
+            model = timm.create_model(name, pretrained=False, features_only=True).eval()
         else:
-            self.maps = timm.create_model(self.name, pretrained=False, features_only=True).eval()
-            stages = self._stages(untrained)
-            self.mean = [stage.mean((0, 2, 3)) for stage in stages]
-            self.deviation = [stage.std((0, 2, 3)) for stage in stages]
-
-    @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """uint8 B,3,S,S -> float16 B,C,S/stride,S/stride for every stride, mean 0 and variance 1."""
-        described = zip(self._stages(pixels), self.mean, self.deviation, strict=True)
-        return [((s - m[:, None, None]) / d[:, None, None].clamp_min(1e-6)).half() for s, m, d in described]
-
-    def of_all(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """The same of many pictures: computed once, looked up in every epoch."""
-        batches = [self(batch) for batch in pixels.split(32)]
-        return [torch.cat(stages) for stages in zip(*batches, strict=True)]
-
-    @torch.inference_mode()
-    def _stages(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        mean, std = (torch.tensor(self.preprocess[name])[:, None, None] * 255 for name in ("mean", "std"))
-        stages = self.maps((pixels - mean) / std)
-        return [stages[place] for place in self.places]
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+        preprocess = json.loads((folder / "preprocess.json").read_text())
+        mean, std = (torch.tensor(preprocess[name])[:, None, None] * 255 for name in ("mean", "std"))
+        found: list[list[torch.Tensor]] = [[] for _ in places]
+        statistics = [(torch.tensor(about[p]["mean"]), torch.tensor(about[p]["variance"]).sqrt()) for p in places]
+        with torch.inference_mode():
+            for start in range(0, len(pixels), 32):
+                stages = model((pixels[start : start + 32] - mean) / std)
+                stages = [stages[place] for place in places]
+                if untrained and start == 0:
+                    statistics = [(stage.mean((0, 2, 3)), stage.std((0, 2, 3))) for stage in stages]
+                for kept, stage, (centre, spread) in zip(found, stages, statistics, strict=True):
+                    kept.append(((stage - centre[:, None, None]) / spread[:, None, None].clamp_min(1e-6)).half())
+        self.maps = [torch.cat(kept) for kept in found]
 
 
 def distil(
@@ -66,7 +61,6 @@ def distil(
     A 1 x 1 convolution brings each map to the teacher's channels; the loss is smooth L1 plus 1 - cosine along channels.
     """
     random = torch.Generator().manual_seed(seed)
-    wanted = teacher.of_all(pixels)
     widths = [stage.shape[1] for stage in student.maps(as_input(pixels[:1]))]
     torch.manual_seed(seed)
     bridges = nn.ModuleList(nn.Conv2d(own, theirs, 1) for own, theirs in zip(widths, teacher.channels, strict=True))
@@ -76,7 +70,7 @@ def distil(
     for _ in range(steps):
         chosen = torch.randint(len(pixels), (batch,), generator=random)
         loss = torch.zeros(())
-        for stage, bridge, theirs in zip(student.maps(as_input(pixels[chosen])), bridges, wanted, strict=True):
+        for stage, bridge, theirs in zip(student.maps(as_input(pixels[chosen])), bridges, teacher.maps, strict=True):
             theirs, own = theirs[chosen].float(), bridge(stage)
             loss = loss + F.smooth_l1_loss(own, theirs) + 1 - F.cosine_similarity(own, theirs, dim=1).mean()
         optimiser.zero_grad()
@@ -148,6 +142,19 @@ def square(picture: Image.Image, region: tuple[float, ...], side: int) -> tuple[
     return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
+def table(found: dict[tuple[int, str], list[float]], counts: list[int], kinds: list[str], what: str, unit: str) -> str:
+    """Markdown: mean and standard deviation over seeds, and for each kind of teacher what every seed gained by it."""
+    base, *others = kinds
+    heads = [f"labelled {what}", f"{base}, {unit}", *(f"{kind}, {unit} (difference of each seed)" for kind in others)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for count in counts:
+        cells = [str(count), _mean_and_spread(found[count, base])]
+        for kind in others:
+            gains = [b - a for a, b in zip(found[count, base], found[count, kind], strict=True)]
+            cells.append(f"{_mean_and_spread(found[count, kind])} ({', '.join(f'{gain:+.2f}' for gain in gains)})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean_and_spread(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
