@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from distillation import Block, Teacher, Trunk, as_input, distil, read_ears, square, table
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.ops import box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
 
@@ -74,9 +74,9 @@ def main() -> int:
         "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
     )
     parser.add_argument(
-        "--steps", type=int, default=240, help="of learning from labelled photos (default: %(default)s)"
+        "--steps", type=int, default=400, help="of learning from labelled photos (default: %(default)s)"
     )
-    parser.add_argument("--distil-steps", type=int, default=240, help="(default: %(default)s)")
+    parser.add_argument("--distil-steps", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--draw", metavar="FILE.png", help="true and found boxes on test photos")
     parser.add_argument("--json", metavar="FILE", help="every run's figure")
@@ -217,7 +217,7 @@ def draw(test, predicted, count: int, path: Path, columns: int = 8) -> None:
     for line, (name, found) in enumerate(predicted.items()):
         top = 8 + line * (side + 6)
         words = f"{name}\nAP {100 * average_precision(found, test[1]):.1f} %\n{count} labelled"
-        pen.text((8, top + 100), words, fill=(24, 28, 36))
+        pen.text((8, top + 100), words, fill=(24, 28, 36), font=ImageFont.load_default(15))
         for column, place in enumerate(places):
             left = 130 + column * (side + 6)
             photo = Image.fromarray(test[0][place].permute(1, 2, 0).numpy()).resize((side, side))
@@ -226,7 +226,8 @@ def draw(test, predicted, count: int, path: Path, columns: int = 8) -> None:
             for box, colour in ((test[1][place], (255, 255, 255)), (boxes[0], (230, 40, 40))):
                 x1, y1, x2, y2 = (2 * box).tolist()
                 pen.rectangle((left + x1, top + y1, left + x2, top + y2), outline=colour, width=2)
-            pen.text((left + 6, top + 4), f"{scores[0]:.2f}", fill=(230, 40, 40))
+            pen.rectangle((left + 2, top + 2, left + 42, top + 20), fill=(255, 255, 255))
+            pen.text((left + 6, top + 3), f"{scores[0]:.2f}", fill=(200, 20, 20), font=ImageFont.load_default(15))
     page.save(path)
 
 

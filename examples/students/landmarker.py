@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from distillation import Block, Teacher, Trunk, as_input, distil, read_ears, square, table
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 SIDE, POINTS, STRIDES, WIDTHS = 192, 55, (4, 8, 16), (32, 64, 128, 192)
@@ -65,8 +65,8 @@ def main() -> int:
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
     )
-    parser.add_argument("--steps", type=int, default=240, help="of learning from labelled ears (default: %(default)s)")
-    parser.add_argument("--distil-steps", type=int, default=240, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of learning from labelled ears (default: %(default)s)")
+    parser.add_argument("--distil-steps", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--draw", metavar="FILE.png", help="true and found points on test ears")
     parser.add_argument("--json", metavar="FILE", help="every run's figure")
@@ -182,7 +182,7 @@ def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, colum
     for line, (name, points) in enumerate(rows.items()):
         top = 8 + line * (SIDE + 6)
         error = "" if name == "true" else f"\nNME {100 * nme(points, test[1]):.2f} %\n{count} labelled"
-        pen.text((8, top + 70), name + error, fill=(24, 28, 36))
+        pen.text((8, top + 70), name + error, fill=(24, 28, 36), font=ImageFont.load_default(15))
         for column, place in enumerate(places):
             left = 130 + column * (SIDE + 6)
             page.paste(Image.fromarray(test[0][place].permute(1, 2, 0).numpy()), (left, top))
