@@ -19,7 +19,8 @@ run() {
     "$@"
 }
 
-mkdir "${1:-demo}" && cd "${1:-demo}"
+mkdir "${1:-demo}"
+cd "${1:-demo}"
 
 step "Draw ears: people, photos of each ear, boxes. No person was photographed."
 run python "$examples/make_sample_ears.py" ears --people "$people"

@@ -4,7 +4,8 @@
 #
 #   examples/students.sh [FOLDER]       (make students: FOLDER is students/, and earteach is on the PATH)
 #
-# START: pretrained weights of BACKBONE to start the teacher from (default: timm's hub; `none`: random weights).
+# START: pretrained weights of BACKBONE to start the teacher from (default: timm's hub, and random weights where that
+# cannot be reached; `none`: random weights).
 # PEOPLE, EPOCHS, SIZE and SEEDS change the size; OPTIONS goes to both students (--steps 100, say).
 set -euo pipefail
 
@@ -12,6 +13,7 @@ examples=$(cd "$(dirname "$0")" && pwd)
 people=${PEOPLE:-190}
 start=${START:-}
 backbone=${BACKBONE:-tf_efficientnet_lite0}
+random_backbone=${BACKBONE:-resnet18} # learns faster from random weights
 epochs=${EPOCHS:-2}
 size=${SIZE:-96}
 seeds=${SEEDS:-0 1 2}
@@ -23,21 +25,22 @@ run() {
 }
 if [ -n "$start" ] && [ "$start" != none ]; then start=$(realpath "$start"); fi
 
-mkdir "${1:-students}" && cd "${1:-students}"
+mkdir "${1:-students}"
+cd "${1:-students}"
 
 step "Draw ears with boxes and landmarks. No person was photographed."
 run python "$examples/make_sample_ears.py" ears --people "$people" --val-people 12 --eval-people 24 --seed 11
 
-teacher=(--train-metadata ears/train_teacher.npy --val-metadata ears/val_teacher.npy --backbone "$backbone"
+teacher=(--train-metadata ears/train_teacher.npy --val-metadata ears/val_teacher.npy
     --image-size "$size" --output-dir outputs --experiment-name teacher)
-random=(--no-pretrained --freeze-stride 0 --keep-start 0 --learning-rate 1e-3 --head-rate 1)
+random=(--backbone "$random_backbone" --no-pretrained --freeze-stride 0 --keep-start 0 --learning-rate 1e-3 --head-rate 1)
 step "Train the teacher on the drawn ears; it is told neither who they are nor where their parts are."
 if [ "$start" = none ]; then
     run earteach train "${teacher[@]}" "${random[@]}" --max-epochs "$((4 * epochs))"
 elif [ -n "$start" ]; then
-    run earteach train "${teacher[@]}" --pretrained-path "$start" --max-epochs "$epochs"
+    run earteach train "${teacher[@]}" --backbone "$backbone" --pretrained-path "$start" --max-epochs "$epochs"
 else
-    run earteach train "${teacher[@]}" --max-epochs "$epochs" || {
+    run earteach train "${teacher[@]}" --backbone "$backbone" --max-epochs "$epochs" || {
         code=$?
         [ "$code" = 1 ] || exit "$code"
         step "NO PRETRAINED WEIGHTS: the teacher starts from random ones, and will be of little use (START=weights.safetensors)."

@@ -83,6 +83,8 @@ def main() -> int:
     options = parser.parse_args()
     start = time.time()
     train, test = (photos(read_ears(options.ears, split)) for split in ("train", "eval"))
+    if max(options.labelled) > len(train[0]):
+        parser.error(f"--labelled: there are {len(train[0])} training photos; draw more people, or ask for fewer")
     teachers = {
         kind: Teacher(options.teacher, STRIDES, train[0], kind == "untrained")
         for kind in options.kinds
