@@ -122,3 +122,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def read_epochs(run: Path) -> list[dict[str, str]]:
     """metrics.csv without its row of before training."""
     return [row for row in read_table(run / "metrics.csv") if row["epoch"] != "0"]
+
+
+def commands_on_path(folder: Path) -> str:
+    """A PATH on which `earteach` and `python` are this interpreter's, as in an environment that is active."""
+    bin_dir = folder / "bin"
+    bin_dir.mkdir()
+    for name, words in (("earteach", "-m ear_teacher_cli"), ("python", "")):
+        (bin_dir / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (bin_dir / name).chmod(0o755)
+    return f"{bin_dir}:{os.environ['PATH']}"

@@ -9,20 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import commands_on_path
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    for name, words in (("earteach", "-m ear_teacher_cli"), ("python", "")):
-        (bin_dir / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
-        (bin_dir / name).chmod(0o755)
     env = {
         **os.environ,
-        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "PATH": commands_on_path(tmp_path),
         "PYTHONPATH": str(ROOT),
         "PEOPLE": "20",
         "EPOCHS": "2",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import commands_on_path
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -151,14 +152,10 @@ def test_distillation_brings_the_students_maps_to_the_teachers(folder, ears):
 
 
 def test_the_whole_way_runs_by_one_script(tmp_path):
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    for name, words in (("earteach", "-m ear_teacher_cli"), ("python", "")):
-        (bin_dir / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
-        (bin_dir / name).chmod(0o755)
+    path = commands_on_path(tmp_path)
     small = {"PEOPLE": "40", "EPOCHS": "1", "BACKBONE": "test_convnext", "SIZE": "64", "SEEDS": "0 1", "START": "none"}
     small |= {"OPTIONS": "--steps 2 --distil-steps 2 --labelled 8 --batch 4"}
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **small}
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **small}
     script = ROOT / "examples" / "students.sh"
     done = subprocess.run([script, "out"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

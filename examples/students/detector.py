@@ -11,24 +11,19 @@ teacher: what it gains owes nothing to what the teacher learned.
 The figure is the average precision of COCO: over IoU 0.50 to 0.95, on photos of people whom neither student nor teacher saw.
 """
 
-import argparse
-import copy
-import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Teacher, Trunk, as_input, distil, read_ears, square, table
+from distillation import Block, Trunk, as_input, compare, square
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.ops import box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
 
 SIDE, STRIDES, WIDTHS = 128, (8, 16), (32, 64, 128, 160)
 LARGE = 48  # pixels of the longer side from which a box is for stride 16
-KINDS = ("without", "untrained", "teacher")
 
 
 class Detector(nn.Module):
@@ -65,57 +60,10 @@ def _cells(count: int, stride: int) -> torch.Tensor:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ears")
-    parser.add_argument("teacher")
-    parser.add_argument("--labelled", type=int, nargs="+", default=[50, 200, 1000])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=400, help="of learning from labelled photos (default: %(default)s)"
-    )
-    parser.add_argument("--distil-steps", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--draw", metavar="FILE.png", help="true and found boxes on test photos")
-    parser.add_argument("--json", metavar="FILE", help="every run's figure")
-    options = parser.parse_args()
-    start = time.time()
-    train, test = (photos(read_ears(options.ears, split)) for split in ("train", "eval"))
-    if max(options.labelled) > len(train[0]):
-        parser.error(f"--labelled: there are {len(train[0])} training photos; draw more people, or ask for fewer")
-    teachers = {
-        kind: Teacher(options.teacher, STRIDES, train[0], kind == "untrained")
-        for kind in options.kinds
-        if kind != "without"
-    }
-    found, shown = {}, {}
-    for seed in options.seeds:
-        for kind in options.kinds:
-            student = fresh(seed)
-            if kind in teachers:
-                distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
-            for count in options.labelled:
-                learner = learn(copy.deepcopy(student), train, count, options.steps, options.batch, seed)
-                predicted = predict(learner, test[0])
-                found.setdefault((count, kind), []).append(100 * average_precision(predicted, test[1]))
-                shown[count, kind] = predicted
-                print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.1f} %", file=sys.stderr)
-    size = sum(p.numel() for p in Detector().parameters())
-    print(f"{size:,} parameters; {len(test[0])} test photos; {len(options.seeds)} seeds; {time.time() - start:.0f} s\n")
-    print(table(found, options.labelled, options.kinds, "photos", "AP %"))
-    if options.draw:
-        draw(
-            test,
-            {kind: shown[options.labelled[0], kind] for kind in options.kinds},
-            options.labelled[0],
-            Path(options.draw),
-        )
-    if options.json:
-        runs = [{"labelled": count, "kind": kind, "ap": values} for (count, kind), values in found.items()]
-        Path(options.json).write_text(json.dumps(runs, indent=1) + "\n")
-    return 0
+    return compare(
+        __doc__, STRIDES, load=photos, fresh=fresh, learn=learn, predict=predict, steps=400, what="photos", unit="AP %",
+        score=lambda predicted, test: 100 * average_precision(predicted, test[1]), draw=draw,
+    )  # fmt: skip
 
 
 def photos(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:

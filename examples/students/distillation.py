@@ -1,13 +1,20 @@
-"""What both students share: the export as timm opens it, its standardised maps, the loss, the block they are built of.
+"""What both students share: the export as timm opens it, its standardised maps, the loss, the blocks they are built of,
+and the comparison.
 
 Only public packages and the exported folder are used here (torch, timm, numpy, Pillow), as a student's trainer would.
 
 B pictures, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
 """
 
+import argparse
+import copy
 import json
 import logging
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -16,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+KINDS = ("without", "untrained", "teacher")
 FILL = (124, 116, 104)  # around pictures that are not square
 
 
@@ -140,6 +148,73 @@ def square(picture: Image.Image, region: tuple[float, ...], side: int) -> tuple[
     canvas = Image.new("RGB", (side, side), FILL)
     canvas.paste(picture.resize(size, Image.Resampling.BICUBIC, box=region), corner)
     return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
+
+
+def compare(
+    words: str,
+    strides: tuple[int, ...],
+    *,
+    load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]],
+    fresh: Callable[[int], nn.Module],
+    learn: Callable[..., nn.Module],
+    predict: Callable[[nn.Module, torch.Tensor], Any],
+    score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float],
+    draw: Callable[..., None],
+    steps: int,
+    what: str,
+    unit: str,
+) -> int:
+    """The command line of a student's script: for every seed the student without a teacher, with an untrained twin of
+    it, and with it, each from few and from many labels. Prints the table. `words`: the script's own docstring.
+
+    load(rows) -> pictures and labels; fresh(seed) -> a student; learn(student, train, count, steps, batch, seed) -> the
+    same, taught; predict(student, pictures) -> anything that score(predicted, test) and draw(test, {kind: predicted},
+    count, path) understand.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("ears", help="folder of make_sample_ears.py")
+    add("teacher", help="folder of earteach export-backbone")
+    add("--labelled", type=int, nargs="+", default=[50, 200, 1000], help=f"labelled {what} (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    add(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
+    )
+    add("--steps", type=int, default=steps, help="of learning from labels (default: %(default)s)")
+    add("--distil-steps", type=int, default=200, help="of learning the maps, of twice as many (default: %(default)s)")
+    add("--batch", type=int, default=16, help="(default: %(default)s)")
+    add("--draw", metavar="FILE.png", help=f"what is true and what was found on test {what}")
+    add("--json", metavar="FILE", help="every run's figure")
+    options = parser.parse_args()
+    start = time.time()
+    train, test = (load(read_ears(options.ears, split)) for split in ("train", "eval"))
+    if max(options.labelled) > len(train[0]):
+        parser.error(f"--labelled: there are {len(train[0])} training {what}; draw more people, or ask for fewer")
+    kinds = [kind for kind in KINDS if kind in options.kinds]
+    teachers = {
+        kind: Teacher(options.teacher, strides, train[0], kind == "untrained") for kind in kinds if kind != "without"
+    }
+    found, shown = {}, {}
+    for seed in options.seeds:
+        for kind in kinds:
+            student = fresh(seed)
+            if kind in teachers:
+                distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
+            for count in options.labelled:
+                learner = learn(copy.deepcopy(student), train, count, options.steps, options.batch, seed)
+                shown[count, kind] = predict(learner, test[0])
+                found.setdefault((count, kind), []).append(score(shown[count, kind], test))
+                print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.2f}", file=sys.stderr)
+    size = sum(p.numel() for p in fresh(0).parameters())
+    print(f"{size:,} parameters; {len(test[0])} test {what}; seeds {options.seeds}; {time.time() - start:.0f} s\n")
+    print(table(found, options.labelled, kinds, what, unit))
+    if options.draw:
+        first = options.labelled[0]
+        draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
+    if options.json:
+        runs = [{"labelled": count, "kind": kind, unit: values} for (count, kind), values in found.items()]
+        Path(options.json).write_text(json.dumps(runs, indent=1) + "\n")
+    return 0
 
 
 def table(found: dict[tuple[int, str], list[float]], counts: list[int], kinds: list[str], what: str, unit: str) -> str:

@@ -12,24 +12,19 @@ The figure is the normalised mean error: mean distance between found and true po
 ears of people whom neither student nor teacher saw.
 """
 
-import argparse
-import copy
-import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Teacher, Trunk, as_input, distil, read_ears, square, table
+from distillation import Block, Trunk, as_input, compare, square
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 SIDE, POINTS, STRIDES, WIDTHS = 192, 55, (4, 8, 16), (32, 64, 128, 192)
 COLOURS = ((230, 60, 60), (60, 160, 240), (90, 200, 90), (240, 180, 40))  # helix, antihelix, concha, tragus
 PARTS = (20, 15, 15, 5)
-KINDS = ("without", "untrained", "teacher")
 
 
 class Landmarker(nn.Module):
@@ -57,55 +52,10 @@ class Landmarker(nn.Module):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ears")
-    parser.add_argument("teacher")
-    parser.add_argument("--labelled", type=int, nargs="+", default=[50, 200, 1000])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
-    )
-    parser.add_argument("--steps", type=int, default=200, help="of learning from labelled ears (default: %(default)s)")
-    parser.add_argument("--distil-steps", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--draw", metavar="FILE.png", help="true and found points on test ears")
-    parser.add_argument("--json", metavar="FILE", help="every run's figure")
-    options = parser.parse_args()
-    start = time.time()
-    train, test = (crops(read_ears(options.ears, split)) for split in ("train", "eval"))
-    if max(options.labelled) > len(train[0]):
-        parser.error(f"--labelled: there are {len(train[0])} training ears; draw more people, or ask for fewer")
-    teachers = {
-        kind: Teacher(options.teacher, STRIDES, train[0], kind == "untrained")
-        for kind in options.kinds
-        if kind != "without"
-    }
-    found, shown = {}, {}
-    for seed in options.seeds:
-        for kind in options.kinds:
-            student = fresh(seed)
-            if kind in teachers:
-                distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
-            for count in options.labelled:
-                learner = learn(copy.deepcopy(student), train, count, options.steps, options.batch, seed)
-                predicted = predict(learner, test[0])
-                found.setdefault((count, kind), []).append(100 * nme(predicted, test[1]))
-                shown[count, kind] = predicted
-                print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.2f} %", file=sys.stderr)
-    size = sum(p.numel() for p in Landmarker().parameters())
-    print(f"{size:,} parameters; {len(test[0])} test ears; {len(options.seeds)} seeds; {time.time() - start:.0f} s\n")
-    print(table(found, options.labelled, options.kinds, "ears", "NME %"))
-    if options.draw:
-        draw(
-            test,
-            {kind: shown[options.labelled[0], kind] for kind in options.kinds},
-            options.labelled[0],
-            Path(options.draw),
-        )
-    if options.json:
-        runs = [{"labelled": count, "kind": kind, "nme": values} for (count, kind), values in found.items()]
-        Path(options.json).write_text(json.dumps(runs, indent=1) + "\n")
-    return 0
+    return compare(
+        __doc__, STRIDES, load=crops, fresh=fresh, learn=learn, predict=predict, steps=200, what="ears", unit="NME %",
+        score=lambda predicted, test: 100 * nme(predicted, test[1]), draw=draw,
+    )  # fmt: skip
 
 
 def crops(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
