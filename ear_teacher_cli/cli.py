@@ -364,12 +364,22 @@ def export_backbone(
     from .commands import export_backbone as verb
 
     talk = Talk(quiet)
-    stated = {name: value for name, value in (("consent", consent), ("license", license)) if value is not None}
     made = verb.export_backbone(
-        checkpoint, out, overwrite, features=features, half=half, ema=ema, val_metadata=val_metadata, root_dir=root_dir,
-        batch_size=batch_size, num_workers=num_workers, talk=talk, **stated,
-    )  # fmt: skip
-    kind = "compared with torch in onnxruntime" if out.endswith(".onnx") else "loaded back into timm strictly"
+        checkpoint,
+        out,
+        overwrite,
+        features=features,
+        half=half,
+        ema=ema,
+        val_metadata=val_metadata,
+        root_dir=root_dir,
+        consent=consent,
+        license=license,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        talk=talk,
+    )
+    kind = "compared with torch in onnxruntime" if made.kind == "onnx" else "loaded back into timm strictly"
     talk.say(
         f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; {kind}, "
         f"largest difference {made.difference:.2g}"
@@ -401,8 +411,13 @@ def verify(
     width = max(len(check.what) for check in checks)
     for check in checks:
         typer.echo(f"{'ok    ' if check.passed else 'WRONG '} {check.what:<{width}}  {check.found}")
-    if not all(check.passed for check in checks):
-        raise EarTeachError(f"{printable(export)}: is not what it says; export it again")
+    wrong = [check.what for check in checks if not check.passed]
+    if wrong and wrong[0].startswith("against "):
+        raise EarTeachError(
+            f"{printable(export)}: is in order, but not the same as {printable(against)}; look which you want"
+        )
+    if wrong:
+        raise EarTeachError(f"{printable(export)}: is not what it says ({', '.join(wrong)}); export it again")
 
 
 @app.command("embed", epilog="Example: `find photos -name '*.jpg' | earteach embed - - --format npy > rows.npy`")

@@ -7,6 +7,7 @@ file that nobody holds is nobody's, and the next writer removes it.
 import fcntl
 import glob
 import os
+import re
 import shutil
 import socket
 import stat
@@ -35,12 +36,28 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Pa
         raise EarTeachError(f"{printable(path)}: is a folder; name a file")
     if path.exists() and not overwrite:
         raise WordsError(f"{printable(path)}: exists already; choose another name or pass --overwrite")
-    folder = path.parent
+    _require_writable(path.parent)
+    return path
+
+
+def refuse_existing_folder(path: str | Path, overwrite: bool) -> Path:
+    """The same of a folder that is to be written whole: an empty one may be there."""
+    if not str(path).strip() or Path(path).name in ("", "..") or Path(path).resolve() == Path.cwd():
+        raise WordsError(f"{printable(path) or repr(path)}: give the folder a name of its own")
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise WordsError(f"{printable(path)}: is a file or a link; choose another name")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise WordsError(f"{printable(path)}: exists already; choose another name or pass --overwrite")
+    _require_writable(path.parent)
+    return path
+
+
+def _require_writable(folder: Path) -> None:
     if not folder.is_dir():
         raise EarTeachError(f"{printable(folder)}: no such folder; make it first (mkdir -p)")
     if not os.access(folder, os.W_OK):
         raise EarTeachError(f"{printable(folder)}: not writable; choose another place")
-    return path
 
 
 @contextmanager
@@ -71,7 +88,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success rename it, else delete it.
 
-    An earlier folder of that name is replaced if it holds nothing but `files`: raises WordsError otherwise.
+    An earlier folder of that name is replaced if it holds nothing but `files`: raises WordsError otherwise. It is there
+    until the new one is whole, and comes back if the new one cannot take its place.
     """
     path = Path(path)
     strange = sorted(set(os.listdir(path)) - set(files)) if path.is_dir() else []
@@ -79,12 +97,13 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
         raise WordsError(
             f"{printable(path)}: holds {printable(strange[0])}, too, which is not ours; name another folder"
         )
-    sweep(path.parent, glob.escape(path.name))
+    sweep(path.parent, glob.escape(path.name), files)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror})") from error
     handle = os.open(temporary, os.O_RDONLY)
+    aside = temporary.with_suffix(".earlier")
     try:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -93,32 +112,37 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
             written.chmod(0o666 & ~_umask())
             _flush_to_disk(written)
         temporary.chmod(0o777 & ~_umask())
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=_PART, dir=path.parent) as earlier:
-            if path.is_dir():
-                os.rename(path, Path(earlier) / path.name)
-            os.rename(temporary, path)
+        if path.is_dir():
+            os.rename(path, aside)
+        os.rename(temporary, path)
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.is_dir() and not path.exists():
+            os.rename(aside, path)
+        for left in (temporary, aside):
+            shutil.rmtree(left, ignore_errors=True)
         os.close(handle)
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files and folders of `name` (a pattern), in `folder`, that a killed process left."""
+def sweep(folder: Path, name: str = "*", files: Collection[str] | None = None) -> None:
+    """Remove the temporary files of `name` (a pattern), in `folder`, that a killed process left; with `files`, the
+    temporary folders that hold nothing else."""
     for found in glob.glob(f".{name}.*{_PART}", root_dir=folder, include_hidden=True):
         stale = folder / found
-        mode = os.O_RDONLY if stale.is_dir() else os.O_RDWR  # a folder opens for reading only
+        if not _RANDOM.search(found) or stale.is_dir() != (files is not None):
+            continue  # somebody's own
+        mode = os.O_RDWR if files is None else os.O_RDONLY  # a folder opens for reading only
         try:
             handle = os.open(stale, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if mode == os.O_RDONLY:
-                shutil.rmtree(stale, ignore_errors=True)
-            else:
+            if files is None:
                 stale.unlink(missing_ok=True)
+            elif set(os.listdir(stale)) <= set(files):
+                shutil.rmtree(stale, ignore_errors=True)
         except OSError:  # somebody writes it
             pass
         finally:
@@ -156,6 +180,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 _LOCK, _PART = ".lock", ".part"
+_RANDOM = re.compile(r"\.[a-z0-9_]{8}\.part$")  # tempfile's way of naming
 
 
 def printable(name: object) -> str:

@@ -40,11 +40,11 @@ if [ "$start" = none ]; then
 elif [ -n "$start" ]; then
     run earteach train "${teacher[@]}" --backbone "$backbone" --pretrained-path "$start" --max-epochs "$epochs"
 else
-    run earteach train "${teacher[@]}" --backbone "$backbone" --max-epochs "$epochs" || {
+    run earteach train "${teacher[@]}" --backbone "$backbone" --max-epochs "$epochs" 2> >(tee train.log >&2) || {
         code=$?
-        [ "$code" = 1 ] || exit "$code"
+        grep -q "timm's hub gave none" train.log || exit "$code"
         step "NO PRETRAINED WEIGHTS: the teacher starts from random ones, and will be of little use (START=weights.safetensors)."
-        run earteach train "${teacher[@]}" "${random[@]}" --max-epochs "$((4 * epochs))" --overwrite
+        run earteach train "${teacher[@]}" "${random[@]}" --max-epochs "$((4 * epochs))"
     }
 fi
 

@@ -128,7 +128,7 @@ for count in (1, 2, 5):
 
 def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
     prints = set()
-    for name, count in (("teacher.safetensors", 4), ("teacher.onnx", 3), ("teacher", 7)):
+    for name, count in (("teacher.safetensors", 4), ("teacher.onnx", 3), ("teacher", 9)):
         said = earteach("verify", exports / name)
         lines = said.out.decode().splitlines()
         assert said.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), said
@@ -218,24 +218,101 @@ def test_what_fits_but_is_another_is_called_wrong(exports, tmp_path, earteach, c
     assert said.code == 1 and wrong == ["fingerprint", "golden"], said
 
 
-def test_a_folder_that_is_not_whole_is_refused(exports, tmp_path, earteach):
-    for place, name in enumerate(("features.json", "preprocess.json", "config.json", "model.safetensors")):
-        folder = shutil.copytree(exports / "teacher", tmp_path / str(place))
-        (folder / name).write_text("{}")
-        assert earteach("verify", folder).code == 1, name
-    folder = shutil.copytree(exports / "teacher", tmp_path / "resized")
-    text = (folder / "preprocess.json").read_text()
-    (folder / "preprocess.json").write_text(text.replace('"bbox_buffer": 0.1', '"bbox_buffer": 0.2'))
+@pytest.mark.parametrize("name", ["features.json", "preprocess.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", ["{}", "no json", "[1]", '{"maps": [{}], "pictures": 1e999}'])
+def test_a_folder_with_a_broken_file_is_refused(exports, tmp_path, earteach, name, content):
+    folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
+    (folder / name).write_text(content)
+    assert earteach("verify", folder).code == 1
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("preprocess.json", lambda c: c.update(bbox_buffer=0.2)),
+        ("preprocess.json", lambda c: c.update(embedding_dim=7)),
+        ("config.json", lambda c: c["pretrained_cfg"].update(mean=[0.9, 0.5, 0.5])),
+        ("config.json", lambda c: c["pretrained_cfg"].update(crop_pct=0.5)),
+        ("config.json", lambda c: c["pretrained_cfg"].update(url="https://example.org")),
+        ("config.json", lambda c: c.update(model_args={"depths": [1000000, 1, 1, 1]})),  # would build for ever
+        ("features.json", lambda c: c["maps"][0]["variance"].__setitem__(0, 1e6)),
+        ("features.json", lambda c: c["maps"][0].update(channels=9999)),
+        ("features.json", lambda c: c.update(pictures=-3)),
+    ],
+)
+def test_what_students_read_is_checked(exports, tmp_path, earteach, name, change):
+    folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
+    edit(folder / name, change)
     said = earteach("verify", folder)
-    assert said.code == 1 and b"WRONG" in said.out and b"of another export" in said.out
-    for path, word in ((exports, "no export"), (exports / "teacher.whitening.safetensors", "not written by")):
+    wrong = [line.split()[1] for line in said.out.decode().splitlines() if line.startswith("WRONG")]
+    assert said.code == 1 and wrong == [name], said
+
+
+def test_what_is_no_export_is_said_to_be_none(exports, whitened, tmp_path, earteach):
+    missing = shutil.copytree(exports / "teacher", tmp_path / "teacher")
+    (missing / "README.md").unlink()
+    checkpoint = best_checkpoint(whitened)
+    for path, code, word in (
+        (exports, 1, "no export"),
+        (exports / "teacher.whitening.safetensors", 1, "not written by"),
+        (missing, 1, "README.md"),
+        (checkpoint, 2, "no export by its name"),
+    ):
         said = earteach("verify", path)
-        assert said.code == 1 and word in said.err, said
+        assert said.code == code and word in said.err, said
+
+
+HOSTILE = {
+    "image_size": ["1e999", "0", "-64", "100000", "[64]"],
+    "mean": ["[0.5, 0.5]", "[]", "[1e999, 0, 0]", "null"],
+    "std": ["[0, 0.5, 0.5]", "0.5"],
+    "bbox_buffer": ["NaN", "-1", "1e999"],
+    "pad": ['"false"', "1"],
+    "interpolation": ["foo", ""],
+    "embedding_dim": ["-1", "65", "x"],
+    "golden": ['{"pictures": 1e999}', '{"pictures": 100000000, "pixels": "", "embeddings": ""}', "[]", "[" * 5000],
+    "architecture": ["no_such_model", "hf-hub:timm/resnet18", "../../x"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in HOSTILE.items() for value in values])
+def test_strange_headers_are_refused_in_a_line(exports, tmp_path, earteach, name, value):
+    path = changed(exports, tmp_path, lambda tensors, header: header.update({name: value}))
+    said = earteach("verify", path)
+    assert said.code == 1 and "teacher.safetensors" in said.err and said.err.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"mean": torch.zeros(64)},
+        {"mean": torch.zeros(()), "matrix": torch.zeros(())},
+        {"mean": torch.zeros(3), "matrix": torch.zeros(3, 4)},
+        {"mean": torch.zeros(64), "matrix": torch.full((64, 64), float("nan"))},
+    ],
+)
+def test_strange_whitenings_are_refused(exports, tmp_path, earteach, tensors):
+    from ear_teacher_cli.core.weights import sha256_of
+
+    whitening = tmp_path / "teacher.whitening.safetensors"
+    save_file(tensors, tmp_path / "w.safetensors")
+    path = changed(
+        exports, tmp_path, lambda _, header: header.update(whitening_sha256=sha256_of(tmp_path / "w.safetensors"))
+    )
+    shutil.move(tmp_path / "w.safetensors", whitening)
+    said = earteach("verify", path)
+    assert said.code == 1 and "whitening" in said.err + said.out.decode(), said
 
 
 def test_another_teacher_is_told_by_its_fingerprint(exports, run, tmp_path, earteach):
     said = earteach("verify", exports / "teacher.onnx", "--against", run)
-    assert said.code == 1 and b"another teacher" in said.out
+    assert said.code == 1 and b"another teacher" in said.out and "is in order, but not the same" in said.err
 
 
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_form(exports, whitened, tmp_path):
@@ -280,7 +357,7 @@ def test_statistics_do_not_depend_on_the_batches(images):
 
 def test_the_card_says_what_was_said_and_the_figures(exports, whitened):
     card = (exports / "teacher" / "README.md").read_text()
-    assert "drawn, nobody" in card and "MIT \\| of us" in card and "train_teacher.npy, 24 ears" in card
+    assert "drawn, nobody" in card and "MIT | of us" in card and "train_teacher.npy, 24 ears" in card
     assert "| backbone | test_convnext |" in card and "| ema-decay | 0.9 |" in card
     assert "val_teacher.npy" in card and "PSNR of the reconstruction, dB" in card
 
@@ -341,6 +418,9 @@ def test_evaluate_does_not_mix_two_teachers_nor_raw_with_whitened(whitened, run,
         said = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "raw.npy")
         assert said.code == 1 and "is raw" in said.err, said
         assert earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "a.npy", "--bootstrap", 0).code == 0
+    (tmp_path / "b.json").unlink()
+    said = earteach("evaluate", tmp_path / "a.npy", labels, "--whiten", tmp_path / "b.npy", "--bootstrap", 0)
+    assert "may be of another teacher" in said.err
     said = earteach("evaluate", "--compare", tmp_path / "a.npy", tmp_path / "b.npy", labels, "--bootstrap", 0)
     assert said.code == 0, said  # two systems beside each other are no mixture
 
@@ -372,11 +452,98 @@ def test_a_failed_proof_leaves_no_folder_and_no_onnx(whitened, tmp_path, monkeyp
 
 
 def test_what_a_killed_export_left_is_swept(whitened, tmp_path):
-    left = tmp_path / ".teacher.abc.part"
+    left = tmp_path / ".teacher.abc_0123.part"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     verb.export_backbone(whitened, tmp_path / "teacher")
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_what_only_looks_like_a_leftover_stays(whitened, tmp_path):
+    for name in (".teacher.holiday.part", ".teacher.abcdefgh.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_text("mine")
+    (tmp_path / ".teacher.ijklmnop.part").write_text("mine")  # a file, not a folder
+    verb.export_backbone(whitened, tmp_path / "teacher")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(exports, whitened, tmp_path, monkeypatch, place):
+    import os
+
+    folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
+    (folder / "README.md").write_text("the earlier one")
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == place + 1:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verb.export_backbone(whitened, folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    assert (folder / "README.md").read_text() == "the earlier one"
+
+
+def test_two_forms_of_one_teacher_share_a_whitening_and_others_do_not(exports, whitened, manifests, tmp_path, earteach):
+    assert earteach("export-backbone", whitened, tmp_path / "x.safetensors").code == 0
+    assert earteach("export-backbone", whitened, tmp_path / "x.onnx").code == 0
+    other = train(
+        small_config(manifests, output_dir=str(tmp_path), max_epochs=1, whiten=True), Talk(quiet=True)
+    ).experiment
+    said = earteach("export-backbone", other, tmp_path / "x.onnx", "--overwrite")
+    assert said.code == 2 and "belongs to x.safetensors" in said.err
+    assert earteach("verify", tmp_path / "x.safetensors").code == 0
+    (tmp_path / "x.onnx").unlink()
+    assert earteach("export-backbone", other, tmp_path / "x.safetensors", "--overwrite").code == 0
+    assert earteach("verify", tmp_path / "x.safetensors").code == 0
+    assert earteach("export-backbone", whitened, tmp_path / "x.safetensors", "--overwrite", "--no-ema").code == 0
+    assert not (tmp_path / "x.whitening.safetensors").exists()  # the earlier export's
+
+
+def test_numbers_that_are_none_pass_no_proof(whitened, tmp_path, monkeypatch):
+    monkeypatch.setattr(OnnxModel, "__call__", lambda self, pixels: [np.full((len(pixels), 64), np.nan, np.float32)])
+    with pytest.raises(WeightsError, match="differ from torch's by inf"):
+        verb.export_backbone(whitened, tmp_path / "x.onnx")
+    assert golden.relative_difference(np.zeros(2), np.zeros(3)) == float("inf")
+
+
+def test_the_card_gives_no_figures_of_other_weights(whitened, tmp_path):
+    verb.export_backbone(whitened, tmp_path / "x", ema=False, half=True)
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "Not measured for these weights" in card and "float16" in card and "neither averaged nor moved back" in card
+
+
+def test_a_damaged_metrics_file_costs_the_figures_only(whitened, tmp_path):
+    copy = shutil.copytree(whitened, tmp_path / "run")
+    for content in (b"\xff\xfe", b"epoch,val/psnr\n2,abc\n1,abc\n"):
+        (copy / "metrics.csv").write_bytes(content)
+        verb.export_backbone(copy, tmp_path / "x", overwrite=True)
+        assert "not known" in (tmp_path / "x" / "README.md").read_text().lower()
+
+
+def test_pictures_that_cannot_be_read_are_said(whitened, tmp_path, earteach):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    (tmp_path / "bad.csv").write_text("image_path\nbad.jpg\n")
+    said = earteach("export-backbone", whitened, tmp_path / "x", "--val-metadata", tmp_path / "bad.csv")
+    assert said.code == 1 and "not one picture could be read" in said.err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("words", [["--consent", "yes"], ["--license", "MIT"], ["--val-metadata", "x"], ["--features"]])
+def test_options_that_would_be_idle_are_refused(whitened, tmp_path, earteach, words):
+    said = earteach("export-backbone", whitened, tmp_path / "x.safetensors", *words)
+    assert said.code == 2 and words[0] in said.err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", [".", "", "..", "/"])
+def test_a_folder_needs_a_name_of_its_own(whitened, tmp_path, monkeypatch, earteach, out):
+    monkeypatch.chdir(tmp_path)
+    assert earteach("export-backbone", whitened.resolve(), out, "--overwrite").code == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_from_elsewhere_asks_for_pictures(whitened, ears, tmp_path, monkeypatch, earteach):

@@ -127,7 +127,7 @@ def evaluate(
         files = [read_embeddings(source) for source in sources]
     for flag, fitted_on in (("--center", centre_on), ("--whiten", whiten_on)):
         for file, other in zip(files, fitted_on, strict=False):
-            _refuse_mixture(file, flag, other)
+            _refuse_mixture(file, flag, other, talk)
     left_out: dict[str, int] = {}
     rows = common_rows(files, left_out, talk)
     people, sides, root = labels_of(files, rows, labels, root_dir, talk)
@@ -256,10 +256,18 @@ def _transforms(
     return found
 
 
-def _refuse_mixture(file: Embeddings, flag: str, other: str) -> None:
+def _refuse_mixture(file: Embeddings, flag: str, other: str, talk: Talk) -> None:
     """Rows of two teachers, or raw and whitened ones, have nothing to say to each other."""
-    mark, whitened = space_of(other) if other != "none" else ("", False)
-    if not mark or not file.fingerprint or (mark, whitened) == (file.fingerprint, file.whitened):
+    if other == "none":
+        return
+    mark, whitened = space_of(other)
+    if not mark or not file.fingerprint:
+        unknown = printable(file.source if mark else other)
+        talk.warn(
+            f"{flag} {printable(other)}: the .json beside {unknown} names no weights, so they may be of another teacher"
+        )
+        return
+    if (mark, whitened) == (file.fingerprint, file.whitened):
         return
     kinds = ["raw", "whitened by its run"]
     found = (

@@ -1,12 +1,16 @@
 """`export-backbone`: the teacher's backbone alone, under timm's names, proven before it is called done."""
 
+import csv
+import hashlib
 import json
 import re
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save
@@ -15,27 +19,16 @@ from torch import nn
 from ..core import runs
 from ..core.checkpoint import Checkpoint, read_checkpoint, write_safetensors
 from ..core.embedder import Embedder, crops_of, embedder_of
-from ..core.exports import (
-    CARD,
-    CONFIG,
-    FEATURES,
-    FOLDER,
-    PREPROCESS,
-    WEIGHTS,
-    About,
-    header_of,
-    read_export,
-    whitening_beside,
-)
+from ..core.exports import CARD, FOLDER, WEIGHTS, About, header_of, read_export, sidecars, sized, whitening_beside
 from ..core.features import MapStatistics, map_model, open_local_dir, statistics
 from ..core.golden import TOLERANCE, golden_of, relative_difference
-from ..core.model_card import NOT_STATED, model_card
-from ..core.onnx_model import OnnxModel, map_names, write_onnx
-from ..core.weights import fingerprint, sha256_of
+from ..core.model_card import NOT_STATED, Stated, model_card
+from ..core.onnx_model import OnnxModel, map_names, require_onnx, write_onnx
+from ..core.weights import fingerprint
 from ..data.manifest import Manifest, read_manifest
-from ..data.pixels import normalise, pretrained_cfg_of
+from ..data.pixels import normalise
 from ..errors import EarTeachError, ManifestError, WeightsError, WordsError
-from ..files import printable, refuse_existing, whole_file, whole_folder
+from ..files import printable, refuse_existing, refuse_existing_folder, whole_file, whole_folder
 from ..talk import Talk
 
 FORMATS = (".safetensors", ".onnx")
@@ -48,6 +41,7 @@ class Export:
     were and in half precision; None in full."""
 
     path: Path
+    kind: str  # safetensors, onnx, folder
     architecture: str
     embedding_dim: int
     tensors: int
@@ -68,8 +62,8 @@ def export_backbone(
     ema: bool = True,
     val_metadata: str | None = None,
     root_dir: str | None = None,
-    consent: str = NOT_STATED,
-    license: str = NOT_STATED,
+    consent: str | None = None,
+    license: str | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
     talk: Talk | None = None,
@@ -78,79 +72,125 @@ def export_backbone(
 
     `source`: a checkpoint, or an experiment folder (its best one). `out`: x.safetensors, x.onnx (with `features`: and
     the maps), or a folder that timm opens as `local-dir:`. `half`: weights in float16. `ema`: the weights that the run
-    validated; else those it would go on learning with. `val_metadata`: what a folder's statistics of the maps are of
-    (None: what the run was validated on). Raises EarTeachError; WeightsError if the proof fails.
+    validated; else those it would go on learning with. Of a folder: `val_metadata` is what the statistics of the maps
+    are of (None: what the run was validated on); `consent` and `license` are for its model card.
+    Raises EarTeachError; WeightsError if the proof fails.
     """
     kind = _kind_of(out)
-    if kind == "folder":
-        out = Path(out)
-        if out.exists() and not out.is_dir():
-            raise WordsError(f"{printable(out)}: is a file; name a folder, a .safetensors or a .onnx")
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise WordsError(f"{printable(out)}: exists already; choose another name or pass --overwrite")
-        refuse_existing(out.parent / f"{out.name}.new", True)  # is there a place for it?
-    else:
-        out = refuse_existing(out, overwrite, inputs=(source,))
-    if features and kind == "safetensors":
-        raise WordsError("--features: a .safetensors holds no graph; timm makes the maps of a folder or a .safetensors")
-    if half and kind == "onnx":
-        raise WordsError("--half: ONNX is written in float32; leave it out, or write a .safetensors or a folder")
+    out = refuse_existing_folder(out, overwrite) if kind == "folder" else refuse_existing(out, overwrite, (source,))
+    _refuse_idle(kind, features, half, val_metadata=val_metadata, consent=consent, license=license)
+    if kind == "onnx":
+        require_onnx()
     checkpoint = read_checkpoint(runs.checkpoint_of(Path(source), best=True))
     checkpoint = checkpoint if ema else checkpoint.as_learning
     teacher = embedder_of(checkpoint)
     teacher.backbone.cpu()
-    state, rounding = checkpoint.backbone_state, None
-    if half:
-        state, rounding = _in_half(state, teacher)
-    whitening = checkpoint.content.get("whitening")
-    packed = save(whitening) if whitening else b""
-    if (
-        packed and kind != "folder" and not _is(whitening_beside(out), packed)
-    ):  # of teacher.onnx and teacher.safetensors: one
-        refuse_existing(whitening_beside(out), overwrite)
-    golden = golden_of(teacher.backbone, teacher.preprocessing)
-    about = About(teacher.architecture, teacher.embedding_dim, teacher.preprocessing, teacher.fingerprint, golden)
-    talk = talk or Talk(quiet=True)
-    made = Export(
-        out, about.architecture, about.embedding_dim, len(state), 0.0, teacher.fingerprint, None, [], rounding
+    state, rounding = _in_half(checkpoint.backbone_state, teacher) if half else (checkpoint.backbone_state, None)
+    fitted = checkpoint.content.get("whitening")
+    whitening = save(fitted) if fitted else None
+    beside = whitening_beside(out / WEIGHTS if kind == "folder" else out)
+    if kind != "folder":
+        _refuse_to_part(out, whitening, overwrite)
+    about = About(
+        architecture=teacher.architecture,
+        embedding_dim=teacher.embedding_dim,
+        preprocessing=teacher.preprocessing,
+        fingerprint=teacher.fingerprint,
+        golden=golden_of(teacher.backbone, teacher.preprocessing),
+        whitening_sha256=hashlib.sha256(whitening).hexdigest() if whitening else None,
     )
-    with ExitStack() as stack:  # left in reverse: the export takes its name first, its whitening last
-        if kind == "folder":
-            manifest = _validation_pictures(checkpoint, val_metadata, root_dir)
-            folder = stack.enter_context(whole_folder(out, FOLDER))
-            weights = folder / WEIGHTS
-            fitted = folder / whitening_beside(Path(WEIGHTS)) if whitening else None
-        else:
-            fitted = stack.enter_context(whole_file(whitening_beside(out))) if whitening else None
-            weights = stack.enter_context(whole_file(out))
-        if fitted:
-            fitted.write_bytes(packed)
-            about = replace(about, whitening_sha256=sha256_of(fitted))
-            made = replace(made, whitening=whitening_beside(out / WEIGHTS if kind == "folder" else out))
-        header = header_of(about, sha256_of(checkpoint.path))
-        if kind == "onnx":
-            strides = _maps_of(teacher).feature_info.reduction() if features else []
-            write_onnx(teacher.backbone, teacher.preprocessing, strides, header, weights)
-            return replace(made, difference=_prove_onnx(weights, teacher, about, strides), maps=strides)
-        write_safetensors(state, weights, metadata=header)
-        _sort_header(weights)
-        made = replace(made, difference=_prove(weights, teacher))
-        if kind == "folder":
-            maps = _write_beside(
-                folder, teacher, about, checkpoint, manifest, consent, license, batch_size, num_workers, talk
-            )
-            _prove_folder(folder, teacher)
-            made = replace(made, maps=[stage.stride for stage in maps])
-    return made
+    header = header_of(about, teacher.sha256)
+    maps_of_teacher = (
+        map_model(teacher.backbone, about.architecture, about.preprocessing.image_size)
+        if features or kind == "folder"
+        else None
+    )
+    strides = maps_of_teacher.feature_info.reduction() if maps_of_teacher else []
+    if kind == "onnx":
+        with _with_whitening(out, whitening), whole_file(out) as temporary:
+            write_onnx(teacher.backbone, teacher.preprocessing, strides, header, temporary)
+            difference = _prove_onnx(temporary, maps_of_teacher, about, strides)
+    elif kind == "safetensors":
+        with _with_whitening(out, whitening), whole_file(out) as temporary:
+            difference = _write_weights(temporary, state, header, teacher)
+    else:
+        manifest = _validation_pictures(checkpoint, val_metadata, root_dir)
+        maps, pictures = _measured(
+            maps_of_teacher, checkpoint, manifest, batch_size, num_workers, talk or Talk(quiet=True)
+        )
+        stated = Stated(consent or NOT_STATED, license or NOT_STATED, ema, half)
+        with whole_folder(out, FOLDER) as folder:
+            difference = _write_weights(folder / WEIGHTS, state, header, teacher)
+            if whitening:
+                (folder / beside.name).write_bytes(whitening)
+            for name, content in sidecars(about, maps, pictures).items():
+                _write_json(folder / name, content)
+            card = model_card(about, checkpoint, maps, pictures, *_figures(checkpoint), stated)
+            (folder / CARD).write_text(card, encoding="utf-8")
+            _prove_folder(folder, teacher, maps_of_teacher, about)
+    return Export(
+        path=out,
+        kind=kind,
+        architecture=about.architecture,
+        embedding_dim=about.embedding_dim,
+        tensors=len(state),
+        difference=difference,
+        fingerprint=teacher.fingerprint,
+        whitening=beside if whitening else None,
+        maps=strides,
+        rounding=rounding,
+    )
 
 
 def _kind_of(out: str | Path) -> str:
     suffix = Path(out).suffix
-    if suffix in FORMATS:
+    if suffix in FORMATS and not str(out).endswith("/"):
         return suffix.removeprefix(".")
     if not suffix or Path(out).is_dir() or str(out).endswith("/"):
         return "folder"
     raise WordsError(f"{printable(out)}: name a .safetensors, a .onnx, or a folder (end its name with /)")
+
+
+def _refuse_idle(kind: str, features: bool, half: bool, **of_folders: str | None) -> None:
+    """Raise WordsError for an option that this kind of export would not heed."""
+    if features and kind != "onnx":
+        raise WordsError("--features: is for ONNX; timm makes the maps of a folder or a .safetensors. Leave it out")
+    if half and kind == "onnx":
+        raise WordsError("--half: ONNX is written in float32; leave it out, or write a .safetensors or a folder")
+    for name, value in of_folders.items():
+        if value is not None and kind != "folder":
+            raise WordsError(f"--{name.replace('_', '-')}: is for the folder form; leave it out, or name a folder")
+
+
+def _siblings(out: Path) -> list[Path]:
+    """x.onnx of x.safetensors, and the other way: they share x.whitening.safetensors."""
+    others = (out.with_suffix(suffix) for suffix in FORMATS)
+    return [path for path in others if path != out and path.exists()]
+
+
+def _refuse_to_part(out: Path, whitening: bytes | None, overwrite: bool) -> None:
+    """Raise WordsError if writing this whitening would take a sibling's away."""
+    beside = whitening_beside(out)
+    if whitening is None or _is(beside, whitening):
+        return
+    if beside.exists() and _siblings(out):
+        name = printable(_siblings(out)[0].name)
+        raise WordsError(f"{printable(beside)}: belongs to {name}, which is of other weights; choose another name")
+    refuse_existing(beside, overwrite)
+
+
+@contextmanager
+def _with_whitening(out: Path, whitening: bytes | None) -> Iterator[None]:
+    """It takes its name after what is done within. Where there is none, that of an earlier export goes."""
+    beside = whitening_beside(out)
+    if whitening:
+        with whole_file(beside) as temporary:
+            temporary.write_bytes(whitening)
+            yield
+    else:
+        yield
+        if not _siblings(out):
+            beside.unlink(missing_ok=True)
 
 
 def _is(path: Path, content: bytes) -> bool:
@@ -185,10 +225,13 @@ def _sort_header(path: Path) -> None:
         file.write(text)
 
 
-def _prove(path: Path, teacher: Embedder) -> float:
-    """Load with nothing but timm and compare on a seeded batch: equal weights give equal numbers, so 0 is demanded."""
+def _write_weights(path: Path, state: dict[str, torch.Tensor], header: dict[str, str], teacher: Embedder) -> float:
+    """Write, then load with nothing but timm and compare on a seeded batch: equal weights give equal numbers, so 0 is
+    demanded, and returned."""
+    write_safetensors(state, path, metadata=header)
+    _sort_header(path)
     about, state = read_export(path)
-    fresh = timm.create_model(about.architecture, num_classes=0, **_sized(about.architecture, about))
+    fresh = timm.create_model(about.architecture, num_classes=0, **sized(about))
     fresh.load_state_dict(state, strict=True)
     mark = fingerprint(about.architecture, state, about.preprocessing)
     difference = _largest_difference(fresh, teacher.backbone, about)
@@ -199,37 +242,34 @@ def _prove(path: Path, teacher: Embedder) -> float:
     return difference
 
 
-def _prove_folder(folder: Path, teacher: Embedder) -> None:
+def _prove_folder(folder: Path, teacher: Embedder, maps: nn.Module, about: About) -> None:
     """Open it as users will, with timm's `local-dir:`, both ways."""
-    about = read_export(folder / WEIGHTS)[0]
     try:
-        whole, maps = open_local_dir(folder)
+        opened = open_local_dir(folder)
     except (RuntimeError, ValueError, OSError) as error:
         raise WeightsError(
             f"{printable(folder)}: timm does not open it ({printable(error)}); nothing was written"
         ) from error
-    expected = _maps_of(teacher)
-    for fresh, own in ((whole, teacher.backbone), (maps, expected)):
+    for fresh, own in zip(opened, (teacher.backbone, maps), strict=True):
         difference = _largest_difference(fresh, own, about)
         if difference != 0:
             raise WeightsError(f"{printable(folder)}: timm's numbers differ by {difference:g}; nothing was written")
 
 
-def _prove_onnx(path: Path, teacher: Embedder, about: About, strides: list[int]) -> float:
+def _prove_onnx(path: Path, maps: nn.Module | None, about: About, strides: list[int]) -> float:
     """Compare with torch on the golden batch, at two batch sizes. The largest relative difference, over all outputs."""
     model = OnnxModel(path)
     pixels = about.golden.pixels
-    images = normalise(torch.from_numpy(pixels), about.preprocessing)
-    with torch.inference_mode():
-        expected = [about.golden.embeddings, *(m.numpy() for m in (_maps_of(teacher)(images) if strides else []))]
-    difference = 0.0
-    for batch in (len(pixels), 1):
-        for found, wanted in zip(model(pixels[:batch]), expected, strict=True):
-            if found.shape != wanted[:batch].shape:
-                raise WeightsError(
-                    f"{printable(path)}: gives {found.shape}, not {wanted[:batch].shape}; nothing was written"
-                )
-            difference = max(difference, relative_difference(found, wanted[:batch]))
+    expected = [about.golden.embeddings]
+    if maps is not None:
+        with torch.inference_mode():
+            expected += [stage.numpy() for stage in maps(normalise(torch.from_numpy(pixels), about.preprocessing))]
+    differences = [
+        relative_difference(found, wanted[:batch])
+        for batch in (len(pixels), 1)
+        for found, wanted in zip(model(pixels[:batch]), expected, strict=True)
+    ]
+    difference = float(np.max(differences))
     if not difference <= TOLERANCE or model.outputs[1:] != map_names(strides):
         raise WeightsError(
             f"{printable(path)}: onnxruntime's numbers differ from torch's by {difference:g}; nothing was written"
@@ -239,22 +279,16 @@ def _prove_onnx(path: Path, teacher: Embedder, about: About, strides: list[int])
 
 def _largest_difference(fresh: nn.Module, own: nn.Module, about: About) -> float:
     """Between what two models give for a seeded batch, both in the layout that embed has: in another, sums are rounded
-    otherwise."""
+    otherwise. Infinite where shapes differ or a number is not finite."""
     layout = torch.channels_last
     size = about.preprocessing.image_size
     batch = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     with torch.inference_mode():
         found, wanted = (model.cpu().eval().to(memory_format=layout)(batch) for model in (fresh, own))
     pairs = zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]
-    return max(float((a - b).abs().max()) if a.shape == b.shape else float("inf") for a, b in pairs)
-
-
-def _sized(architecture: str, about: About) -> dict[str, int]:
-    return {"img_size": about.preprocessing.image_size} if pretrained_cfg_of(architecture).fixed_input_size else {}
-
-
-def _maps_of(teacher: Embedder) -> nn.Module:
-    return map_model(teacher.backbone, teacher.architecture, teacher.preprocessing.image_size)
+    same = [a.shape == b.shape and bool(a.isfinite().all() and b.isfinite().all()) for a, b in pairs]
+    pairs = zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]
+    return max(float((a - b).abs().max()) for a, b in pairs) if all(same) else float("inf")
 
 
 def _validation_pictures(checkpoint: Checkpoint, val_metadata: str | None, root_dir: str | None) -> Manifest:
@@ -272,71 +306,34 @@ def _validation_pictures(checkpoint: Checkpoint, val_metadata: str | None, root_
         raise ManifestError(f"{error}{where}") from error
 
 
-def _write_beside(
-    folder: Path,
-    teacher: Embedder,
-    about: About,
-    checkpoint: Checkpoint,
-    manifest: Manifest,
-    consent: str,
-    license: str,
-    batch_size: int,
-    num_workers: int,
-    talk: Talk,
-) -> list[MapStatistics]:
-    """What a folder has besides the weights."""
-    config, preprocessing = checkpoint.config, about.preprocessing
-    crops = crops_of(manifest, preprocessing, batch_size, num_workers, config.load_timeout, talk, "maps of")
+def _measured(
+    maps: nn.Module, checkpoint: Checkpoint, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk
+) -> tuple[list[MapStatistics], int]:
+    """(statistics of the maps, of how many pictures)."""
+    preprocessing, timeout = checkpoint.preprocessing, checkpoint.config.load_timeout
     count = 0
 
     def images():
         nonlocal count
-        for good, pixels, _ in crops:
+        for good, pixels, _ in crops_of(manifest, preprocessing, batch_size, num_workers, timeout, talk, "maps of"):
             if good:
                 count += len(good)
                 yield normalise(pixels, preprocessing)
 
-    maps = statistics(_maps_of(teacher), images())
-    if not count:
+    found = statistics(maps, images())
+    if not found:
         raise EarTeachError(f"{printable(manifest.source)}: not one picture could be read; check --root-dir")
-    _write_json(folder / CONFIG, timm_config(teacher, about))
-    _write_json(
-        folder / PREPROCESS,
-        {**preprocessing.as_dict(), "embedding_dim": about.embedding_dim, "fingerprint": about.fingerprint},
-    )
-    _write_json(
-        folder / FEATURES, {"pictures": count, "fingerprint": about.fingerprint, "maps": [asdict(m) for m in maps]}
-    )
-    rows = runs.read_metrics(checkpoint.path.parent.parent / runs.METRICS)
+    return found, count
+
+
+def _figures(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """Rows of metrics.csv: this checkpoint's and that of before training; none where they are not to be had."""
+    try:
+        rows = runs.read_metrics(checkpoint.path.parent.parent / runs.METRICS)
+    except (OSError, ValueError, csv.Error):
+        rows = []
     by_epoch = {row.get("epoch"): row for row in rows}
-    figures, before = by_epoch.get(str(checkpoint.epoch), {}), by_epoch.get("0", {})
-    card = model_card(about, checkpoint, maps, count, figures, before, consent=consent, license=license)
-    (folder / CARD).write_text(card, encoding="utf-8")
-    return maps
-
-
-def timm_config(teacher: Embedder, about: About) -> dict[str, Any]:
-    """What timm's `local-dir:` reads. `num_classes` 0 at both places: else it looks for a classifier."""
-    published = pretrained_cfg_of(about.architecture)
-    size = about.preprocessing.image_size
-    return {
-        "architecture": about.architecture,
-        "num_classes": 0,
-        "num_features": about.embedding_dim,
-        **({"model_args": _sized(about.architecture, about)} if published.fixed_input_size else {}),
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [3, size, size],
-            "fixed_input_size": published.fixed_input_size,
-            "mean": list(about.preprocessing.mean),
-            "std": list(about.preprocessing.std),
-            "interpolation": about.preprocessing.interpolation,
-            "crop_pct": 1.0,  # no hidden centre crop: it would cut the helix off
-            "crop_mode": "border" if about.preprocessing.pad else "squash",
-            "first_conv": published.first_conv,
-            "classifier": published.classifier,
-        },
-    }
+    return by_epoch.get(str(checkpoint.epoch), {}), by_epoch.get("0", {})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

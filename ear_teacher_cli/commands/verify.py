@@ -4,18 +4,30 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..core.embedder import load_embedder
-from ..core.exports import FEATURES, PREPROCESS, WEIGHTS, About, about_of, is_export_folder, read_export
-from ..core.features import map_model, open_local_dir
+from ..core.exports import (
+    CARD,
+    CONFIG,
+    FEATURES,
+    PREPROCESS,
+    WEIGHTS,
+    About,
+    about_of,
+    is_export_folder,
+    read_export,
+    sidecars,
+)
+from ..core.features import MapStatistics, map_model, open_local_dir
 from ..core.golden import TOLERANCE, draw, relative_difference
 from ..core.onnx_model import EMBEDDING, OnnxModel
 from ..core.weights import fingerprint
-from ..data.pixels import Preprocessing, normalise
-from ..errors import EarTeachError, ForeignWeightsError, WeightsError
+from ..data.pixels import normalise
+from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
 from ..files import brief, printable
 
 
@@ -32,6 +44,10 @@ def verify(source: str, against: str | None = None) -> list[Check]:
     What cannot be read at all raises EarTeachError; what is read and wrong is a Check that did not pass.
     """
     path = Path(source)
+    if path.is_file() and path.suffix not in (".onnx", ".safetensors"):
+        raise WordsError(
+            f"{printable(path)}: is no export by its name; verify takes a .safetensors, a .onnx or a folder"
+        )
     if path.suffix == ".onnx":
         about, checks, run = _onnx(path)
     else:
@@ -54,6 +70,11 @@ def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.
     embedder = load_embedder(str(path))  # strict, and the whitening's sha256
     embedder.backbone.cpu()
     kind = "float16" if any(tensor.dtype == torch.float16 for tensor in state.values()) else "float32"
+    if embedder.embedding_dim != about.embedding_dim:
+        raise WeightsError(
+            f"{printable(path)}: says {about.embedding_dim} numbers a picture, its weights give {embedder.embedding_dim}; "
+            "export it again"
+        )
     checks = [Check("weights", f"{len(state)} tensors ({kind}) fit timm's {about.architecture}, all of them", True)]
     mark = fingerprint(about.architecture, state, about.preprocessing)
     checks.append(_fingerprint(about.fingerprint, mark))
@@ -86,35 +107,55 @@ def _onnx(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.nda
 
 
 def _folder(folder: Path, about: About) -> list[Check]:
-    try:
-        said = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (PREPROCESS, FEATURES)}
-        preprocessing = Preprocessing.from_dict(said[PREPROCESS], printable(folder / PREPROCESS))
-        maps = [(m["name"], m["stride"], *(len(m[k]) for k in ("mean", "variance"))) for m in said[FEATURES]["maps"]]
-        marks = {said[name]["fingerprint"] for name in (PREPROCESS, FEATURES)}
-        pictures = int(said[FEATURES]["pictures"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WeightsError(
-            f"{printable(folder)}: {PREPROCESS} or {FEATURES} is not whole ({brief(error)}); export it again"
-        ) from error
-    same = preprocessing == about.preprocessing and marks == {about.fingerprint}
-    checks = [Check(f"{PREPROCESS}, {FEATURES}", "as in the weights" if same else "of another export", same)]
+    """What lies beside the weights, and whether timm opens it all. Nothing of config.json reaches timm before it is known
+    to be what export-backbone writes for these weights: a strange one could build a model of any size."""
+    said = {name: _json(folder / name) for name in (CONFIG, PREPROCESS, FEATURES)}
     embedder = load_embedder(str(folder), whiten=False)
     backbone = embedder.backbone.cpu()
     own = map_model(backbone, about.architecture, about.preprocessing.image_size)
     info = own.feature_info
-    strides = "/".join(map(str, info.reduction()))
-    wanted = [(n, s, c, c) for n, s, c in zip(info.module_name(), info.reduction(), info.channels(), strict=True)]
-    checks.append(Check("maps", f"strides {strides}, statistics over {pictures} pictures", maps == wanted))
+    described = list(zip(info.module_name(), info.reduction(), info.channels(), strict=True))
+    try:
+        pictures = said[FEATURES]["pictures"]
+        maps = [MapStatistics(**stage) for stage in said[FEATURES]["maps"]]
+        whole = isinstance(pictures, int) and pictures > 0
+        whole &= [(m.name, m.stride, m.channels) for m in maps] == described
+        whole &= all(len(m.mean) == len(m.variance) == m.channels and min(m.variance) >= 0 for m in maps)
+        wanted = sidecars(about, maps, pictures)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        whole, pictures, wanted = False, None, sidecars(about, [], 0)
+    strides = "/".join(str(stride) for _, stride, _ in described)
+    checks = []
+    for name in (CONFIG, PREPROCESS, FEATURES):
+        same = said[name] == wanted[name] and (name != FEATURES or whole)
+        found = "as these weights want it" if same else "not what was written for these weights"
+        if name == FEATURES and same:
+            found = f"strides {strides}, statistics over {pictures} pictures"
+        checks.append(Check(name, found, same))
+    card = (folder / CARD).is_file()
+    checks.append(Check(CARD, "the model card" if card else "is not there", card))
+    if not checks[0].passed:
+        return checks
     try:
         timms = open_local_dir(folder)
     except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         return [*checks, Check("timm's local-dir", f"does not open it ({brief(error)})", False)]
     images = normalise(torch.from_numpy(draw(about.preprocessing.image_size)), about.preprocessing)
     with torch.inference_mode():
-        found, expected = ([whole(images), *maps(images)] for whole, maps in (timms, (backbone, own)))
+        found, expected = ([model(images), *stages(images)] for model, stages in (timms, (backbone, own)))
     difference = max(relative_difference(a.numpy(), b.numpy()) for a, b in zip(found, expected, strict=True))
     said_by_timm = f"embedding and maps, largest difference {difference:.2g}"
     return [*checks, Check("timm's local-dir", said_by_timm, difference <= TOLERANCE)]
+
+
+def _json(path: Path) -> Any:
+    """Raises WeightsError."""
+    if not path.is_file():  # a FIFO would wait for ever
+        raise WeightsError(f"{printable(path)}: no such file; export the folder again")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{printable(path)}: is no JSON ({brief(error)}); export the folder again") from error
 
 
 def _fingerprint(said: str | None, found: str) -> Check:
@@ -140,15 +181,15 @@ def _compared(about: About, run: Callable[[np.ndarray], np.ndarray], against: st
     if about.golden is None:
         raise EarTeachError("--against: there is no golden batch to compare on; export it again")
     pixels = about.golden.pixels
+    name = f"against {printable(Path(against).name)}"
     if Path(against).suffix == ".onnx":
         model = OnnxModel(Path(against))
-        other, mark = model(pixels)[0], model.header.get("fingerprint")
+        mark = model.header.get("fingerprint")
     else:
         embedder = load_embedder(against, whiten=False)
-        other, mark = embedder(torch.from_numpy(pixels)).numpy(), embedder.fingerprint
-    own = run(pixels)
-    name = f"against {printable(Path(against).name)}"
-    if mark != about.fingerprint or own.shape != other.shape:
+        mark = embedder.fingerprint
+    if mark != about.fingerprint:
         return Check(name, f"another teacher: its fingerprint is {printable(mark)}", False)
-    difference = relative_difference(own, other)
+    other = model(pixels)[0] if Path(against).suffix == ".onnx" else embedder(torch.from_numpy(pixels)).numpy()
+    difference = relative_difference(run(pixels), other)
     return Check(name, f"computed here by both, largest difference {difference:.2g}", difference <= TOLERANCE)

@@ -15,7 +15,7 @@ from ..config import TrainConfig
 from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
 from ..data.manifest import Manifest
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
-from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
+from ..errors import ConfigError, EarTeachError, ForeignWeightsError, WeightsError, WordsError
 from ..files import printable
 from ..machine import usable_cores
 from ..talk import Talk
@@ -109,6 +109,8 @@ def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Mod
     timm's `feature_info`. Crops: `ear_teacher_cli.load_crop(path, box, preprocessing)`, uint8 3,S,S.
     Raises EarTeachError.
     """
+    if not str(path):
+        raise WordsError("load_backbone: no path was given; name an export, a checkpoint or a run")
     embedder = load_embedder(str(path), whiten=False)
     if features_only:
         return map_model(
@@ -188,7 +190,13 @@ def embedder_of(checkpoint: Checkpoint, whiten: bool = True) -> Embedder:
 def _exported(path: Path, whiten: bool) -> Embedder:
     about, state = read_export(path)
     whitening = read_whitening(path, about.whitening_sha256) if whiten and about.whitening_sha256 else None
-    module = build_backbone(about.architecture, about.preprocessing.image_size)
+    try:
+        module = build_backbone(about.architecture, about.preprocessing.image_size)
+    except ConfigError as error:
+        raise WeightsError(
+            f"{printable(path)}: says it is of {printable(about.architecture)}, which timm does not have; update timm, or "
+            "export it again"
+        ) from error
     receipt = load_state(module, about.architecture, state, printable(path), sha256_of(path))
     return _ready(module, about.architecture, about.preprocessing, receipt, whitening)
 

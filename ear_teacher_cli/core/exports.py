@@ -3,18 +3,20 @@
 Its `whitening`, where the run fitted one, lies beside: timm opens weights only if nothing but the backbone is in them.
 """
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
-from ..data.pixels import Preprocessing
+from ..data.pixels import Preprocessing, pretrained_cfg_of
 from ..errors import ForeignWeightsError, WeightsError
 from ..files import printable
 from .checkpoint import read_safetensors
+from .features import MapStatistics
 from .golden import Golden, golden_from
 from .weights import State, sha256_of
 from .whitening import Whitening
@@ -82,8 +84,46 @@ def about_of(header: dict[str, str], where: str) -> About:
             golden=golden_from(golden, preprocessing.image_size, dim, where) if golden else None,
             whitening_sha256=header.get("whitening_sha256"),
         )
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{where}: its header is not whole ({error!r}); export it again") from error
+
+
+def sidecars(about: About, maps: list[MapStatistics], pictures: int) -> dict[str, dict[str, Any]]:
+    """What a folder's .json files hold: timm's config.json, preprocess.json, features.json.
+
+    `num_classes` is 0 at both places of config.json: else timm looks for a classifier. The sha256 in features.json is of
+    the rest of it: nothing else says whether the statistics are those that were measured.
+    """
+    published, preprocessing = pretrained_cfg_of(about.architecture), about.preprocessing
+    config = {
+        "architecture": about.architecture,
+        "num_classes": 0,
+        "num_features": about.embedding_dim,
+        **({"model_args": sized(about)} if sized(about) else {}),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, preprocessing.image_size, preprocessing.image_size],
+            "fixed_input_size": published.fixed_input_size,
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": 1.0,  # no hidden centre crop: it would cut the helix off
+            "crop_mode": "border" if preprocessing.pad else "squash",
+            "first_conv": published.first_conv,
+            "classifier": published.classifier,
+        },
+    }
+    of_crops = {**preprocessing.as_dict(), "embedding_dim": about.embedding_dim, "fingerprint": about.fingerprint}
+    features = {"pictures": pictures, "fingerprint": about.fingerprint, "maps": [asdict(stage) for stage in maps]}
+    features["sha256"] = hashlib.sha256(json.dumps(features, sort_keys=True).encode()).hexdigest()
+    # as they come back from JSON, so that what is read can be compared
+    return json.loads(json.dumps({CONFIG: config, PREPROCESS: of_crops, FEATURES: features}))
+
+
+def sized(about: About) -> dict[str, int]:
+    """What timm must be told of the input's size: nothing, but of models that are built for one."""
+    fixed = pretrained_cfg_of(about.architecture).fixed_input_size
+    return {"img_size": about.preprocessing.image_size} if fixed else {}
 
 
 def read_export(path: Path) -> tuple[About, State]:
@@ -103,5 +143,10 @@ def read_whitening(export: Path, sha256: str) -> Whitening:
 
 
 def whitening_of(tensors: dict[str, torch.Tensor]) -> Whitening:
-    """From `mean` D and `matrix` D,K."""
-    return Whitening(tensors["mean"].double().numpy(), tensors["matrix"].double().numpy())
+    """From `mean` D and `matrix` D,K. Raises WeightsError."""
+    mean, matrix = tensors.get("mean"), tensors.get("matrix")
+    if mean is None or matrix is None or mean.ndim != 1 or matrix.ndim != 2 or len(mean) != len(matrix):
+        raise WeightsError("whitening: is no mean of D and matrix of D x K numbers; export it again")
+    if not (mean.isfinite().all() and matrix.isfinite().all()):
+        raise WeightsError("whitening: holds NaN or infinity; export it again")
+    return Whitening(mean.double().numpy(), matrix.double().numpy())

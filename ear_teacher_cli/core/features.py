@@ -61,7 +61,9 @@ def open_local_dir(folder: str | Path) -> tuple[nn.Module, nn.Module]:
 
 @torch.inference_mode()
 def statistics(maps: nn.Module, images: Iterable[torch.Tensor]) -> list[MapStatistics]:
-    """Mean and variance of every channel over all cells of all pictures. `images`: normalised, B,3,H,W each."""
+    """Mean and variance of every channel over all cells of all pictures; none if there are no pictures.
+
+    `images`: normalised, B,3,H,W each."""
     sums: list[torch.Tensor] = []
     counts: list[int] = []
     for batch in images:
@@ -71,6 +73,8 @@ def statistics(maps: nn.Module, images: Iterable[torch.Tensor]) -> list[MapStati
         sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
         cells = [stage.numel() // stage.shape[1] for stage in found]
         counts = [a + b for a, b in zip(counts, cells, strict=True)] if counts else cells
+    if not sums:
+        return []
     info = maps.feature_info
     result = []
     for name, stride, total, count in zip(info.module_name(), info.reduction(), sums, counts, strict=True):

@@ -33,10 +33,7 @@ class Golden:
 
     def difference(self, embeddings: np.ndarray) -> float:
         """The largest |difference| from [G, D] `embeddings`, as a share of the largest number (or of 1)."""
-        found = np.asarray(embeddings, np.float64)
-        if found.shape != self.embeddings.shape or not np.isfinite(found).all():
-            return float("inf")
-        return relative_difference(found, self.embeddings)
+        return relative_difference(embeddings, self.embeddings)
 
     def as_text(self) -> str:
         packed = {
@@ -48,7 +45,11 @@ class Golden:
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest |found - expected|, as a share of the largest |expected| (or of 1, if that is larger)."""
+    """The largest |found - expected|, as a share of the largest |expected| (or of 1, if that is larger); infinite where
+    shapes differ or a number is not finite."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return float("inf")
     return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
 
 
@@ -66,7 +67,7 @@ def golden_from(text: str, image_size: int, embedding_dim: int, where: str) -> G
             np.frombuffer(pixels, np.uint8).reshape(count, *shape).copy(),  # torch wants it writable
             np.frombuffer(embeddings, "<f4").reshape(count, embedding_dim).copy(),
         )
-    except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zlib.error) as error:
         raise WeightsError(f"{where}: its golden batch is not whole ({error!r}); export it again") from error
 
 

@@ -1,7 +1,7 @@
 """The model card of an exported folder: what it is, what it learned from and how, its figures, its limits."""
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from .. import __version__
 from ..config import TrainConfig
@@ -25,6 +25,16 @@ _FIGURES = (
 )
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What the user said. `validated`: these are the weights that the run validated; `half`: rounded to float16."""
+
+    consent: str
+    license: str
+    validated: bool
+    half: bool
+
+
 def model_card(
     about: About,
     checkpoint: Checkpoint,
@@ -32,9 +42,7 @@ def model_card(
     pictures: int,
     figures: dict[str, str],
     before: dict[str, str],
-    *,
-    consent: str,
-    license: str,
+    stated: Stated,
 ) -> str:
     """Markdown. `figures`, `before`: rows of metrics.csv for this checkpoint's epoch and for before training, or empty.
     `pictures`: how many the statistics of the maps are of."""
@@ -51,11 +59,11 @@ def model_card(
 library_name: timm
 pipeline_tag: image-feature-extraction
 license: other
-license_name: {json.dumps(_text(license))}
+license_name: {json.dumps(printable(stated.license))}
 ---
 # An ear teacher: {about.architecture}, {size} px
 
-A backbone that learned from photographs of ears without labels. Its embedding ({about.embedding_dim} numbers) tells ears apart;
+A backbone that learned from photographs of ears {_with_labels(checkpoint)}. Its embedding ({about.embedding_dim} numbers) tells ears apart;
 its feature maps (strides {strides}, channels {channels}) are for the distillation of ear detectors and landmarkers.
 
 ## Opening it
@@ -77,12 +85,12 @@ Fingerprint (weights and preprocessing): `{about.fingerprint}`
 |---|---|
 | learned from | {_name(checkpoint.config.train_metadata)}{_seen(checkpoint)} |
 | validated on | {_name(checkpoint.config.val_metadata)} |
-| labels used | {"identities" if checkpoint.config.pseudo_classes == "identity" else "none"} |
-| consent of those photographed | {_text(consent)} |
+| started from | {_start(checkpoint.config)} |
+| consent of those photographed | {_text(stated.consent)} |
 
 ## Recipe
 
-Epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, earteach {__version__}.
+Epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}{_further(checkpoint)}, earteach {__version__}.{_which(stated)}
 
 | option | value |
 |---|---|
@@ -90,7 +98,7 @@ Epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, earteach {__version_
 
 ## Figures
 
-{_table_of(figures, before)}
+{_table_of(figures, before, checkpoint, stated)}
 
 ## Limits
 
@@ -101,7 +109,7 @@ Epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}, earteach {__version_
 
 ## Licence
 
-{_text(license)}
+{printable(stated.license)}
 """
 
 
@@ -114,7 +122,32 @@ def _recipe(config: TrainConfig) -> str:
     return "\n".join(rows)
 
 
-def _table_of(figures: dict[str, str], before: dict[str, str]) -> str:
+def _with_labels(checkpoint: Checkpoint) -> str:
+    return "and who is on them" if checkpoint.config.pseudo_classes == "identity" else "without labels"
+
+
+def _start(config: TrainConfig) -> str:
+    if not config.pretrained:
+        return "random weights"
+    if config.pretrained_path != TrainConfig.pretrained_path:
+        return f"pretrained weights: {_name(config.pretrained_path)} (whose licence counts, too)"
+    return f"pretrained weights: {_name(config.pretrained_path)}, or timm's of {config.backbone} (whose licence counts, too)"
+
+
+def _further(checkpoint: Checkpoint) -> str:
+    return f", and {checkpoint.steps_done} steps" if checkpoint.steps_done else ""
+
+
+def _which(stated: Stated) -> str:
+    words = (
+        "" if stated.validated else " The weights as training left them, neither averaged nor moved back to the start."
+    )
+    return words + (" Rounded to float16." if stated.half else "")
+
+
+def _table_of(figures: dict[str, str], before: dict[str, str], checkpoint: Checkpoint, stated: Stated) -> str:
+    if not stated.validated or checkpoint.steps_done:
+        return "Not measured for these weights."
     known = [(label, before.get(name, ""), figures[name]) for name, label in _FIGURES if figures.get(name)]
     if not known:
         return "Not known here: the run's metrics.csv was not beside the checkpoint."
@@ -129,7 +162,10 @@ def _seen(checkpoint: Checkpoint) -> str:
 
 
 def _short(value: str) -> str:
-    return f"{float(value):.4g}" if value else ""
+    try:
+        return f"{float(value):.4g}" if value else ""
+    except ValueError:
+        return "not known"
 
 
 def _name(path: str) -> str:

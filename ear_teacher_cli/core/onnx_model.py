@@ -39,6 +39,12 @@ class _FromPixels(nn.Module):
         return self.backbone.forward_head(last), *stages
 
 
+def require_onnx() -> None:
+    """Raise EarTeachError unless what writes, runs and checks ONNX is installed."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        _package(name)
+
+
 def write_onnx(
     backbone: nn.Module, preprocessing: Preprocessing, strides: list[int], header: dict[str, str], path: Path
 ) -> None:
@@ -46,8 +52,8 @@ def write_onnx(
 
     Raises EarTeachError if the packages are not there, WeightsError if torch cannot export the model.
     """
+    require_onnx()
     onnx = _package("onnx")
-    _package("onnxscript")
     if strides and not hasattr(backbone, "forward_intermediates"):
         raise WeightsError("--features: timm gives this backbone's maps apart from its embedding; export a folder")
     size = sum(tensor.numel() * 4 for tensor in backbone.state_dict().values())
@@ -76,7 +82,10 @@ def write_onnx(
     for name, value in sorted(header.items()):
         entry = model.metadata_props.add()
         entry.key, entry.value = name, value
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise WeightsError(f"ONNX: torch's model is not valid ({brief(error)}); use a .safetensors") from error
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -160,14 +160,16 @@ def _checked(found: Embeddings, path: Path, where: str, about: dict[str, Any]) -
             f"{where}: has {len(found)} rows, but {printable(path.with_suffix('.json').name)} says "
             f"{printable(about['rows'])}; they are not of one embed: embed again"
         )
-    mark = str(about.get("fingerprint", ""))
-    return replace(
-        found, weights=str(about.get("weights", "")), whitened=about.get("whitened") is True, fingerprint=mark
-    )
+    mark, whitened = _space(about)
+    return replace(found, weights=str(about.get("weights", "")), whitened=whitened, fingerprint=mark)
 
 
 def space_of(source: str | Path) -> tuple[str, bool]:
     """(fingerprint or '', whether whitened) of what embed wrote, as `x.json` beside it says: only rows of one space may
     be compared."""
-    about = _about(Path(source).with_suffix(".json"))
-    return str(about.get("fingerprint", "")), about.get("whitened") is True
+    return _space(_about(Path(source).with_suffix(".json")))
+
+
+def _space(about: dict[str, Any]) -> tuple[str, bool]:
+    mark = about.get("fingerprint")
+    return mark if isinstance(mark, str) else "", about.get("whitened") is True

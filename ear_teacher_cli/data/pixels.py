@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
 from ..errors import ConfigError, WeightsError
+from ..files import printable
 
 if TYPE_CHECKING:  # validate-data cuts crops without torch
     import torch
@@ -39,17 +40,32 @@ class Preprocessing:
     @staticmethod
     def from_dict(values: dict[str, Any], where: str) -> "Preprocessing":
         try:
-            return Preprocessing(
+            found = Preprocessing(
                 image_size=int(values["image_size"]),
                 bbox_buffer=float(values["bbox_buffer"]),
-                pad=bool(values["pad"]),
+                pad=values["pad"],
                 interpolation=str(values["interpolation"]),
                 mean=tuple(map(float, values["mean"])),
                 std=tuple(map(float, values["std"])),
-                mirror=bool(values.get("mirror", False)),
+                mirror=values.get("mirror", False),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(f"{where}: its preprocessing is not whole ({error!r}); export it again") from error
+        right = {
+            "image_size": 32 <= found.image_size <= 2048,
+            "bbox_buffer": 0 <= found.bbox_buffer <= _LARGEST,
+            "pad": isinstance(found.pad, bool),
+            "interpolation": found.interpolation in INTERPOLATIONS,
+            "mean": len(found.mean) == 3 and all(abs(value) <= _LARGEST for value in found.mean),
+            "std": len(found.std) == 3 and all(0 < value <= _LARGEST for value in found.std),
+            "mirror": isinstance(found.mirror, bool),
+        }
+        if wrong := [name for name, passed in right.items() if not passed]:
+            raise WeightsError(f"{where}: {wrong[0]} {printable(values.get(wrong[0]))[:40]} cannot be; export it again")
+        return found
+
+
+_LARGEST = 1000  # more than any sensible number here
 
 
 def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bool) -> Preprocessing:

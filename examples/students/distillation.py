@@ -57,7 +57,8 @@ class Teacher:
                 if untrained and start == 0:
                     statistics = [(stage.mean((0, 2, 3)), stage.std((0, 2, 3))) for stage in stages]
                 for kept, stage, (centre, spread) in zip(found, stages, statistics, strict=True):
-                    kept.append(((stage - centre[:, None, None]) / spread[:, None, None].clamp_min(1e-6)).half())
+                    least = 0.01 * spread.median()  # a channel that never varied there may do so here
+                    kept.append(((stage - centre[:, None, None]) / spread.clamp_min(least)[:, None, None]).half())
         self.maps = [torch.cat(kept) for kept in found]
 
 
