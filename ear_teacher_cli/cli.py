@@ -120,7 +120,7 @@ def earteach(
 ) -> None:
     """Learn ear features from unlabelled photographs, and hand them on.
 
-    validate-data -> train (resume) -> collage -> export-backbone -> embed -> evaluate
+    validate-data -> train (resume) -> collage -> export-backbone (verify) -> embed -> evaluate
     """
 
 

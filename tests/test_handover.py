@@ -1,14 +1,17 @@
 """What a student's trainer gets: folders and ONNX that open without this package, and a proof that travels with them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ear_teacher_cli import load_backbone, load_crop, normalise
@@ -590,3 +593,20 @@ def test_maps_of_other_models_are_timms(name):
         _, expected = backbone.forward_intermediates(images)
     assert all(torch.equal(a, b) for a, b in zip(stages, expected, strict=True))
     assert len(stages) == len(maps.feature_info.reduction())
+
+
+def test_the_readmes_lines_work_as_written(exports, ears, tmp_path):
+    manifest = read_manifest(ears / "eval.csv")
+    with Image.open(manifest.file(0)) as photo:
+        photo.save(tmp_path / "photo.jpg")
+        photo.crop((40, 30, 180, 260)).save(tmp_path / "crop.jpg")
+    shutil.copytree(exports / "teacher", tmp_path / "x")
+    for suffix in (".safetensors", ".whitening.safetensors"):
+        shutil.copy(exports / f"teacher{suffix}", tmp_path / f"x{suffix}")
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text[text.index("With nothing but timm") :], re.DOTALL)[:2]
+    assert "import timm" in blocks[0] and "load_backbone" in blocks[1]
+    for head, block in ((NO_PACKAGE, blocks[0]), ("", blocks[1])):
+        code = head + block.replace("convnext_tiny", "test_convnext") + "assert embedding.shape == (1, 64)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
