@@ -61,7 +61,7 @@ def _cells(count: int, stride: int) -> torch.Tensor:
 
 def main() -> int:
     return compare(
-        __doc__, STRIDES, load=photos, fresh=fresh, learn=learn, predict=predict, steps=400, what="photos", unit="AP %",
+        __doc__, STRIDES, load=photos, fresh=fresh, loss=loss, predict=predict, steps=400, what="photos", unit="AP %",
         score=lambda predicted, test: 100 * average_precision(predicted, test[1]), draw=draw,
     )  # fmt: skip
 
@@ -83,25 +83,12 @@ def fresh(seed: int) -> Detector:
     return Detector().to(memory_format=torch.channels_last)
 
 
-def learn(student: Detector, train, count: int, steps: int, batch: int, seed: int) -> Detector:
-    """From the first `count` of the training photos in the seed's order."""
-    random = torch.Generator().manual_seed(seed)
-    labelled = torch.randperm(len(train[0]), generator=random)[:count]
-    optimiser = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    student.train()
-    for _ in range(steps):
-        chosen = labelled[torch.randint(len(labelled), (batch,), generator=random)]
-        images, boxes = varied(as_input(train[0][chosen]), train[1][chosen], random)
-        logits, reached = student(images)
-        near = positives(student.cells, boxes)  # B,K
-        loss = sigmoid_focal_loss(logits, near.float(), reduction="sum") / near.sum()
-        loss = loss + generalized_box_iou_loss(reached[near], boxes[:, None].expand_as(reached)[near], reduction="mean")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return student
+def loss(student: Detector, pixels: torch.Tensor, boxes: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    images, boxes = varied(as_input(pixels), boxes, random)
+    logits, reached = student(images)
+    near = positives(student.cells, boxes)  # B,K
+    found = sigmoid_focal_loss(logits, near.float(), reduction="sum") / near.sum()
+    return found + generalized_box_iou_loss(reached[near], boxes[:, None].expand_as(reached)[near], reduction="mean")
 
 
 def positives(cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

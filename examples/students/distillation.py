@@ -88,6 +88,35 @@ def distil(
         schedule.step()
 
 
+def learn(
+    student: nn.Module,
+    train: tuple[torch.Tensor, torch.Tensor],
+    count: int,
+    loss: Callable[..., torch.Tensor],
+    steps: int,
+    batch: int,
+    seed: int,
+    rate: float = 2e-3,
+) -> nn.Module:
+    """From the labels of the first `count` training pictures in the seed's order.
+
+    loss(student, pixels, labels, random) varies the pictures, asks the student and compares.
+    """
+    random = torch.Generator().manual_seed(seed)
+    labelled = torch.randperm(len(train[0]), generator=random)[:count]
+    optimiser = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    student.train()
+    for _ in range(steps):
+        chosen = labelled[torch.randint(len(labelled), (batch,), generator=random)]
+        error = loss(student, train[0][chosen], train[1][chosen], random)
+        optimiser.zero_grad()
+        error.backward()
+        optimiser.step()
+        schedule.step()
+    return student
+
+
 def as_input(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 B,3,S,S -> float32 in [-1, 1], the students' input."""
     return (pixels / 127.5 - 1).to(memory_format=torch.channels_last)
@@ -157,7 +186,7 @@ def compare(
     *,
     load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]],
     fresh: Callable[[int], nn.Module],
-    learn: Callable[..., nn.Module],
+    loss: Callable[..., torch.Tensor],
     predict: Callable[[nn.Module, torch.Tensor], Any],
     score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float],
     draw: Callable[..., None],
@@ -168,9 +197,8 @@ def compare(
     """The command line of a student's script: for every seed the student without a teacher, with an untrained twin of
     it, and with it, each from few and from many labels. Prints the table. `words`: the script's own docstring.
 
-    load(rows) -> pictures and labels; fresh(seed) -> a student; learn(student, train, count, steps, batch, seed) -> the
-    same, taught; predict(student, pictures) -> anything that score(predicted, test) and draw(test, {kind: predicted},
-    count, path) understand.
+    load(rows) -> pictures and labels; fresh(seed) -> a student; loss as `learn` wants it; predict(student, pictures) ->
+    anything that score(predicted, test) and draw(test, {kind: predicted}, count, path) understand.
     """
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -202,7 +230,7 @@ def compare(
             if kind in teachers:
                 distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
             for count in options.labelled:
-                learner = learn(copy.deepcopy(student), train, count, options.steps, options.batch, seed)
+                learner = learn(copy.deepcopy(student), train, count, loss, options.steps, options.batch, seed)
                 shown[count, kind] = predict(learner, test[0])
                 found.setdefault((count, kind), []).append(score(shown[count, kind], test))
                 print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.2f}", file=sys.stderr)

@@ -54,7 +54,7 @@ class Landmarker(nn.Module):
 
 def main() -> int:
     return compare(
-        __doc__, STRIDES, load=crops, fresh=fresh, learn=learn, predict=predict, steps=200, what="ears", unit="NME %",
+        __doc__, STRIDES, load=crops, fresh=fresh, loss=loss, predict=predict, steps=200, what="ears", unit="NME %",
         score=lambda predicted, test: 100 * nme(predicted, test[1]), draw=draw,
     )  # fmt: skip
 
@@ -79,22 +79,9 @@ def fresh(seed: int) -> Landmarker:
     return Landmarker().to(memory_format=torch.channels_last)
 
 
-def learn(student: Landmarker, train, count: int, steps: int, batch: int, seed: int) -> Landmarker:
-    """From the first `count` of the training ears in the seed's order."""
-    random = torch.Generator().manual_seed(seed)
-    labelled = torch.randperm(len(train[0]), generator=random)[:count]
-    optimiser = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    student.train()
-    for _ in range(steps):
-        chosen = labelled[torch.randint(len(labelled), (batch,), generator=random)]
-        images, points = varied(as_input(train[0][chosen]), train[1][chosen], random)
-        loss = F.smooth_l1_loss(student(images), points, beta=0.01)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return student
+def loss(student: Landmarker, pixels: torch.Tensor, points: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    images, points = varied(as_input(pixels), points, random)
+    return F.smooth_l1_loss(student(images), points, beta=0.01)
 
 
 def varied(images: torch.Tensor, points: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
