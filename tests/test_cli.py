@@ -14,7 +14,7 @@ from ear_teacher_cli.cli import _train
 from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
 from ear_teacher_cli.errors import ConfigError
 
-COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "embed", "evaluate"]
+COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "verify", "embed", "evaluate"]
 # As the seed prints it in "Custom Configuration", with its underscores.
 SEED_COMMAND = """--batch_size 64 --learning_rate 1e-3 --max_epochs 200 --reconstruction_weight 1.0 --metric_weight 0.1
     --metric_loss arcface --num_pseudo_classes 512 --arcface_margin 0.5 --precision bf16-mixed --devices 1
