@@ -419,9 +419,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(manifests, run, ears, tmp_p
 def test_rubbish_of_a_killed_run_goes_with_the_next(run, tmp_path, earteach, ears):
     copy = shutil.copytree(run, tmp_path / "copy")
     rubbish = [
-        copy / "checkpoints" / ".last.ckpt.abc.part",
-        copy / ".metrics.csv.abc.part",
-        tmp_path / ".x.png.abc.part",
+        copy / "checkpoints" / ".last.ckpt.abc_0123.part",
+        copy / ".metrics.csv.abc_0123.part",
+        tmp_path / ".x.png.abc_0123.part",
     ]
     for path in rubbish:
         path.write_bytes(b"half")
