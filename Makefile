@@ -1,7 +1,7 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.   make test: lint and tests.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
 # make bench: how fast everything is, beside the alternatives and the limits, half an hour.
-# make students: a teacher from drawn ears, and two small models with and without it, half an hour.
+# make students: a teacher from drawn ears, and two small models with and without it, up to an hour.
 # All make .venv when it is not there, with the versions of .ci/constraints.txt; uv is used where pip can fetch it.
 
 VENV := .venv
