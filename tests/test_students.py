@@ -18,8 +18,8 @@ STUDENTS = ROOT / "examples" / "students"
 sys.path.insert(0, str(STUDENTS))
 
 import detector  # noqa: E402  (from the folder above)
-import distillation  # noqa: E402
-import landmarker  # noqa: E402
+import distillation  # noqa: E402  (the same)
+import landmarker  # noqa: E402  (the same)
 
 
 def test_students_need_nothing_but_public_packages():
