@@ -42,6 +42,7 @@ elif [ -n "$start" ]; then
 else
     run earteach train "${teacher[@]}" --backbone "$backbone" --max-epochs "$epochs" 2> >(tee train.log >&2) || {
         code=$?
+        wait $! || true # for tee
         grep -q "timm's hub gave none" train.log || exit "$code"
         step "NO PRETRAINED WEIGHTS: the teacher starts from random ones, and will be of little use (START=weights.safetensors)."
         run earteach train "${teacher[@]}" "${random[@]}" --max-epochs "$((4 * epochs))"
