@@ -285,10 +285,9 @@ def _largest_difference(fresh: nn.Module, own: nn.Module, about: About) -> float
     batch = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     with torch.inference_mode():
         found, wanted = (model.cpu().eval().to(memory_format=layout)(batch) for model in (fresh, own))
-    pairs = zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]
-    same = [a.shape == b.shape and bool(a.isfinite().all() and b.isfinite().all()) for a, b in pairs]
-    pairs = zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]
-    return max(float((a - b).abs().max()) for a, b in pairs) if all(same) else float("inf")
+    pairs = list(zip(found, wanted, strict=True)) if isinstance(found, list) else [(found, wanted)]
+    sound = all(a.shape == b.shape and a.isfinite().all() and b.isfinite().all() for a, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) if sound else float("inf")
 
 
 def _validation_pictures(checkpoint: Checkpoint, val_metadata: str | None, root_dir: str | None) -> Manifest:
