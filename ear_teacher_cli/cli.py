@@ -9,22 +9,22 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
 from . import __version__
-from .config import CACHES, PRESETS, TrainConfig, read_toml
+from .config import CACHES, ENVIRONMENT, PRESETS, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
 from .files import printable
 from .machine import complaint, is_first_process
-from .talk import Talk
+from .talk import Talk, clock
 
 app = typer.Typer(
     name="earteach",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     rich_markup_mode="markdown",
@@ -35,17 +35,51 @@ app = typer.Typer(
     },
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+
+def _from_choices(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """What the shell completes an option's value to."""
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.", envvar="EARTEACH_QUIET")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 RootDir = Annotated[
-    str | None, typer.Option(help="Folder the manifest's paths start from, and must not leave.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Folder the manifest's paths start from, and must not leave.",
+        show_default=False,
+        envvar="EARTEACH_ROOT_DIR",
+    ),
 ]
 Backbone = Annotated[str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)]
 ImageSize = Annotated[
     int | None,
     typer.Option(help="Input side for weights that do not carry their own. Default: 224.", min=32, show_default=False),
 ]
-Workers = Annotated[int, typer.Option(help="Processes that decode pictures; at most one per CPU core is used.", min=0)]
+Workers = Annotated[
+    int,
+    typer.Option(
+        help="Processes that decode pictures; at most one per CPU core is used.", min=0, envvar="EARTEACH_NUM_WORKERS"
+    ),
+]
+# Beside config.ENVIRONMENT, the variables that other commands know.
+_OTHER_VARIABLES = ("quiet", "weights", "consent", "license")
+_GUIDE = """\
+The life of a teacher, from photographs to numbers (RUN: what train wrote):
+
+  earteach validate-data train.npy val.npy          look at pictures and boxes
+  earteach train                                    learn, without labels
+  earteach resume RUN                               after Ctrl-C or a crash: go on
+  earteach report RUN                               how it went, on one page
+  earteach collage RUN -o collage.png               what it remembers of an ear
+  earteach export-backbone RUN teacher.safetensors  hand it on (and verify it)
+  earteach embed photos/ out.npy --weights RUN      a row of numbers a picture
+  earteach evaluate out.npy labels.csv              who is who, with intervals
+
+COMMAND --help: options and an example. --install-completion: Tab in your shell.
+"""
 
 
 def main() -> None:
@@ -72,7 +106,9 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
     try:
-        app(prog_name="earteach")
+        sys.exit(app(prog_name="earteach", standalone_mode=False))
+    except _UsageError as error:
+        fail(_about_words(error), 2)
     except EarTeachError as error:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
@@ -80,7 +116,7 @@ def main() -> None:
         if is_first_process() or not error.on_all_ranks:
             fail(message, error.exit_code)
         sys.exit(error.exit_code)
-    except SystemExit as end:  # Typer turns every KeyboardInterrupt into 130
+    except SystemExit as end:  # of Typer too, which turns every KeyboardInterrupt into 130
         sys.exit(128 + told[0] if told else end.code)
     except KeyboardInterrupt:
         sys.exit(128 + told[0] if told else 130)
@@ -106,22 +142,54 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
+# Typer exports one of the complaints that it has about words; this is what they all are.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _about_words(error: Any) -> str:
+    """`train: no such option --lerning-rate; did you mean --learning-rate? See earteach train --help`."""
+    path = error.ctx.command_path if error.ctx else "earteach"
+    where = path.removeprefix("earteach").strip()
+    found = error.format_message().strip().removesuffix(".")
+    if possible := getattr(error, "possibilities", None):
+        found = f"no such option {error.option_name}; {nearest(error.option_name, possible)}".rstrip("; ")
+    found = found[0].lower() + found[1:]
+    return f"{where + ': ' if where else ''}{found}{' See' if found.endswith('?') else '; see'} `{path} --help`"
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"earteach {__version__}")
         raise typer.Exit()
 
 
-@app.callback(epilog="Example: `earteach train --metric-loss arcface`")
+@app.callback(epilog="Example: `earteach train --metric-loss arcface`", invoke_without_command=True)
 def earteach(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Learn ear features from unlabelled photographs, and hand them on.
 
-    validate-data -> train (resume) -> collage -> export-backbone (verify) -> embed -> evaluate
+    validate-data -> train (resume) -> report, collage -> export-backbone (verify) -> embed -> evaluate
     """
+    if is_first_process():
+        _warn_of_strange_variables()
+    if context.invoked_subcommand is None:
+        typer.echo(_GUIDE, nl=False)
+
+
+def _warn_of_strange_variables() -> None:
+    known = [name.upper() for name in (*ENVIRONMENT, *_OTHER_VARIABLES)]
+    for name in sorted(os.environ):
+        short = name.removeprefix("EARTEACH_")
+        if short != name and short not in known:
+            hint = (
+                nearest(short, known).replace("mean ", "mean EARTEACH_")
+                or "`earteach --help` and the commands' help have those that there are"
+            )
+            Talk().warn(f"{name}: earteach knows no such variable of the environment; {hint.strip()}")
 
 
 @app.command("validate-data", epilog="Example: `earteach validate-data train.npy val.npy --contact-sheet worst.png`")
@@ -184,6 +252,8 @@ def _train_signature() -> inspect.Signature:
             show_default=spec.default is not None,
             rich_help_panel=spec.metadata["panel"],
             metavar="|".join(choices) if choices else None,
+            autocompletion=_from_choices(choices) if choices else None,
+            envvar=f"EARTEACH_{spec.name.upper()}" if spec.name in ENVIRONMENT else None,
         )
         parameters.append(
             inspect.Parameter(
@@ -211,7 +281,14 @@ def _describe_presets() -> str:
 def _train(
     context: typer.Context,
     preset: Annotated[
-        str, typer.Option("--preset", metavar="|".join(PRESETS), help=_describe_presets(), show_default=True)
+        str,
+        typer.Option(
+            "--preset",
+            metavar="|".join(PRESETS),
+            help=_describe_presets(),
+            show_default=True,
+            autocompletion=_from_choices(PRESETS),
+        ),
     ] = "recommended",
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="TOML file of these options; flags win over it.")
@@ -236,9 +313,19 @@ def _train(
     """
     recipe = preset_options(preset)
     from_file = read_toml(config) if config else {}
-    typed = {name: value for name, value in options.items() if context.get_parameter_source(name).name != "DEFAULT"}
-    resolved = TrainConfig(**recipe | from_file | typed)
+    from_environment, typed = (
+        {name: value for name, value in options.items() if context.get_parameter_source(name).name == source}
+        for source in ("ENVIRONMENT", "COMMANDLINE")
+    )
+    try:
+        resolved = TrainConfig(**recipe | from_environment | from_file | typed)
+    except ConfigError as error:
+        if error.field in from_environment.keys() - from_file.keys() - typed.keys():
+            raise WordsError(f"EARTEACH_{error.field.upper()}: {error}") from error
+        raise
     talk = Talk(quiet or not is_first_process())
+    if from_environment:
+        talk.say(f"from the environment: {', '.join(f'EARTEACH_{name.upper()}' for name in from_environment)}")
     from .commands import train as verb
 
     if dry_run:
@@ -275,7 +362,13 @@ def resume(
         int | None, typer.Option(help="Seconds that loading a batch may take instead.", min=0, show_default=False)
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help=f"Keep crops here instead: {', '.join(CACHES)}.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="|".join(CACHES),
+            help="Keep crops here instead.",
+            show_default=False,
+            autocompletion=_from_choices(CACHES),
+        ),
     ] = None,
     cache_limit: Annotated[
         float | None, typer.Option(help="GB that the kept crops may take instead.", min=0, show_default=False)
@@ -288,6 +381,32 @@ def resume(
     talk = Talk(quiet or not is_first_process())
     changes = {name: value for name, value in locals().items() if name in verb.RESUMABLE}
     _finish(verb.resume(run, talk, **changes), talk)
+
+
+@app.command("report", epilog="Example: `earteach report ear_teacher/outputs/ear_teacher`")
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An experiment folder.")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE.html", help="Default: report.html in the folder.", show_default=False
+        ),
+    ] = None,
+    images: Annotated[
+        bool,
+        typer.Option("--images/--no-images", help="Pictures of ears, and who is on them, where the run keeps any."),
+    ] = True,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put a run on one page: curves, collages, health, neighbours, the comparison with its untouched start.
+
+    The page holds all it shows and asks for nothing. `train` writes it at the end, too.
+    """
+    from .commands import report as verb
+
+    talk = Talk(quiet)
+    talk.say(f"{printable(verb.report(run, talk, out, images, overwrite))}: written")
 
 
 @app.command("collage", epilog="Example: `earteach collage ear_teacher/outputs/ear_teacher -o collage.png`")
@@ -350,10 +469,17 @@ def export_backbone(
     root_dir: RootDir = None,
     consent: Annotated[
         str | None,
-        typer.Option(help="Folder: what the model card says of the consent of those photographed.", show_default=False),
+        typer.Option(
+            help="Folder: what the model card says of the consent of those photographed.",
+            show_default=False,
+            envvar="EARTEACH_CONSENT",
+        ),
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="Folder: what the model card says of the licence.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Folder: what the model card says of the licence.", show_default=False, envvar="EARTEACH_LICENSE"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Folder: pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
@@ -436,7 +562,13 @@ def embed(
     backbone: Backbone = None,
     image_size: ImageSize = None,
     format: Annotated[
-        str | None, typer.Option(metavar="npy|npz|csv", help="Format on stdout. Default: npy.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="npy|npz|csv",
+            help="Format on stdout. Default: npy.",
+            show_default=False,
+            autocompletion=_from_choices(("npy", "npz", "csv")),
+        ),
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Rows at unit length.")] = True,
     whiten: Annotated[
@@ -446,7 +578,8 @@ def embed(
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
     load_timeout: Annotated[
-        int, typer.Option(help="Seconds that loading a batch may take; 0: for ever.", min=0)
+        int,
+        typer.Option(help="Seconds that loading a batch may take; 0: for ever.", min=0, envvar="EARTEACH_LOAD_TIMEOUT"),
     ] = TrainConfig.load_timeout,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an interrupted or killed embed left, to the same bytes.")
@@ -625,8 +758,18 @@ def _finish(outcome: Any, talk: Talk) -> None:
             f"interrupted{', saved within the epoch' if outcome.saved else ''}: go on with `earteach resume {folder}`"
         )
         raise typer.Exit(outcome.interrupted)
-    talk.say(f"{folder}: {outcome.epochs} epochs; best checkpoint {printable(outcome.best)}")
-    talk.say(f"next: earteach collage {folder} -o collage.png; earteach export-backbone {folder} teacher.safetensors")
+    best = printable(outcome.best.name) if outcome.best else "none"
+    took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
+    talk.facts(
+        [
+            ("done", f"{outcome.epochs} epochs{took}: {folder}/"),
+            ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
+            *([("report", printable(outcome.report))] if outcome.report else []),
+            ("next", f"earteach collage {folder} -o collage.png"),
+            ("", f"earteach export-backbone {folder} teacher.safetensors"),
+            ("", f"tensorboard --logdir {folder} --samples_per_plugin images=1000"),
+        ]
+    )
 
 
 def _print_report(report: Any, meanings: dict[str, str]) -> None:

@@ -5,14 +5,17 @@ checkpoint and out again under `weights_only=True`. cli.py builds the options of
 these fields; the Python API (`EarDataModule`, `EarTeacherLightningModule`) takes them as keywords.
 """
 
+import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from json import dumps
 from math import isfinite
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from .errors import ConfigError, EarTeachError
+from .errors import ConfigError, EarTeachError, WordsError
 
 METRIC_LOSSES = ("arcface", "cosface", "none")
 PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
@@ -31,6 +34,7 @@ MONITORS = {
     "val/eer": "min",
 }
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 # Margins of the papers: ArcFace (Deng et al. 2019, sec. 3.1) 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
 DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
 # (scale, margin): `paper` the seed's scale and the loss's own margin, for classes that are right; `gentle` those of
@@ -59,6 +63,24 @@ _SEED = {
     "whiten": False,
     "monitor": "val/loss",
 }
+
+
+# Options with a default in the environment, EARTEACH_NAME: those of a machine or a house, and none of the recipe.
+ENVIRONMENT = (
+    "root_dir",
+    "num_workers",
+    "load_timeout",
+    "cache",
+    "cache_limit",
+    "pretrained_path",
+    "images",
+    "report",
+    "logger",
+    "precision",
+    "accelerator",
+    "devices",
+    "output_dir",
+)
 
 
 def option(default, panel: str, help: str, **checks) -> Any:
@@ -133,6 +155,9 @@ class TrainConfig:
     strategy: str = option("auto", "Machine", "How several devices share the work; auto: ddp (Lightning's DistributedDataParallel) where there are several.", choices=STRATEGIES)
     compile: bool = option(False, "Machine", "Compile backbone and decoder (torch.compile): a minute or two at the start, then faster steps on some machines. Try it with --dry-run.")
 
+    logger: str = option("tensorboard", "Output", "Who is told the figures beside metrics.csv: TensorBoard's events, always; wandb or mlflow (Lightning's loggers, when installed) as well. Pictures go to TensorBoard alone.", choices=LOGGERS)
+    projector: bool = option(False, "Output", "At the end, put validation embeddings, with thumbnails unless --no-images, into TensorBoard's projector.")
+    report: bool = option(True, "Output", "At the end, write report.html (earteach report).")
     output_dir: str = option("ear_teacher/outputs/", "Output", "Where experiments are kept.")
     experiment_name: str = option("ear_teacher", "Output", "Folder of this experiment inside --output-dir.")
     # fmt: on
@@ -141,9 +166,7 @@ class TrainConfig:
         for name, kind in get_type_hints(TrainConfig).items():
             object.__setattr__(self, name, _plain(name, getattr(self, name), kind))
         for spec in fields(self):
-            value = getattr(self, spec.name)
-            if value is not None:
-                _check(spec.name, value, spec.metadata)
+            _check(spec.name, getattr(self, spec.name), spec.metadata)
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
             raise ConfigError(
                 "experiment_name",
@@ -263,21 +286,45 @@ def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Options from a TOML file, with hyphens or underscores. Raises EarTeachError naming file and key."""
+    """Options from a TOML file, with hyphens or underscores. Raises EarTeachError naming file, line and key."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values = tomllib.loads(text)
     except FileNotFoundError as error:
         raise EarTeachError(f"{path}: no such file; give --config a TOML file of options") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line") from error
-    twice = sorted(name for name in values if "-" in name and name.replace("-", "_") in values)
-    if twice:
-        raise EarTeachError(f"{path}: {twice[0]!r} is given twice, with hyphens and with underscores; keep one")
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
-    if unknown:
-        raise EarTeachError(f"{path}: unknown option {unknown[0]!r}; `earteach train --help` lists the names")
-    return values
+    specs = {spec.name: spec for spec in fields(TrainConfig)}
+    kinds = get_type_hints(TrainConfig)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name, where = key.replace("-", "_"), f"{path}{_line_of(key, text)}"
+        if name not in specs:
+            raise EarTeachError(
+                f"{where}: unknown option {key!r}; {nearest(name, specs)}`earteach train --help` lists the names"
+            )
+        if name in found:
+            raise EarTeachError(f"{where}: {key!r} is given twice, with hyphens and with underscores; keep one")
+        try:
+            found[name] = _plain(name, value, kinds[name])
+            _check(name, found[name], specs[name].metadata)
+        except ConfigError as error:
+            raise WordsError(f"{where}: {error}") from error
+    return found
+
+
+def _line_of(key: str, text: str) -> str:
+    """Where a key, or the table of that name, stands in a TOML file: ` line 3`; nothing if it is written strangely."""
+    written = re.compile(rf"""\s*\[*\s*["']?{re.escape(key)}["']?\s*[=.\]]""")
+    lines = (number for number, line in enumerate(text.splitlines(), 1) if written.match(line))
+    number = next(lines, None)
+    return "" if number is None else f" line {number}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`did you mean learning_rate? ` for lerning_rate; nothing if no name is like it."""
+    like = get_close_matches(name, names, 1)
+    return f"did you mean {like[0]}? " if like else ""
 
 
 def _plain(name: str, value: Any, kind: Any) -> Any:
@@ -286,6 +333,8 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
     if value is None and type(None) in allowed:
         return None
     target = next(t for t in allowed if t is not type(None))
+    if isinstance(value, dict | list | tuple):
+        raise ConfigError(name, f"holds several values, not {_WORD[target]}", f"give {_WORD[target]}")
     if target is bool or isinstance(value, bool):
         if target is not bool or not isinstance(value, bool):
             raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}")
@@ -303,6 +352,8 @@ _WORD = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 
 
 def _check(name: str, value: Any, checks: Any) -> None:
+    if value is None:
+        return
     if isinstance(value, float) and not isfinite(value):
         raise ConfigError(name, f"{value} is not a finite number", "give a finite one")
     if "choices" in checks and value not in checks["choices"]:

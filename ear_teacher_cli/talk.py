@@ -1,11 +1,13 @@
-"""Talk to the person on stderr: sentences, and progress with rate and time left.
+"""Talk to the person on stderr: sentences, tables, and progress with rate and time left.
 
-In a terminal a rich bar; elsewhere plain lines, the first after a second, then every ten. stdout is for data.
+In a terminal aligned columns and a rich bar; elsewhere plain lines, of progress the first after a second, then every
+ten. stdout is for data.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
@@ -16,6 +18,18 @@ from .files import printable
 
 FIRST_LINE_S = 1.0
 NEXT_LINE_S = 10.0
+FACT_WIDTH = 10  # of the names of facts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a row of a table. `rank`: cells of a high rank are the first to go where the terminal is narrow."""
+
+    head: str
+    text: str
+    width: int = 0  # of the widest text to come
+    rank: int = 0
+    style: str = ""
 
 
 class Talk:
@@ -25,6 +39,7 @@ class Talk:
         self.quiet = quiet
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
+        self._heads = ""  # of the table under way
 
     def __deepcopy__(self, memo: dict) -> "Talk":
         return self  # copies of a module (its moving average) speak through the same terminal
@@ -35,12 +50,44 @@ class Talk:
 
     def warn(self, text: str) -> None:
         """Said even when quiet: the user must know."""
-        self._print(f"warning: {text}")
+        self._print(f"warning: {text}", "yellow")
+
+    @property
+    def in_terminal(self) -> bool:
+        return self.console.is_terminal and not self.quiet
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """A short table of names and what they are; elsewhere than in a terminal `name: what it is`."""
+        for name, text in facts if not self.quiet else ():
+            if not self.in_terminal:
+                self._print(f"{name}: {text}" if name else f"    {text}")
+                continue
+            lines = Text(printable(text)).wrap(self.console, max(30, self.console.width - FACT_WIDTH - 2))
+            for number, line in enumerate(lines):
+                head = Text((name if number == 0 else "").ljust(FACT_WIDTH + 2), style="bold")
+                self._live.print(head + Text(line.plain.rstrip()))
+
+    def row(self, cells: Sequence[Cell], sentence: str) -> None:
+        """A row of a table in a terminal, as many of its cells as fit, beneath their heads; elsewhere the sentence."""
+        if self.quiet:
+            return
+        if not self.console.is_terminal:
+            self._print(sentence)
+            return
+        kept = sorted(cells, key=lambda cell: cell.rank)
+        while len(kept) > 1 and sum(_width(cell) + 2 for cell in kept) - 2 > self.console.width:
+            kept.pop()
+        kept = [cell for cell in cells if cell in kept]
+        heads = "  ".join(cell.head.rjust(_width(cell)) for cell in kept)
+        if heads != self._heads:
+            self._live.print(Text(heads, style="bold"))
+            self._heads = heads
+        self._live.print(Text("  ").join(Text(cell.text.rjust(_width(cell)), style=cell.style) for cell in kept))
 
     @contextmanager
     def progress(self, doing: str, total: int | None, unit: str) -> Iterator["Steps"]:
         """`with talk.progress('embedding', 5400, 'pictures') as steps: steps.advance(32)`."""
-        if self.quiet or not self.console.is_terminal:
+        if not self.in_terminal:
             steps = _PlainSteps(self, doing, total, unit)
             yield steps
             steps.end()
@@ -64,8 +111,26 @@ class Talk:
             finally:
                 self._bar = None
 
-    def _print(self, text: str) -> None:
-        (self._bar.console if self._bar else self.console).print(printable(text), markup=False)
+    @property
+    def _live(self) -> Console:
+        return self._bar.console if self._bar else self.console
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._live.print(Text(printable(text), style=style))
+
+
+def _width(cell: Cell) -> int:
+    return max(len(cell.head), len(cell.text), cell.width)
+
+
+class Silence(Talk):
+    """Says nothing, warnings included: for those who look at the outcome and say what matters of it themselves."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        pass
 
 
 class Steps(Protocol):

@@ -12,7 +12,8 @@ import pytest
 from ear_teacher_cli.config import PRESETS
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
-os.environ.pop("EARTEACH_WEIGHTS", None)
+for name in [name for name in os.environ if name.startswith("EARTEACH_")]:
+    del os.environ[name]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -34,6 +35,7 @@ SMALL = [
     "1e-3",
     "--num-collage-samples",
     "4",
+    "--no-report",
     *PLAIN_WORDS,
 ]
 
@@ -94,7 +96,9 @@ def run(ears, manifests, tmp_path_factory) -> Path:
     from ear_teacher_cli.talk import Talk
 
     outputs = tmp_path_factory.mktemp("outputs")
-    return train(small_config(manifests, output_dir=str(outputs), max_epochs=6), Talk(quiet=True)).experiment
+    return train(
+        small_config(manifests, output_dir=str(outputs), max_epochs=6, report=True), Talk(quiet=True)
+    ).experiment
 
 
 def small_config(manifests: list[str], **changes):
@@ -110,6 +114,7 @@ def small_config(manifests: list[str], **changes):
         num_workers=0,
         learning_rate=1e-3,
         num_collage_samples=4,
+        report=False,
     )
     return TrainConfig(**options | changes)
 

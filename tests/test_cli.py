@@ -1,6 +1,7 @@
 """Words: what is typed, what is answered, and with which exit code."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -11,10 +12,10 @@ import pytest
 
 from ear_teacher_cli import __version__
 from ear_teacher_cli.cli import _train
-from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
+from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, read_toml
 from ear_teacher_cli.errors import ConfigError
 
-COMMANDS = ["validate-data", "train", "resume", "collage", "export-backbone", "verify", "embed", "evaluate"]
+COMMANDS = ["validate-data", "train", "resume", "report", "collage", "export-backbone", "verify", "embed", "evaluate"]
 # As the seed prints it in "Custom Configuration", with its underscores.
 SEED_COMMAND = """--batch_size 64 --learning_rate 1e-3 --max_epochs 200 --reconstruction_weight 1.0 --metric_weight 0.1
     --metric_loss arcface --num_pseudo_classes 512 --arcface_margin 0.5 --precision bf16-mixed --devices 1
@@ -111,6 +112,70 @@ def test_validate_data_loads_no_torch(ears):
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_without_words_it_shows_the_way(earteach):
+    said = earteach()
+    lines = said.out.decode().splitlines()
+    assert said.code == 0 and said.err == "" and len(lines) <= 12 and max(map(len, lines)) <= 80
+    named = re.findall(r"^  earteach ([a-z-]+)", said.out.decode(), re.MULTILINE)
+    assert named == [command for command in COMMANDS if command != "verify"] and "verify" in said.out.decode()
+
+
+def test_the_environment_has_defaults(manifests, monkeypatch, earteach, tmp_path):
+    (tmp_path / "c.toml").write_text("devices = 1\n")
+    monkeypatch.setenv("EARTEACH_NUM_WORKERS", "3")
+    monkeypatch.setenv("EARTEACH_CACHE_LIMIT", "1")
+    monkeypatch.setenv("EARTEACH_IMAGES", "false")
+    monkeypatch.setenv("EARTEACH_DEVICES", "64")
+    words = ["--no-pretrained", "--backbone", "test_convnext", "--image-size", "64", "--config", tmp_path / "c.toml"]
+    said = earteach("train", *manifests, *words, "--cache-limit", "2", "--dry-run")
+    toml = said.out.decode()
+    assert said.code == 0, said.err
+    assert "num_workers = 3\n" in toml and "images = false" in toml
+    assert "cache_limit = 2.0\n" in toml and "devices = 1\n" in toml  # typed, and from the file
+    assert "from the environment: EARTEACH_NUM_WORKERS, " in said.err and "EARTEACH_IMAGES" in said.err
+
+
+def test_strange_variables_of_the_environment_are_said(monkeypatch, earteach):
+    monkeypatch.setenv("EARTEACH_NUMWORKERS", "3")
+    assert "EARTEACH_NUMWORKERS: earteach knows no such variable" in earteach().err
+    assert "did you mean EARTEACH_NUM_WORKERS?" in earteach().err
+    monkeypatch.delenv("EARTEACH_NUMWORKERS")
+    monkeypatch.setenv("EARTEACH_PRECISION", "8")
+    said = earteach("train")
+    assert said.code == 2 and "EARTEACH_PRECISION: precision: '8' is not known" in said.err
+
+
+def test_every_variable_of_the_environment_is_a_trains_option_and_no_recipe():
+    assert set(ENVIRONMENT) <= {spec.name for spec in dataclasses.fields(TrainConfig)}
+    assert not set(ENVIRONMENT) & {name for values in PRESETS.values() for name in values}
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("train --metric-loss ", "arcface"),
+        ("train --preset r", "recommended"),
+        ("train --monitor val/r", "val/retrieval"),
+        ("train --cach", "--cache"),
+        ("embed x - --format ", "npz"),
+        ("exp", "export-backbone"),
+    ],
+)
+def test_the_shell_completes_commands_options_and_choices(words, expected):
+    shell = {
+        "_EARTEACH_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"earteach {words}",
+        "COMP_CWORD": str(len(f"earteach {words}".split(" ")) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from ear_teacher_cli.cli import main; main()"],
+        env=os.environ | shell,
+        capture_output=True,
+        text=True,
+    )
+    assert expected in done.stdout.split(), (done.stdout, done.stderr)
+
+
 def test_version(earteach):
     said = earteach("--version")
     assert said.code == 0 and said.out.decode() == f"earteach {__version__}\n"
@@ -120,14 +185,16 @@ def test_version(earteach):
     "words, hint",
     [
         (["trian"], "train"),
-        (["train", "--batch-sise", "3"], "--batch-size"),
+        (["train", "--batch-sise", "3"], "train: no such option --batch-sise; did you mean --batch-size? See"),
         (["embed", "x"], "OUT"),
         (["resume"], "RUN"),
+        (["train", "--batch-size", "x"], "invalid value for '--batch-size'"),
+        (["--batch-size", "3"], "no such option: --batch-size"),
     ],
 )
 def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
     said = earteach(*words)
-    assert said.code == 2 and hint in said.err and said.out == b""
+    assert said.code == 2 and hint in said.err and said.out == b"" and len(said.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -170,6 +237,7 @@ def test_impossible_values_name_the_flag_and_the_range(words, named, manifests, 
         ["validate-data", "nope.npy"],
         ["train", "--train-metadata", "nope.npy"],
         ["resume", "nope"],
+        ["report", "nope"],
         ["collage", "nope", "-o", "c.png"],
         ["export-backbone", "nope", "x.safetensors"],
         ["embed", "nope", "x.npy"],
@@ -188,9 +256,13 @@ def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, ear
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("batch_sise = 3", "unknown option 'batch_sise'"),
+        ("batch_sise = 3", "c.toml line 1: unknown option 'batch_sise'; did you mean batch_size?"),
         ("batch_size = ", "not readable as TOML"),
-        ("batch_size = 'many'", "--batch-size: 'many' is not a whole number"),
+        ("# mine\n\nbatch_size = 'many'", "c.toml line 3: batch_size: 'many' is not a whole number"),
+        ("views = 2\n'metric-loss' = 'arcfce'", "c.toml line 2: metric_loss: 'arcfce' is not known; choose one of"),
+        ("views = 2\n[model]\nbackbone = 'x'", "c.toml line 2: unknown option 'model'"),
+        ("backbone = ['x']", "c.toml line 1: backbone: holds several values"),
+        ("batch_size = 1", "c.toml line 1: batch_size: 1 is too small; use at least 2"),
         ("augment = 1", "is not true or false"),
         ("batch-size = 2.5", "2.5 is not a whole number"),
         ("batch-size = 2\nbatch_size = 3", "given twice"),

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -24,13 +24,16 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ..config import TrainConfig, from_dict, read_toml, with_changes
-from ..core import callbacks, runs
+from ..config import MONITORS, TrainConfig, from_dict, read_toml, with_changes
+from ..core import callbacks, loggers, runs
 from ..core.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..core.interruption import SaveOnStop
 from ..core.lightning_module import WHITEN_ON, EarTeacherLightningModule
 from ..core.losses import consistency_loss, contrastive_loss, metric_loss
+from ..core.projector import write_projector
 from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
+from ..core.report import read_story, write_report
+from ..core.reporter import Reporter
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
@@ -48,6 +51,9 @@ class Outcome:
     best: Path | None
     interrupted: int = 0  # the exit code of the signal that stopped it
     saved: bool = False  # in the middle of an epoch, when interrupted
+    why: str = ""  # the best is the best
+    seconds: float = 0.0  # of this call
+    report: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _go_on(checkpoint: Checkpoint, folder: Path, changes: dict, talk: Talk) -> O
         raise ManifestError(f"{error} (the run's paths start from the folder where it was trained)") from error
     module = EarTeacherLightningModule(config)
     require_fit(checkpoint, module.model.state_dict())
-    talk.say(_restored(checkpoint))
+    talk.facts([("restored", _restored(checkpoint))])
     if max_epochs not in (None, checkpoint.config.max_epochs):
         talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
     if is_first_process():
@@ -171,12 +177,13 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
     _check_machine(config)
     data = EarDataModule(config)
     data.setup("fit")
-    talk.say(_data_summary(config, data))
+    talk.facts([*describe(config), ("data", _data_summary(config, data))])
     return config, data
 
 
 def _check_machine(config: TrainConfig) -> None:
     """Let Lightning refuse an accelerator or a number of devices before anything is read or written."""
+    loggers.require(config)
     started = started_processes()
     if started not in (None, config.processes):
         found = f"{config.devices} on {config.num_nodes} node(s) are {config.processes} process(es), but {started} were started"
@@ -216,7 +223,7 @@ def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
     with _quiet_lightning():
         module = EarTeacherLightningModule(config)
     if config.pretrained:
-        talk.say(f"weights: {module.load_pretrained()}")
+        talk.facts([("weights", str(module.load_pretrained()))])
     return module
 
 
@@ -229,15 +236,9 @@ def _fit(
     step: int | None = None,
 ) -> Outcome:
     """Train, from a checkpoint at `step` if one is given; events of later steps are taken out of TensorBoard's view."""
-    folder = config.experiment_dir
+    folder, began = config.experiment_dir, time.monotonic()
     found = runs.versions(folder)
-    logger = callbacks.Events(
-        config.output_dir,
-        config.experiment_name,
-        default_hp_metric=False,
-        version=found[-1].name if found and checkpoint else None,
-        purge_step=step,
-    )
+    logger = loggers.events(config, found[-1].name if found and checkpoint else None, step)
     module.talk = data.talk = talk
     save_on_stop = SaveOnStop(folder / runs.CHECKPOINTS / runs.LAST)
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes))
@@ -249,15 +250,15 @@ def _fit(
             strategy=_strategy(config),
             precision=config.precision,
             max_epochs=config.max_epochs,
-            logger=logger,
+            logger=[logger, *loggers.others(config, Path(logger.log_dir))],
             log_every_n_steps=min(10, steps),
             callbacks=[
                 callbacks.StopOnNaN(talk),
                 *([callbacks.Collages(config.num_collage_samples, config.seed)] if config.images else []),
                 callbacks.MetricsFile(folder / runs.METRICS),
+                callbacks.ClassSizes(),
                 callbacks.BadPictureList(folder / runs.BAD, talk),
-                callbacks.Reporter(talk),
-                callbacks.Watch(talk, config.fail_on_collapse),
+                Reporter(config, talk),
                 *callbacks.checkpoint_callbacks(folder / runs.CHECKPOINTS, config.monitor),
                 save_on_stop,
             ],
@@ -280,7 +281,80 @@ def _fit(
                 raise
     interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
     code = save_on_stop.exit_code if interrupted else 0
-    return Outcome(folder, trainer.current_epoch, runs.best_checkpoint(folder), code, save_on_stop.saved)
+    report = None if interrupted or not is_first_process() else _look_back(config, logger, talk)
+    best, why = runs.best_checkpoint(folder), why_best(folder, config.monitor)
+    return Outcome(folder, trainer.current_epoch, best, code, save_on_stop.saved, why, time.monotonic() - began, report)
+
+
+def describe(config: TrainConfig) -> list[tuple[str, str]]:
+    """A configuration at a glance: names and what they are."""
+    start = "pretrained" if config.pretrained else "random weights"
+    kept = f", kept to stride {config.kept_stride}" if config.kept_stride else ""
+    losses = [f"{config.reconstruction_weight:g} reconstruction"] if config.reconstruction_weight else []
+    if config.contrastive_weight:
+        losses.append(f"{config.contrastive_weight:g} contrastive (temperature {config.temperature:g})")
+    if config.consistency_weight:
+        losses.append(f"{config.consistency_weight:g} consistency")
+    if config.learns_classes:
+        losses.append(
+            f"{config.metric_weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
+            f"{config.pseudo_classes} classes"
+        )
+    views = f"{config.views} {config.augmentation} view(s)" if config.augment else "pictures as they are"
+    changed = [
+        f"--{'' if value is not False else 'no-'}{spec.name.replace('_', '-')}{'' if isinstance(value, bool) else f' {printable(value)}'}"
+        for spec in fields(config)
+        if (value := getattr(config, spec.name)) != spec.default and spec.name not in _SHOWN
+    ]
+    return [
+        ("experiment", printable(config.experiment_dir)),
+        ("teacher", f"{config.backbone} at {config.image_size} px, {start}{kept}"),
+        ("learns by", ", ".join(losses)),
+        (
+            "schedule",
+            f"{config.max_epochs} epochs, batches of {config.batch_size}, {views}; learning rate "
+            f"{config.learning_rate:g} (heads x {config.head_rate:g}), warm-up {config.warmup:g}; "
+            f"{config.precision}; best by {config.monitor}",
+        ),
+        ("options", f"set otherwise: {' '.join(changed)}" if changed else "all others as by default"),
+    ]
+
+
+# What `describe` says in other words.
+_SHOWN = {
+    "train_metadata", "val_metadata", "output_dir", "experiment_name", "backbone", "image_size", "pretrained",
+    "max_epochs", "batch_size", "learning_rate", "precision",
+}  # fmt: skip
+
+
+def why_best(folder: Path, monitor: str) -> str:
+    """`val/retrieval 87.5, the highest of 10 epochs (epoch 7; 61.2 before training)`; '' without a metrics.csv."""
+    rows = [row for row in runs.read_metrics(folder / runs.METRICS) if row.get(monitor)]
+    scored = {int(row["epoch"]): float(row[monitor]) for row in rows}
+    start = scored.pop(0, None)
+    if not scored:
+        return ""
+    choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
+    best = choose(scored, key=scored.__getitem__)
+    before = f"; {start:.4g} before training" if start is not None else ""
+    return f"{monitor} {scored[best]:.4g}, the {word} of {len(scored)} epochs (epoch {best}{before})"
+
+
+def _look_back(config: TrainConfig, logger: loggers.Events, talk: Talk) -> Path | None:
+    """What is written when all is learned. The run is whole without it, so what is amiss is said and no error."""
+    folder = config.experiment_dir
+    if rows := runs.read_metrics(folder / runs.METRICS):
+        loggers.log_hyperparameters(logger, config, [name for name, value in rows[-1].items() if value])
+    if not config.report and not config.projector:
+        return None
+    try:
+        story = read_story(folder, talk)
+        if config.projector and story.look:
+            write_projector(logger.experiment, story.look, config.images, story.best)
+        return write_report(story, folder / runs.REPORT, config.images, talk) if config.report else None
+    except EarTeachError as error:
+        talk.warn(f"{error}. The run is whole; `earteach report {printable(folder)}` tries the report again")
+        return None
 
 
 def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
@@ -386,7 +460,7 @@ def _remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie in the folder."""
     for path in [folder / runs.CHECKPOINTS, *runs.versions(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (runs.CONFIG, runs.METRICS, runs.BAD):
+    for name in (runs.CONFIG, runs.METRICS, runs.BAD, runs.REPORT):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -407,14 +481,14 @@ def _restored(checkpoint: Checkpoint) -> str:
         parts.append(f"{state['count']} pseudo-classes (round {state['round']})")
     under_way = f" and {checkpoint.steps_done} steps" if checkpoint.steps_done else ""
     return (
-        f"restored {printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}{under_way}, "
+        f"{printable(checkpoint.path.name)}: epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}{under_way}, "
         f"step {content['global_step']}, {', '.join(parts)}"
     )
 
 
 def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
     train, val = data.train_set.manifest, data.val_set.manifest
-    text = f"data: {len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
+    text = f"{len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
     if not config.learns_classes:
         return text
     count = _classes(config, data)

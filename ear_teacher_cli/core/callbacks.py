@@ -1,9 +1,6 @@
-"""What happens beside the learning: checkpoints, collages, metrics.csv, the list of bad pictures, the talk."""
+"""What happens beside the learning: checkpoints, collages, metrics.csv, the list of bad pictures."""
 
 import csv
-import time
-from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,15 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_only
 
 from ..config import MONITORS
 from ..data.dataset import BadPicture, EarDataset, collate
 from ..errors import EarTeachError, PictureError
 from ..files import cell, printable, whole_file
-from ..talk import Steps, Talk, clock
+from ..talk import Talk
 from . import runs
 from .checkpoint import read_torch, write_checkpoint
-from .diagnostics import JUDGED_ON, Health, degraded, verdict
 from .pictures import collage, save_gif, save_picture
-
-COLLAGES = "reconstruction_collages"
 
 
 class PortableCheckpoint(ModelCheckpoint):
@@ -200,12 +193,12 @@ class Collages(Callback):
     def _gif(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and trainer.logger:
             folder = _collages(trainer)
-            save_gif(sorted(folder.glob("epoch_*.png")), folder / "progress.gif")
+            save_gif(runs.collages(folder.parent), folder / "progress.gif")
 
 
 def _collages(trainer: pl.Trainer) -> Path:
     # the logger's own folder: asking `trainer.log_dir` is a broadcast, and this is rank 0 alone
-    return Path(trainer.logger.log_dir) / COLLAGES
+    return Path(trainer.logger.log_dir) / runs.COLLAGES
 
 
 def sample_pixels(dataset: EarDataset, count: int, seed: int) -> torch.Tensor | None:
@@ -221,12 +214,18 @@ def sample_pixels(dataset: EarDataset, count: int, seed: int) -> torch.Tensor | 
     return collate([items[i] for i in sorted(items)]).get("pixels")
 
 
-class Events(TensorBoardLogger):
-    """TensorBoard's events alone. Lightning's hparams.yaml would say what config.toml does, and is not written whole."""
+class ClassSizes(Callback):
+    """How many pictures the pseudo-classes have, as a histogram in TensorBoard."""
 
-    @rank_zero_only
-    def save(self) -> None:
-        self.experiment.flush()
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        classes = pl_module.classes
+        if classes is None or not trainer.is_global_zero or pl_module.config.pseudo_classes in ("batch", "instance"):
+            return
+        labels = classes.labels[classes.labels >= 0].cpu()
+        sizes = torch.bincount(labels, minlength=classes.count)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram("classes/pictures", sizes, trainer.global_step)
 
 
 class MetricsFile(Callback):
@@ -287,127 +286,12 @@ class BadPictureList(Callback):
                 )
 
 
-class Watch(Callback):
-    """Quality and health of the embeddings: measured before the first step, compared with it after each epoch."""
-
-    def __init__(self, talk: Talk, fail_on_collapse: bool):
-        self.talk, self.fail_on_collapse = talk, fail_on_collapse
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.start:  # a resumed run has it from its checkpoint
-            return
-        pl_module.measure_start()
-        if pl_module.start:
-            when = "resuming" if trainer.global_step else "training"
-            self.talk.say(f"before {when}: {quality_figures(pl_module.start)}")
-            for logger in trainer.loggers:
-                logger.log_metrics({f"val/{name}": value for name, value in pl_module.start.items()}, step=0)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        now = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
-        if "spread" not in now or "spread" not in pl_module.start:
-            return
-        pictures = min(len(trainer.datamodule.val_set), JUDGED_ON)
-        fallen = verdict(_health(now), _health(pl_module.start))
-        lost = degraded(now["retrieval"], pl_module.start["retrieval"], pictures)
-        if (fallen or lost) and self.fail_on_collapse:
-            raise EarTeachError.of_all(
-                f"epoch {trainer.current_epoch + 1}: the embeddings {'collapse' if fallen else 'degrade'}: {fallen or lost}; the checkpoints before it stand. "
-                "Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
-            )
-        classes = [
-            f"{words} {now[key]:.2f}"
-            for words, key in (("in use", "classes/in_use"), ("entropy", "classes/entropy"), ("NMI", "classes/nmi"))
-            if key in now
-        ]
-        state = f"COLLAPSED: {fallen}" if fallen else f"DEGRADED: {lost}" if lost else "in order"
-        self.talk.say(
-            f"    embeddings {state}: {quality_figures(now)}" + (f"; classes: {', '.join(classes)}" if classes else "")
-        )
-
-
-def _health(figures: dict[str, float]) -> Health:
-    return Health(*(figures[spec.name] for spec in fields(Health)))
-
-
-def quality_figures(figures: dict[str, float]) -> str:
-    """`rank-1 41.9 %, EER 44.4 %, retrieval 87.5 %, spread 0.61, effective rank 201`."""
-    words = {
-        "rank1": "rank-1 {:.1f} %",
-        "eer": "EER {:.1f} %",
-        "retrieval": "retrieval {:.1f} %",
-        "spread": "spread {:.2f}",
-        "effective_rank": "effective rank {:.0f}",
-    }
-    return ", ".join(text.format(figures[name]) for name, text in words.items() if name in figures)
-
-
 class FitWhitening(Callback):
     """After each validation, with the weights that were validated (the moving average, if there is one)."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             pl_module.fit_whitening()
-
-
-class Reporter(Callback):
-    """One line per epoch, and progress in between. Rates count from an epoch's first batch: making pseudo-classes
-    before it has its own progress."""
-
-    def __init__(self, talk: Talk):
-        self.talk = talk
-        self.stack = ExitStack()
-        self.steps: Steps | None = None
-        self.epochs, self.seconds, self.epoch = 0, 0.0, -1
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.steps is None:
-            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch) - batch_idx
-            self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps"))
-        if self.epoch != trainer.current_epoch:
-            self.epoch = trainer.current_epoch
-            self.epoch_start, self.pictures = time.monotonic(), 0
-            self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.pictures += len(batch["index"]) * trainer.world_size
-        self.train_seconds = time.monotonic() - self.epoch_start
-        self.steps.advance()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        self.epochs, self.seconds = self.epochs + 1, self.seconds + time.monotonic() - self.epoch_start
-        left = self.seconds / self.epochs * (trainer.max_epochs - epoch)
-        self.talk.say(
-            f"epoch {epoch}/{trainer.max_epochs}: {epoch_figures(trainer.callback_metrics)}, "
-            f"{self.pictures / self.train_seconds:.1f} images/s, {clock(left)} left"
-        )
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stack.close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.stack.close()
-
-
-def epoch_figures(metrics: dict[str, torch.Tensor]) -> str:
-    """`train 3.21 (recon 0.120, metric 30.9), val 3.40 (recon 0.13, metric 32.7), PSNR 15.1 dB`."""
-    parts = []
-    for split in ("train", "val"):
-        terms = [
-            f"{name} {metrics[key]:.4g}"
-            for name in ("recon", "metric", "contrastive", "consistency")
-            if (key := f"{split}/{name}_loss") in metrics
-        ]
-        if f"{split}/loss" in metrics:
-            parts.append(f"{split} {metrics[f'{split}/loss']:.4g} ({', '.join(terms)})")
-    if "val/psnr" in metrics:
-        parts.append(f"PSNR {metrics['val/psnr']:.1f} dB")
-    return ", ".join(parts)
 
 
 class StopOnNaN(Callback):

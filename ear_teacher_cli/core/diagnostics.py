@@ -4,7 +4,8 @@ All are of the validation pictures' embeddings, clean, in evaluation mode. M pic
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,19 @@ def health(embeddings: torch.Tensor) -> Health:
         effective_rank=float(entropy.exp()),
         abs_cosine=float((cosine.sum() - cosine.diagonal().sum()) / others),
     )
+
+
+def judge(now: Mapping[str, float], start: Mapping[str, float], pictures: int) -> tuple[str, str]:
+    """(`in order`, `COLLAPSED` or `DEGRADED`; why, if it is a bad one) of figures by their names, those of Health and
+    `retrieval`, measured on so many pictures. Both are empty where they could not be measured."""
+    if "spread" not in now or "spread" not in start:
+        return "", ""
+    states = (Health(*(figures[spec.name] for spec in fields(Health))) for figures in (now, start))
+    if fallen := verdict(*states):
+        return "COLLAPSED", fallen
+    if lost := degraded(now["retrieval"], start["retrieval"], pictures):
+        return "DEGRADED", lost
+    return "in order", ""
 
 
 def verdict(now: Health, start: Health) -> str | None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
+from ..data.embeddings import Embeddings
 from ..data.manifest import Manifest
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
 from ..errors import ConfigError, EarTeachError, ForeignWeightsError, WeightsError, WordsError
@@ -144,6 +145,34 @@ def embed_pictures(
         yield good, embedder(pixels) if good else None, bad
 
 
+def embed_manifest(
+    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk, whiten: bool = True
+) -> Embeddings:
+    """All that can be read, in memory, at unit length. Raises EarTeachError if nothing can."""
+    rows, kept = [], []
+    for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, talk):
+        if good:
+            rows.append(embedder.unit_rows(vectors, whiten))
+            kept += good
+    if not kept:
+        raise EarTeachError(
+            f"{printable(manifest.source)}: not one of {len(manifest)} pictures could be read; nothing to score"
+        )
+    part = manifest.subset(kept)
+    return Embeddings(
+        manifest.source,
+        np.concatenate(rows),
+        part.paths,
+        part.boxes,
+        part.identities,
+        part.sides,
+        Path(embedder.source).name,
+        embedder.whitening is not None and whiten,
+        embedder.fingerprint,
+        manifest.root,
+    )
+
+
 def crops_of(
     manifest: Manifest,
     preprocessing: Preprocessing,
@@ -185,6 +214,11 @@ def embedder_of(checkpoint: Checkpoint, whiten: bool = True) -> Embedder:
     )
     fitted = checkpoint.content.get("whitening") if whiten else None
     return _ready(module, name, preprocessing, receipt, whitening_of(fitted) if fitted else None)
+
+
+def untouched(module: nn.Module, architecture: str, preprocessing: Preprocessing, receipt: Receipt | None) -> Embedder:
+    """From a backbone that has learned nothing yet; without a receipt its weights are random."""
+    return _ready(module, architecture, preprocessing, receipt or Receipt("random weights", "timm", 0, 0, ""))
 
 
 def _exported(path: Path, whiten: bool) -> Embedder:

@@ -1,9 +1,10 @@
-"""The curves of an evaluation as PNG files, one line per compared file. No torch; matplotlib is loaded when drawn.
+"""The curves of an evaluation as PNG files, one line per compared file, and those of a run as SVG. No torch; matplotlib
+is loaded when drawn.
 
 Figures are made without pyplot: it keeps state of the whole process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -38,6 +39,91 @@ def draw_plots(folder: Path, curves: Sequence[Curve], smallest_far: float) -> No
         draw(curves, smallest_far).savefig(content, format="png")
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(content.getvalue())
+
+
+# (title, {figure of metrics.csv: its name in the legend}) of each panel of a run's curves
+_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Quality of held-out embeddings, %", {"val/retrieval": "retrieval", "val/rank1": "rank-1", "val/eer": "EER"}),
+    ("Loss", {"train/loss": "training", "val/loss": "validation"}),
+    ("Reconstruction loss (MSE)", {"train/recon_loss": "training", "val/recon_loss": "validation"}),
+    ("Metric loss", {"train/metric_loss": "training", "val/metric_loss": "validation"}),
+    ("Contrastive loss", {"train/contrastive_loss": "training", "val/contrastive_loss": "validation"}),
+    ("Consistency loss", {"train/consistency_loss": "training", "val/consistency_loss": "validation"}),
+    ("PSNR of reconstructions, dB", {"val/psnr": "validation"}),
+    ("Learning rate", {"train/lr": "learning rate"}),
+)
+_HEALTH_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Spread (1: all over the sphere)", {"val/spread": "spread"}),
+    ("Effective rank", {"val/effective_rank": "effective rank"}),
+    ("Mean absolute cosine", {"val/abs_cosine": "mean absolute cosine"}),
+    ("Gradient of the other terms / reconstruction's", {"train/grad_ratio": "ratio"}),
+)
+_CLASS_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        "Pseudo-classes",
+        {"classes/in_use": "share in use", "classes/entropy": "entropy", "classes/nmi": "NMI of rounds"},
+    ),
+)
+
+
+def draw_run(rows: Sequence[Mapping[str, str]], best: int) -> tuple[list[str], list[str], list[str]]:
+    """SVG panels of the rows of a metrics.csv, a line on the `best` epoch: losses and quality, health, classes."""
+    found = []
+    for panels in (_PANELS, _HEALTH_PANELS, _CLASS_PANELS):
+        drawn = (_panel(title, lines, rows, best) for title, lines in panels)
+        found.append([svg for svg in drawn if svg])
+    return found[0], found[1], found[2]
+
+
+def draw_class_sizes(counts: np.ndarray) -> str:
+    """SVG of how many pseudo-classes have how many pictures; `counts` [K]."""
+    figure, (axis,) = _figure(4.6, 2.7)
+    most = int(counts.max(initial=1))
+    edges = np.arange(-0.5, most + 1.5) if most < 40 else np.linspace(-0.5, most + 0.5, 40)
+    axis.hist(counts, bins=edges, color=_COLOURS[0], alpha=0.8)
+    axis.set_title("Pictures per pseudo-class", fontsize=10, color=_INK, loc="left")
+    axis.set(ylabel="classes", xlim=(-0.5, most + 0.5))
+    axis.locator_params(integer=True)
+    return _svg(figure, "Pictures per pseudo-class")
+
+
+def _panel(title: str, lines: Mapping[str, str], rows: Sequence[Mapping[str, str]], best: int) -> str:
+    """'' where no row has any of the figures."""
+    figure, (axis,) = _figure(4.6, 2.7)
+    shown = 0
+    for (column, name), colour in zip(lines.items(), (*_COLOURS, "#009E73"), strict=False):
+        points = [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
+        points = [point for point in points if np.isfinite(point[1])]
+        after = [point for point in points if point[0] > 0]
+        if not after:
+            continue
+        shown += 1
+        marker = "o" if len(after) < 12 else None
+        axis.plot(*zip(*after, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name)
+        if points[0][0] == 0:
+            axis.axhline(
+                points[0][1], color=colour, linewidth=1, linestyle=(0, (4, 3)), label=f"{name} before training"
+            )
+    if not shown:
+        return ""
+    axis.axvline(best, color=_FAINT, linewidth=0.8, linestyle=":")
+    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    axis.set_xlabel("epoch", color=_INK, fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    handles, names = axis.get_legend_handles_labels()
+    if len(names) > 1:
+        figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8, labelcolor=_INK)
+    return _svg(figure, title)
+
+
+def _svg(figure: Any, title: str) -> str:
+    from matplotlib import rc_context
+
+    content = BytesIO()
+    with rc_context({"svg.hashsalt": title}):  # the same names inside for the same figure
+        figure.savefig(content, format="svg", metadata={"Date": None, "Title": title})
+    text = content.getvalue().decode()
+    return text[text.index("<svg") :]
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:

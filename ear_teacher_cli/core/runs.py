@@ -9,12 +9,18 @@ from ..errors import EarTeachError
 from ..files import printable
 
 CONFIG, METRICS, BAD, CHECKPOINTS, LAST = "config.toml", "metrics.csv", "bad_images.csv", "checkpoints", "last.ckpt"
+REPORT, COLLAGES = "report.html", "reconstruction_collages"
 
 
 def versions(experiment: Path) -> list[Path]:
     """`version_0`, `version_1`, ... of an experiment, oldest first."""
     found = [p for p in experiment.glob("version_*") if p.name.removeprefix("version_").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("version_")))
+
+
+def collages(version: Path) -> list[Path]:
+    """The collages of a `version_N` folder, first to last."""
+    return sorted((version / COLLAGES).glob("epoch_*.png"))
 
 
 def is_begun(experiment: Path) -> bool:

@@ -1,0 +1,24 @@
+"""`report`: a run's folder in, one self-contained page out."""
+
+from pathlib import Path
+
+from ..core import runs
+from ..core.report import read_story, write_report
+from ..errors import EarTeachError, WordsError
+from ..files import printable, refuse_existing
+from ..talk import Talk
+
+
+def report(
+    run: str | Path, talk: Talk, out: str | Path | None = None, images: bool = True, overwrite: bool = False
+) -> Path:
+    """Write the page; default `report.html` in the run's folder, which is replaced. Raises EarTeachError."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise EarTeachError(f"{printable(folder)}: no such folder; give one that earteach train made")
+    if out is not None:
+        if Path(out).suffix.lower() not in (".html", ".htm"):
+            raise WordsError(f"{printable(out)}: the report is HTML; name a .html file")
+        refuse_existing(out, overwrite)
+    story = read_story(folder, talk)
+    return write_report(story, Path(out) if out else folder / runs.REPORT, images and story.config.images, talk)

@@ -1,0 +1,166 @@
+"""What is said of a run while it trains: one row per epoch, and whether the embeddings are still in order."""
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from ..config import TrainConfig
+from ..errors import EarTeachError
+from ..talk import Cell, Steps, Talk, clock
+from .diagnostics import JUDGED_ON, judge
+
+# figure: (its head in a table, its words in a line, the rank at which it goes where a terminal is narrow)
+_QUALITY = {
+    "retrieval": ("retrieval %", "retrieval {:.1f} %", 0),
+    "rank1": ("rank-1 %", "rank-1 {:.1f} %", 3),
+    "eer": ("EER %", "EER {:.1f} %", 4),
+    "spread": ("spread", "spread {:.2f}", 5),
+    "effective_rank": ("eff. rank", "effective rank {:.0f}", 5),
+}
+_CLASSES = {"in_use": "in use {:.2f}", "entropy": "entropy {:.2f}", "nmi": "NMI {:.2f}"}
+
+
+class Reporter(Callback):
+    """One row per epoch, and progress in between. Rates count from an epoch's first batch: making pseudo-classes
+    before it has its own progress.
+
+    The embeddings are measured before the first step and compared with that after each epoch; with `fail_on_collapse`
+    a run whose embeddings collapse or degrade ends with an EarTeachError.
+    """
+
+    def __init__(self, config: TrainConfig, talk: Talk):
+        self.config, self.talk = config, talk
+        self.stack = ExitStack()
+        self.steps: Steps | None = None
+        self.epochs, self.seconds, self.epoch = 0, 0.0, -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.start:  # a resumed run has it from its checkpoint
+            return
+        pl_module.measure_start()
+        if not pl_module.start:
+            return
+        when = "resuming" if trainer.global_step else "training"
+        figures = {f"val/{name}": value for name, value in pl_module.start.items()}
+        self.talk.row(
+            self._cells("start", figures, figures), f"before {when}: {', '.join(_words(figures, _QUALITY, 'val/'))}"
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=0)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.steps is None:
+            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch) - batch_idx
+            self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps"))
+        if self.epoch != trainer.current_epoch:
+            self.epoch = trainer.current_epoch
+            self.epoch_start, self.pictures = time.monotonic(), 0
+            self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.pictures += len(batch["index"]) * trainer.world_size
+        self.train_seconds = time.monotonic() - self.epoch_start
+        self.steps.advance()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        self.epochs, self.seconds = self.epochs + 1, self.seconds + time.monotonic() - self.epoch_start
+        left = clock(self.seconds / self.epochs * (trainer.max_epochs - epoch)) if epoch < trainer.max_epochs else ""
+        rate = f"{self.pictures / self.train_seconds:.1f}"
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        now = {name.removeprefix("val/"): value for name, value in figures.items()}
+        state, why = judge(now, pl_module.start, min(len(trainer.datamodule.val_set), JUDGED_ON))
+        words = [
+            *_losses_in_words(figures),
+            *(["PSNR {:.1f} dB".format(figures["val/psnr"])] if "val/psnr" in figures else []),
+            *_words(figures, _QUALITY, "val/"),
+            *([f"embeddings {state}{': ' + why if why else ''}"] if state else []),
+            *([f"classes {', '.join(classes)}"] if (classes := _words(figures, _CLASSES, "classes/")) else []),
+            f"{rate} images/s",
+            *([f"{left} left"] if left else []),
+        ]
+        of = f"{epoch}/{trainer.max_epochs}"
+        known = figures | {f"val/{name}": value for name, value in pl_module.start.items()}
+        self.talk.row(
+            self._cells(of, figures, known, state, rate, left),
+            f"epoch {of}: {', '.join(words)}",
+        )
+        if why and self.talk.in_terminal:
+            self.talk.warn(f"embeddings {state}: {why}")
+        if why and self.config.fail_on_collapse:
+            raise EarTeachError.of_all(
+                f"epoch {epoch}: the embeddings {'collapse' if state == 'COLLAPSED' else 'degrade'}: {why}; the "
+                "checkpoints before it stand. Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stack.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.stack.close()
+
+    def _cells(
+        self,
+        epoch: str,
+        figures: dict[str, float],
+        known: dict[str, float],
+        state: str = "",
+        rate: str = "",
+        left: str = "",
+    ) -> list[Cell]:
+        """A row of a table; figures that are `known` at some time of the run have their column in every row."""
+
+        def number(key: str, form: str) -> str:
+            return form.format(figures[key]) if key in figures else ""
+
+        config, cells = self.config, [Cell("epoch", epoch, 2 * len(str(self.config.max_epochs)) + 1)]
+        terms = {
+            "recon": True,
+            "metric": config.learns_classes,
+            "contrastive": config.contrastive_weight > 0,
+            "consistency": config.consistency_weight > 0,
+        }
+        for split, rank in (("train", 6), ("val", 7)):
+            cells.append(Cell(split, number(f"{split}/loss", "{:.4g}"), 6))
+            cells += [
+                Cell(name, number(f"{split}/{name}_loss", "{:.4g}"), 6, rank) for name, used in terms.items() if used
+            ]
+        cells.append(Cell("PSNR dB", number("val/psnr", "{:.1f}"), rank=2))
+        for name, (head, words, rank) in _QUALITY.items():
+            if f"val/{name}" in known:
+                form = words[words.index("{") : words.index("}") + 1]
+                cells.append(Cell(head, number(f"val/{name}", form), rank=rank))
+        colour = {"in order": "green", "": ""}.get(state, "bold red")
+        return [
+            *cells,
+            Cell("embeddings", state, style=colour),
+            Cell("images/s", rate, rank=1),
+            Cell("left", left, 10, rank=1),
+        ]
+
+
+def _words(figures: dict[str, float], named: dict[str, Any], prefix: str) -> list[str]:
+    """`rank-1 41.9 %`, `EER 44.4 %`, ...: those that there are."""
+    texts = {name: words if isinstance(words, str) else words[1] for name, words in named.items()}
+    return [text.format(figures[prefix + name]) for name, text in texts.items() if prefix + name in figures]
+
+
+def _losses_in_words(figures: dict[str, float]) -> list[str]:
+    """`train 3.21 (recon 0.120, metric 30.9)`, `val 3.40 (recon 0.13, metric 32.7)`."""
+    parts = []
+    for split in ("train", "val"):
+        terms = [
+            f"{name} {figures[key]:.4g}"
+            for name in ("recon", "metric", "contrastive", "consistency")
+            if (key := f"{split}/{name}_loss") in figures
+        ]
+        if f"{split}/loss" in figures:
+            parts.append(f"{split} {figures[f'{split}/loss']:.4g} ({', '.join(terms)})")
+    return parts
