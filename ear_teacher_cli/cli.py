@@ -337,7 +337,7 @@ def _train(
     _finish(verb.train(resolved, talk, overwrite), talk)
 
 
-_train.__signature__ = _train_signature()
+setattr(_train, "__signature__", _train_signature())  # noqa: B010 - types know no attributes of functions
 app.command(
     "train", epilog="Example: `earteach train --train-metadata train.npy --val-metadata val.npy --metric-loss arcface`"
 )(_train)

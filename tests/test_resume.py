@@ -77,7 +77,7 @@ def test_resume_to_more_epochs(run, tmp_path, earteach):
     copy = shutil.copytree(run, tmp_path / "moved")
     said = earteach("resume", copy, "--max-epochs", 7)
     assert said.code == 0, said.err
-    assert "restored last.ckpt: epoch 6 of 6, step 18" in said.err and "6 pseudo-classes (round 0)" in said.err
+    assert "restored: last.ckpt: epoch 6 of 6, step 18" in said.err and "6 pseudo-classes (round 0)" in said.err
     assert read_checkpoint(copy / "checkpoints" / "last.ckpt").epoch == 7
     assert [row["epoch"] for row in read_epochs(copy)] == list("1234567")
     assert earteach("resume", copy, "--max-epochs", 3).code == 2
@@ -121,7 +121,7 @@ def test_ctrl_c_then_resume_is_the_uninterrupted_run(run, manifests, tmp_path, e
     folder = tmp_path / "ear_teacher"
     assert not list(folder.rglob("*.part"))
     said = earteach("resume", folder)
-    assert said.code == 0 and "restored last.ckpt" in said.err
+    assert said.code == 0 and "restored: last.ckpt" in said.err
     assert_same_weights(run, folder)
 
 

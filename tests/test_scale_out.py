@@ -139,4 +139,4 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(manifests, tmp_path)
     text += said(process)
     assert process.returncode != 0 and "earteach: another process of this run ended" in text, text
     text = said(start(1, "resume", tmp_path / "ear_teacher", "--devices", 1, "--max-epochs", 3))
-    assert re.search("restored last.ckpt: epoch [12] of", text) and "3 epochs" in text, text
+    assert re.search("restored: last.ckpt: epoch [12] of", text) and "3 epochs" in text, text

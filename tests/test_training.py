@@ -333,3 +333,23 @@ def test_a_missing_compiler_is_one_line(manifests, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"\nearteach: --compile: needs a working compiler[^\n]*\n$", done.stderr), done.stderr
+
+
+def test_folders_of_identities_give_classes_and_a_monitor(ears, tmp_path, earteach):
+    rows = read_table(ears / "eval.csv")
+    for number, row in enumerate(rows):
+        folder = tmp_path / "crops" / row["identity"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with Image.open(ears / row["image_path"]) as photo:
+            box = [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
+            photo.convert("RGB").crop(box).save(folder / f"{number}.png")
+    crops = tmp_path / "crops"
+    said = earteach(
+        "train", "--train-metadata", crops, "--val-metadata", crops, "--output-dir", tmp_path / "o", "--max-epochs", "1",
+        *SMALL, "--pseudo-classes", "identity", "--monitor", "val/rank1", "--report",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    people = len({row["identity"] for row in rows})
+    assert f"{people} pseudo-classes (identity: the names of the folders)" in said.err
+    assert "best-epoch_0001-val_rank1" in said.err and "rank-1" in said.err
+    assert "untouched start" in (tmp_path / "o" / "ear_teacher" / "report.html").read_text()

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -72,7 +72,8 @@ def embed(
     sidecars = _sidecars(out, kind)
     if resume and out == "-":
         raise WordsError("--resume: what went to stdout is not kept; name a file")
-    for path in [out, *sidecars.values()] if out != "-" else []:
+    outputs: list[str | Path] = [out, *sidecars.values()] if out != "-" else []
+    for path in outputs:
         refuse_existing(path, overwrite or resume, inputs=(source, weights))
     manifest = read_input(source, root_dir)
     with joined() as ranks:
@@ -257,7 +258,7 @@ def _to_stdout(journal: Journal, kind: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _write_npy(journal: Journal, file: BinaryIO) -> None:
+def _write_npy(journal: Journal, file: IO[bytes]) -> None:
     """float32 [N, D]."""
     journal.rows.seek(0)
     shutil.copyfileobj(journal.rows, file, 2**20)

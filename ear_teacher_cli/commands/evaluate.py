@@ -54,7 +54,7 @@ def evaluate(
     metrics.FARS as far as the impostor pairs carry them. Raises EarTeachError.
     """
     beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
-    inputs = (*sources, *beside, labels, weights, *centre_on, *whiten_on)
+    inputs: list[str | Path | None] = [*sources, *beside, labels, weights, *centre_on, *whiten_on]
     _refuse_outputs(json_file, plots, sheet, overwrite, inputs)
     if sheet and len(sources) > 1:
         raise WordsError("--sheet: shows one file's pairs; leave --compare out")

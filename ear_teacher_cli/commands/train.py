@@ -492,7 +492,8 @@ def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
     if not config.learns_classes:
         return text
     count = _classes(config, data)
-    text += f"; {count} pseudo-classes ({config.pseudo_classes})"
+    by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
+    text += f"; {count} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
     if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * count:
         text += f", {len(train) / count:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
     return text

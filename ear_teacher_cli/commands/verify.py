@@ -142,8 +142,8 @@ def _folder(folder: Path, about: About) -> list[Check]:
         return [*checks, Check("timm's local-dir", f"does not open it ({brief(error)})", False)]
     images = normalise(torch.from_numpy(draw(about.preprocessing.image_size)), about.preprocessing)
     with torch.inference_mode():
-        found, expected = ([model(images), *stages(images)] for model, stages in (timms, (backbone, own)))
-    difference = max(relative_difference(a.numpy(), b.numpy()) for a, b in zip(found, expected, strict=True))
+        outputs, expected = ([model(images), *stages(images)] for model, stages in (timms, (backbone, own)))
+    difference = max(relative_difference(a.numpy(), b.numpy()) for a, b in zip(outputs, expected, strict=True))
     said_by_timm = f"embedding and maps, largest difference {difference:.2g}"
     return [*checks, Check("timm's local-dir", said_by_timm, difference <= TOLERANCE)]
 

@@ -127,19 +127,20 @@ def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | No
 
     manifest = Manifest(file.source, None if root is None else Path(root), file.paths, file.boxes, range(len(file)))
     look = replace(PREVIEW, image_size=132, interpolation="bicubic")
-    sections, bad = [], Counter()
+    sections: list[tuple[str, list[Pair]]] = []
+    bad: Counter[str] = Counter()
     titles = {"impostor": "Different identities, most alike", "genuine": "The same identity, least alike"}
     for kind, title in titles.items():
         drawn = []
         for pair in report.look_alikes[kind]:
             rows = [picture["row"] for picture in pair["pictures"]]
             try:
-                crops = [cut(read_picture(manifest.file(row)).image, file.boxes[row], look) for row in rows]
+                left, right = (cut(read_picture(manifest.file(row)).image, file.boxes[row], look) for row in rows)
             except PictureError as error:
                 bad[error.detail] += 1
                 continue
-            names = tuple(printable(" ".join(_said(picture))) for picture in pair["pictures"])
-            drawn.append(Pair(*crops, f"similarity {pair['similarity']:.3f}", names))
+            one, other = (printable(" ".join(_said(picture))) for picture in pair["pictures"])
+            drawn.append(Pair(left, right, f"similarity {pair['similarity']:.3f}", (one, other)))
         sections.append((title, drawn))
     if bad:
         talk.warn(

@@ -205,7 +205,8 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def _other_losses(self, embedding: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """All but the reconstruction, unweighted, of VB embeddings of B pictures."""
-        config, found = self.config, {}
+        config = self.config
+        found: dict[str, torch.Tensor] = {}
         if not config.learns_classes and not config.compares_views:
             return found
         projection = self.model.projection(embedding)  # VB,D'
@@ -388,7 +389,7 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def _make_classes(self) -> None:
         """A round of pseudo-classes on rank 0, told to all: labels, and class means as prototypes."""
-        result = None
+        result: Any = None
         mark = self._fingerprint()
         if (
             self.config.pseudo_classes == "batch"

@@ -51,6 +51,18 @@ class Events(TensorBoardLogger):
         pass
 
 
+class _MLFlow(MLFlowLogger):
+    """Lightning's, which a run that is gone on with tells its hyper-parameters again; MLflow lets none change."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.begun = options["run_id"] is not None
+
+    def log_hyperparams(self, params: Any) -> None:
+        if not self.begun:
+            super().log_hyperparams(params)
+
+
 def events(config: TrainConfig, version: str | None, purge_step: int | None) -> Events:
     """`version`: of a run that is gone on with at `purge_step`; later events are taken out of TensorBoard's view."""
     logger = Events(
@@ -82,7 +94,7 @@ def others(config: TrainConfig, folder: Path) -> list[Logger]:
         logger: Any = WandbLogger(name=name, save_dir=where, project=PROJECT, id=known, resume="allow")
     else:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.experiment_dir.absolute()}/mlflow.db"
-        logger = MLFlowLogger(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
+        logger = _MLFlow(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
         known = logger.run_id if is_first_process() else known
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)

@@ -100,14 +100,15 @@ def measure(rows: np.ndarray, order: Order, fars: Iterable[float], weights: np.n
     coarse = None if weights is None else coarse_bins(ears)
     whole = tally(ears, ears, order.groups, coarse)
     check_population(order, whole)
-    parts = [("", whole, tuple(fars), RANKS)]
+    parts: list[tuple[str, Tally, tuple[float, ...], tuple[int, ...]]] = [("", whole, tuple(fars), RANKS)]
     if order.lefts is not None and 0 < order.lefts < len(rows):
         people = Side(rows, order.person, order.group)
         left, right = people[: order.lefts], people[order.lefts :]
         same = tally(left, left, order.groups, coarse) + tally(right, right, order.groups, coarse)
         cross = tally(left, right, order.groups, coarse) + tally(right, left, order.groups, coarse)
         parts += [(f"{SAME_SIDE} ", same, (), (1,)), (f"{CROSS_SIDE} ", cross, (), (1,))]
-    figures, draws = [], {}
+    figures: list[Figure] = []
+    draws: dict[str, np.ndarray] = {}
     for prefix, part, part_fars, ranks in parts:
         if not len(part.first) or not part.impostor.any():
             continue
@@ -185,7 +186,7 @@ def tar_at(far: np.ndarray, tar: np.ndarray, wanted: float) -> np.ndarray:
 
 def _points(part: Tally, fars: Iterable[float], ranks: Iterable[int]) -> dict[str, float]:
     curve = roc(part.genuine, part.impostor)
-    values = {f"rank-{k}": np.mean(part.first <= k) for k in ranks}
+    values: dict[str, Any] = {f"rank-{k}": np.mean(part.first <= k) for k in ranks}
     values |= {"mAP@R": part.precision.mean(), "AUC": auc(*curve), "EER": eer(*curve)}
     return {name: float(value) for name, value in (values | _tars(curve, fars)).items()}
 

@@ -107,14 +107,15 @@ class Tally:
 
     def __add__(self, other: "Tally") -> "Tally":
         """Of two disjoint sets of queries. The pairs' row numbers are each pass's own."""
-        joined = [
-            np.concatenate([getattr(self, n), getattr(other, n)]) for n in ("group", "first", "precision", "chance")
-        ]
-        grouped = [
-            None if a is None else a + b
-            for a, b in ((self.genuine_of, other.genuine_of), (self.impostor_of, other.impostor_of))
-        ]
-        return Tally(*joined, self.genuine + other.genuine, self.impostor + other.impostor, *grouped, [], [])
+        joined = {
+            n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in ("group", "first", "precision", "chance")
+        }
+        added = {n: getattr(self, n) + getattr(other, n) for n in ("genuine", "impostor")}
+        grouped = {
+            n: None if getattr(self, n) is None else getattr(self, n) + getattr(other, n)
+            for n in ("genuine_of", "impostor_of")
+        }
+        return Tally(**joined, **added, **grouped, nearest=[], farthest=[])
 
 
 def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, *, block: int = BLOCK) -> Tally:
@@ -135,7 +136,8 @@ def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, 
     genuine_of = None if coarse is None else np.zeros((groups, bins), np.int64)
     impostor_of = None if coarse is None else np.zeros((groups, groups, bins), np.uint32)
     column_of = gallery.group * (bins + 1)
-    nearest, farthest = [], []
+    nearest: list[tuple[float, int, int]] = []
+    farthest: list[tuple[float, int, int]] = []
     for begin, end in _chunks(queries.group, max(1, block // total)):
         similarity = queries.rows[begin:end] @ gallery.rows.T  # n,D x D,M -> n,M
         own: dict[int, np.ndarray] = {}  # of each query its matches' similarities, highest first
@@ -226,12 +228,12 @@ def coarse_bins(side: Side, seed: int = 0, most: int = 1000) -> np.ndarray:
         own.append(distance_bins(side.rows[others] @ side.rows[row]))
     friends = np.sort(np.concatenate(own))
     even, tail = np.linspace(0, 1, 192), np.geomspace(1e-6, 0.1, 128)
-    edges = [
+    parts = [
         values[(share * (len(values) - 1)).astype(int)]
         for values, share in ((friends, even), (strangers, even), (strangers, tail))
         if len(values)
     ]
-    edges = np.unique(np.concatenate(edges))
+    edges = np.unique(np.concatenate(parts))
     return np.append(np.searchsorted(edges, np.arange(BINS)), len(edges) + 1)
 
 

@@ -98,6 +98,12 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         picture.save(temporary, format="PNG")
 
 
+def read_own_picture(path: Path) -> Image.Image:
+    """One that `save_picture` wrote."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def save_gif(frames: Sequence[Path], path: Path, most: int = 60) -> None:
     """An endless GIF of at most `most` of the frames, evenly chosen, half size, the last one held."""
     if len(frames) < 2:
@@ -107,10 +113,8 @@ def save_gif(frames: Sequence[Path], path: Path, most: int = 60) -> None:
     )
     pictures = []
     for i in chosen:
-        with Image.open(frames[i]) as frame:
-            pictures.append(
-                frame.convert("RGB").resize((frame.width // 2, frame.height // 2), Image.Resampling.LANCZOS)
-            )
+        frame = read_own_picture(frames[i])
+        pictures.append(frame.resize((frame.width // 2, frame.height // 2), Image.Resampling.LANCZOS))
     pause = [max(80, 3000 // len(pictures))] * (len(pictures) - 1) + [2500]
     with whole_file(path) as temporary:
         pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)

@@ -24,8 +24,8 @@ def write_projector(writer: SummaryWriter, look: Look, images: bool, epoch: int)
     pictures = None
     if images:
         manifest = Manifest(seen.source, look.manifest.root, seen.paths, seen.boxes, range(len(seen)))
-        pictures = np.stack([_thumbnail(manifest, row) for row in range(len(seen))])  # N,48,48,3
-        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        thumbnails = np.stack([_thumbnail(manifest, row) for row in range(len(seen))])  # N,48,48,3
+        pictures = torch.from_numpy(thumbnails).permute(0, 3, 1, 2).float() / 255
     else:
         names.pop("identity", None)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)

@@ -79,7 +79,7 @@ def identity_labels(manifest: Manifest) -> torch.Tensor:
     if len(number) < 2:
         raise ManifestError(
             f"{printable(manifest.source)}: names {len(number)} identities, and --pseudo-classes identity needs two; "
-            "add an identity column, or choose kmeans"
+            "add an identity column (or folders, root/identity/picture.jpg), or choose kmeans"
         )
     return torch.tensor([number[ear] if ear else -1 for ear in ears])
 

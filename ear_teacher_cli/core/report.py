@@ -18,9 +18,10 @@ from PIL import Image
 
 from ..config import TrainConfig, from_dict, read_toml
 from ..data.crop import cut, read_picture
+from ..data.datamodule import read_val_manifest
 from ..data.embeddings import Embeddings
 from ..data.inspect import PREVIEW
-from ..data.manifest import Manifest, read_manifest
+from ..data.manifest import Manifest
 from ..errors import EarTeachError, PictureError
 from ..files import printable, whole_file
 from ..talk import Silence, Talk
@@ -31,6 +32,7 @@ from .embedder import Embedder, embed_manifest, embedder_of, untouched
 from .evaluation import FEW_PEOPLE, Evaluation, excludes_0, look_alike_sheet, score
 from .lightning_module import EarTeacherLightningModule
 from .metrics import can_be_scored
+from .pictures import read_own_picture
 
 QUERIES, NEIGHBOURS = 6, 5
 COLLAGES_SHOWN = 4
@@ -95,7 +97,7 @@ def read_story(folder: Path, talk: Talk) -> Story:
 def look_at(checkpoint: Checkpoint, talk: Talk) -> Look:
     """Embed the validation pictures (at most JUDGED_ON, evenly spaced). Raises EarTeachError if none can be read."""
     config = checkpoint.config
-    manifest = read_manifest(config.val_metadata, config.root_dir)
+    manifest = read_val_manifest(config)
     some = np.unique(np.linspace(0, len(manifest) - 1, min(len(manifest), JUDGED_ON)).round().astype(int))
     manifest = manifest.subset(some.tolist())
     embedder = embedder_of(checkpoint)
@@ -261,8 +263,8 @@ def _collages(story: Story) -> list[str]:
     places = sorted({round(i * (len(found) - 1) / max(1, COLLAGES_SHOWN - 1)) for i in range(COLLAGES_SHOWN)})
     parts = [page.element("h2", "Reconstructions, from first to last")]
     for place in places:
-        with Image.open(found[place]) as picture:
-            parts.append(page.wide(picture.convert("RGB"), f"reconstructions, {found[place].stem.replace('_', ' ')}"))
+        words = f"reconstructions, {found[place].stem.replace('_', ' ')}"
+        parts.append(page.wide(read_own_picture(found[place]), words))
     return parts
 
 

@@ -120,7 +120,7 @@ class Reporter(Callback):
         def number(key: str, form: str) -> str:
             return form.format(figures[key]) if key in figures else ""
 
-        config, cells = self.config, [Cell("epoch", epoch, 2 * len(str(self.config.max_epochs)) + 1)]
+        config, cells = self.config, [Cell("epoch", epoch, 2 * len(str(self.config.max_epochs)) + 1, -2)]
         terms = {
             "recon": True,
             "metric": config.learns_classes,
@@ -140,9 +140,9 @@ class Reporter(Callback):
         colour = {"in order": "green", "": ""}.get(state, "bold red")
         return [
             *cells,
-            Cell("embeddings", state, style=colour),
+            Cell("embeddings", state, rank=-1, style=colour),
             Cell("images/s", rate, rank=1),
-            Cell("left", left, 10, rank=1),
+            Cell("left", left, 11, rank=1),
         ]
 
 

@@ -114,7 +114,8 @@ def to_timm_names(state: State) -> tuple[str, State]:
     """(naming scheme, the same tensors under timm's names)."""
     prefix = _prefix(state)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    naming, rename = "timm", None
+    naming: str = "timm"
+    rename: tuple[tuple[str, str], ...] | None = None
     if any(k.startswith("downsample_layers.") for k in state):
         naming, rename = "facebook", _FACEBOOK
     elif any(re.match(r"features\.\d+\.\d+\.block\.", k) for k in state):

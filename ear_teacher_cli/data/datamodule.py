@@ -15,8 +15,20 @@ from ..talk import Talk
 from .augment import Augment
 from .crop_cache import FOLDER, CropCaches
 from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, named_by_folders, read_manifest
 from .pixels import preprocessing_for
+
+
+def read_train_manifest(config: TrainConfig) -> Manifest:
+    """Named by its folders where classes are to be identities and the list names none. Raises ManifestError."""
+    manifest = read_manifest(config.train_metadata, config.root_dir)
+    return named_by_folders(manifest) if config.pseudo_classes == "identity" else manifest
+
+
+def read_val_manifest(config: TrainConfig) -> Manifest:
+    """Named by its folders where identities are what `monitor` needs and the list names none. Raises ManifestError."""
+    manifest = read_manifest(config.val_metadata, config.root_dir)
+    return named_by_folders(manifest) if config.monitor in ("val/rank1", "val/eer") else manifest
 
 
 class EarDataModule(pl.LightningDataModule):
@@ -64,10 +76,7 @@ class EarDataModule(pl.LightningDataModule):
     def _read(self) -> None:
         config = self.config
         preprocessing = preprocessing_for(config)
-        train, val = (
-            read_manifest(config.train_metadata, config.root_dir),
-            read_manifest(config.val_metadata, config.root_dir),
-        )
+        train, val = read_train_manifest(config), read_val_manifest(config)
         for manifest in (train, val):
             _refuse_wrong_root(manifest)
         if len(train) < 2:
@@ -146,7 +155,7 @@ def _require_identities(manifest: Manifest, monitor: str) -> None:
             "monitor",
             f"{monitor} needs identities with several pictures; {printable(manifest.source)} names {len(set(named))} in "
             f"{len(named)} pictures",
-            "add an identity column, or choose val/retrieval",
+            "add an identity column (or folders, root/identity/picture.jpg), or choose val/retrieval",
         )
 
 

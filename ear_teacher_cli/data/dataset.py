@@ -27,12 +27,12 @@ Batch = dict[str, Any]
 class Draw(NamedTuple):
     """One picture in one epoch: its row in the manifest, and the seed of its augmentation."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field in the place of tuple.index, which nobody asks
     seed: int
 
 
 class BadPicture(NamedTuple):
-    index: int
+    index: int  # type: ignore[assignment]  # as in Draw
     reason: str
     detail: str
 

@@ -119,11 +119,17 @@ def _columns(table: list[dict[str, str]], where: str) -> tuple[list, list, list 
     for row, line in enumerate(table):
         corners = [line.get(name) or "" for name in ("x1", "y1", "x2", "y2")]
         try:
-            boxes.append(tuple(map(float, corners)) if all(corners) else None)
+            boxes.append(_box_of(corners) if all(corners) else None)
         except ValueError:
             raise ManifestError(f"{where} row {row}: its box is not four numbers; embed again") from None
     known = [[uncell(line.get(name) or "") for line in table] for name in ("identity", "side")]
-    return [uncell(line["path"]) for line in table], boxes, *(column if any(column) else None for column in known)
+    identities, sides = (column if any(column) else None for column in known)
+    return [uncell(line["path"]) for line in table], boxes, identities, sides
+
+
+def _box_of(corners: Sequence[str]) -> Box:
+    x1, y1, x2, y2 = map(float, corners)
+    return x1, y1, x2, y2
 
 
 def _require_regular(path: Path) -> None:

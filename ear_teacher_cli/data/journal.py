@@ -53,7 +53,7 @@ class Journal:
         if vectors is not None:
             self.rows.write(vectors.astype("<f4", copy=False).tobytes())
             self.rows.flush()
-        entries = [(index, self.count + i, "ok") for i, index in enumerate(good)]
+        entries: list[tuple[int, int | str, str]] = [(index, self.count + i, "ok") for i, index in enumerate(good)]
         entries += [(entry.index, "", f"{entry.reason}: {entry.detail}") for entry in bad]
         for index, row, status in sorted(entries, key=lambda entry: entry[0]):
             self.writer.writerow([row, *self.name_of(index), cell(status), *self.labels_of(index)])

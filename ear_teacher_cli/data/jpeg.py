@@ -103,7 +103,7 @@ class _Feed(io.BytesIO):
         try:
             image.load()
         except _Enough:
-            image.tile = []  # decoded, as far as anyone will look
+            image.tile = []  # type: ignore[attr-defined]  # decoded, as far as anyone will look
         self.image = None
 
     def read(self, size: int | None = -1) -> bytes:

@@ -15,7 +15,7 @@ from ..errors import EarTeachError, ManifestError
 from ..files import printable
 from ..talk import Talk
 from .embeddings import Embeddings
-from .manifest import Box, Manifest, read_manifest, side_of
+from .manifest import Box, Manifest, folder_name, read_manifest, side_of
 
 _BLOCK = 4096
 
@@ -55,7 +55,7 @@ def labels_of(
         if known.identities is not None:
             sides = None if known.sides is None else [known.sides[i] for i in places]
             return [known.identities[i] for i in places], sides, None
-    people = [posixpath.basename(posixpath.dirname(_path(file.paths[i]))) for i in own]
+    people = [folder_name(_path(file.paths[i])) for i in own]
     if not any(people):
         raise ManifestError(
             f"{printable(file.source)}: neither it nor its pictures' folders say who is on them; give LABELS (CSV of image_path, identity, side)"
@@ -167,4 +167,7 @@ def _path(path: str) -> str:
 
 def _box(box: Box | None) -> Box | None:
     """As .npz keeps it: boxes are written as text, as float64 and as float32."""
-    return None if box is None else tuple(float(np.float32(value)) for value in box)
+    if box is None:
+        return None
+    x1, y1, x2, y2 = (float(np.float32(value)) for value in box)
+    return x1, y1, x2, y2

@@ -19,6 +19,7 @@ import csv
 import json
 import math
 import os
+import posixpath
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
@@ -156,6 +157,19 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Man
         identities=columns.identities if any(columns.identities) else None,
         sides=columns.sides if any(columns.sides) else None,
     )
+
+
+def named_by_folders(manifest: Manifest) -> Manifest:
+    """With the pictures' folders as identities (root/identity/picture.jpg) where the list names none; '' in the root."""
+    if manifest.identities is not None:
+        return manifest
+    names = [folder_name(path) for path in manifest.paths]
+    return replace(manifest, identities=names if any(names) else None)
+
+
+def folder_name(path: str) -> str:
+    """`p017` of `photos/p017/left.jpg`, '' of `left.jpg`."""
+    return posixpath.basename(posixpath.dirname(path.replace("\\", "/")))
 
 
 def read_input(source: str, root_dir: str | None = None) -> Manifest:
@@ -436,8 +450,8 @@ def _write_csv(manifest: Manifest, path: Path) -> None:
         writer.writerow(["image_path", "x1", "y1", "x2", "y2", "identity", "side"])
         for i, name in enumerate(manifest.paths):
             box = manifest.boxes[i] or ("",) * 4
-            path = name if cell(name) == name else f"./{name}"  # the same path, and no formula
-            writer.writerow([path, *box, *map(cell, _labels(manifest, i))])
+            same = name if cell(name) == name else f"./{name}"  # the same path, and no formula
+            writer.writerow([same, *box, *map(cell, _labels(manifest, i))])
 
 
 def _write_jsonl(manifest: Manifest, path: Path) -> None:

@@ -16,7 +16,7 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -175,7 +175,7 @@ def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
     return _Array()
 
 
-def _frombuffer(buffer: Any, kind: _Dtype, shape: tuple, order: str) -> _Array:
+def _frombuffer(buffer: Any, kind: _Dtype, shape: tuple, order: Literal["C", "F"]) -> _Array:
     return _Array(_from_bytes(buffer, kind).reshape(shape, order=order))
 
 

@@ -45,8 +45,8 @@ class Preprocessing:
                 bbox_buffer=float(values["bbox_buffer"]),
                 pad=values["pad"],
                 interpolation=str(values["interpolation"]),
-                mean=tuple(map(float, values["mean"])),
-                std=tuple(map(float, values["std"])),
+                mean=_three(values["mean"]),
+                std=_three(values["std"]),
                 mirror=values.get("mirror", False),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -119,3 +119,8 @@ def _float32():
     import torch
 
     return torch.float32
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue

@@ -1,0 +1,237 @@
+"""report.html and TensorBoard: everything that is promised is there, and nothing of what is not wanted."""
+
+import csv
+import html
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, read_table, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ear_teacher_cli.commands.train import train
+from ear_teacher_cli.core.checkpoint import read_checkpoint
+from ear_teacher_cli.core.diagnostics import health
+from ear_teacher_cli.core.report import look_at
+from ear_teacher_cli.core.runs import best_checkpoint
+from ear_teacher_cli.talk import Talk
+
+QUIET = Talk(quiet=True)
+NEEDS_NOTHING = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@pytest.fixture(scope="module")
+def named(ears, tmp_path_factory) -> Path:
+    """A run whose validation pictures have identities and sides, with the recipe's whitening and a projector."""
+    config = small_config(
+        ["", str(ears / "train_teacher.npy"), "", str(ears / "eval.csv")],
+        output_dir=str(tmp_path_factory.mktemp("named")),
+        max_epochs=2,
+        whiten=True,
+        projector=True,
+        report=True,
+    )
+    return train(config, QUIET).experiment
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(run):
+    text = (run / "report.html").read_text()
+    for heading in (
+        "Is it better than the untouched backbone?",
+        "How it learned",
+        "Reconstructions, from first to last",
+        "Health of embeddings and pseudo-classes",
+        "Nearest neighbours",
+        "What to do next",
+        "Configuration",
+    ):
+        assert f"<h2>{heading}</h2>" in text, heading
+    assert NEEDS_NOTHING in text and "<script" not in text and "<link" not in text and "@import" not in text
+    assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]*)', text))
+    assert not re.findall(r'(?:href|url)\s*[=(]\s*"?(?!#)[a-z]', text)  # SVG's own #names are all there is
+    assert text.count("<svg") >= 8 and text.count("<img") >= 10
+    assert f"earteach resume {run}" in text and "earteach export-backbone" in text
+    assert "<td>train_metadata</td>" in text and "<td>learning_rate</td><td>0.001</td>" in text
+
+
+def test_its_figures_are_those_of_the_run(run):
+    text = (run / "report.html").read_text()
+    start = read_table(run / "metrics.csv")[0]
+    best = read_checkpoint(best_checkpoint(run)).epoch
+    there = next(row for row in read_table(run / "metrics.csv") if row["epoch"] == str(best))
+    cells = re.search(r"<td>retrieval, %</td>(.*?)</tr>", text)[1]
+    assert re.findall(r">([\d.]+)<", cells)[:2] == [f"{float(row['val/retrieval']):.1f}" for row in (start, there)]
+
+
+def test_the_untouched_start_is_what_training_started_with(run):
+    look = look_at(read_checkpoint(best_checkpoint(run)), QUIET)
+    start = read_table(run / "metrics.csv")[0]
+    assert health(torch.from_numpy(look.start.rows)).spread == pytest.approx(float(start["val/spread"]), rel=1e-4)
+    assert not np.allclose(look.start.rows, look.raw.rows)
+
+
+def test_identities_give_a_comparison_with_intervals_and_look_alikes(named):
+    text = (named / "report.html").read_text()
+    assert "<h2>Look-alikes</h2>" in text and "teacher, whitened" in text
+    row = re.search(r"<tr><td>rank-1</td>(.*?)</tr>", text)[1]
+    assert len(re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", row)) == 2
+    assert "fewer than 20 people are themselves rough" in text and "flatters it" in text
+
+
+def test_without_images_there_is_none_and_nobody_is_named(named, tmp_path, earteach):
+    said = earteach("report", named, "-o", tmp_path / "r.html", "--no-images")
+    text = (tmp_path / "r.html").read_text()
+    assert said.code == 0 and "<img" not in text and "Look-alikes" not in text and "rank-1" in text
+    people = {row["identity"] for row in read_table(Path(read_checkpoint(best_checkpoint(named)).config.val_metadata))}
+    assert not any(f">{person}<" in text for person in people)
+
+
+def test_a_run_without_images_keeps_none_in_its_report(manifests, tmp_path, earteach):
+    words = ["--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--no-images", "--report", "--projector"]
+    assert earteach("train", *manifests, *words).code == 0
+    run = tmp_path / "ear_teacher"
+    assert "<img" not in (run / "report.html").read_text() and not list(run.rglob("*.png"))
+    assert list(run.rglob("tensors.tsv")) and "p0" not in next(run.rglob("metadata.tsv")).read_text().split("/")[0]
+    assert earteach("report", run, "--images").code == 0
+    assert "<img" not in (run / "report.html").read_text()
+
+
+def test_the_report_says_why_where_it_cannot_look(run, tmp_path, monkeypatch, earteach):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("*.ckpt"):
+        content = torch.load(checkpoint, weights_only=True)  # noqa: TID251 - the test writes a run whose pictures are gone
+        content["hyper_parameters"]["val_metadata"] = "gone.npy"
+        torch.save(content, checkpoint)
+    monkeypatch.chdir(tmp_path)
+    said = earteach("report", "copy")
+    assert said.code in (0, 1), said.err
+    if said.code == 0:
+        text = html.unescape((copy / "report.html").read_text())
+        assert "gone.npy: no such file" in said.err and "Not measured: gone.npy: no such file" in text
+    else:  # a checkpoint that is not as it was written is refused
+        assert "copy/checkpoints/" in said.err
+
+
+def test_what_report_refuses(run, tmp_path, monkeypatch, earteach):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.html").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for words, code, named in (
+        (["report", run, "-o", "x.pdf"], 2, "x.pdf: the report is HTML; name a .html file"),
+        (["report", run, "-o", "there.html"], 2, "there.html: exists already"),
+        (["report", "empty"], 1, "empty: holds no config.toml"),
+        (["report", "there.html"], 1, "there.html: no such folder"),
+    ):
+        said = earteach(*words)
+        assert said.code == code and named in said.err and len(said.err.splitlines()) == 1
+    assert (tmp_path / "there.html").read_text() == "mine"
+
+
+def test_strange_names_stay_names(manifests, tmp_path):
+    name = "<script>alert(1)<" + "b>&amp;"
+    config = small_config(manifests, output_dir=str(tmp_path), experiment_name=name, max_epochs=1, report=True)
+    text = (train(config, QUIET).experiment / "report.html").read_text()
+    assert "<script" not in text and html.escape(name.split("<b")[0]) in text
+
+
+def test_a_report_that_fails_does_not_fail_the_run(manifests, tmp_path, monkeypatch, earteach):
+    from ear_teacher_cli.commands import train as verb
+    from ear_teacher_cli.errors import EarTeachError
+
+    def fail(*words):
+        raise EarTeachError("report.html: no room")
+
+    monkeypatch.setattr(verb, "write_report", fail)
+    said = earteach("train", *manifests, "--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--report")
+    assert said.code == 0 and "no room. The run is whole; `earteach report" in said.err and "done: 1 epochs" in said.err
+
+
+def test_tensorboard_has_its_panels(named):
+    events = EventAccumulator(str(named / "version_0"), size_guidance={"images": 0, "histograms": 0}).Reload()
+    tags = events.Tags()
+    seed = {"train/loss", "train/recon_loss", "train/metric_loss", "val/loss", "val/recon_loss", "val/metric_loss", "train/lr"}  # fmt: skip
+    assert seed | {"train/grad_ratio", "val/spread", "val/effective_rank", "val/rank1", "classes/in_use"} <= set(
+        tags["scalars"]
+    )
+    assert len(events.Images("reconstruction_collage")) == 3 and len(events.Histograms("classes/pictures")) == 2
+    plugins = events.summary_metadata
+    assert "_hparams_/experiment" in plugins and "custom_scalars__config__" in plugins
+    told = plugins["_hparams_/session_start_info"].plugin_data.content
+    assert b"metric_loss" in told and b"output_dir" not in told
+    assert not [tag for tag in tags["scalars"] if tag.startswith(("hp", "best"))]
+
+
+def test_the_projector_has_a_row_a_label_and_a_thumbnail_of_every_picture(named):
+    folder = next(named.glob("version_0/*/validation"))
+    rows = (folder / "tensors.tsv").read_text().splitlines()
+    labels = (folder / "metadata.tsv").read_text().splitlines()
+    pictures = len(read_table(Path(read_checkpoint(best_checkpoint(named)).config.val_metadata)))
+    assert (
+        len(rows) == pictures and labels[0].split("\t") == ["identity", "side", "path"] and len(labels) == pictures + 1
+    )
+    assert (folder / "sprite.png").stat().st_size > 1000
+    assert "validation" in (named / "version_0" / "projector_config.pbtxt").read_text()
+
+
+def test_the_start_command_that_we_name_shows_every_collage(run):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    options = re.search(r"tensorboard --logdir \S+ (--samples_per_plugin \S+?)`", readme)[1].split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--port", str(port), *options]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    asked = f"http://127.0.0.1:{port}/data/plugin/images/images?tag=reconstruction_collage&run=version_0&sample=0"
+    found: list = []
+    try:
+        for _ in range(120):
+            try:
+                with urllib.request.urlopen(asked, timeout=5) as answer:
+                    found = json.load(answer)
+            except OSError:
+                pass
+            if len(found) == 7:
+                break
+            time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait()
+    assert [picture["step"] for picture in found] == list(range(7))
+
+
+def test_a_logger_that_is_not_there_is_one_line(manifests, tmp_path, earteach):
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    said = earteach("train", *manifests, "--output-dir", tmp_path / "o", *SMALL, "--logger", "wandb")
+    assert said.code == 2 and "--logger: wandb is not installed; pip install wandb" in said.err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_loggers_by_name_get_the_figures_and_a_resumed_run_goes_on_in_them(
+    name, manifests, tmp_path, monkeypatch, earteach
+):
+    pytest.importorskip(name, reason=f"{name} is not installed: it is optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = ["--output-dir", tmp_path, *SMALL, "--max-epochs", "1", "--logger", name]
+    assert earteach("train", *manifests, *words).code == 0
+    mark = (tmp_path / "ear_teacher" / "version_0" / f"{name}.txt").read_text()
+    assert earteach("resume", tmp_path / "ear_teacher", "--max-epochs", "2").code == 0
+    assert (tmp_path / "ear_teacher" / "version_0" / f"{name}.txt").read_text() == mark
+    assert not list((tmp_path / "ear_teacher" / name).rglob("*.png")) if name == "wandb" else True
+
+
+def test_metrics_csv_has_a_header_that_pandas_and_csv_read(run):
+    with open(run / "metrics.csv", newline="") as file:
+        assert next(csv.reader(file))[:2] == ["epoch", "step"]
