@@ -21,7 +21,7 @@ from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
 from .files import printable
 from .machine import complaint, is_first_process
-from .talk import Talk, clock
+from .talk import Talk, clock, counted
 
 app = typer.Typer(
     name="earteach",
@@ -71,7 +71,7 @@ The life of a teacher, from photographs to numbers (RUN: what train wrote):
 
   earteach validate-data train.npy val.npy          look at pictures and boxes
   earteach train                                    learn, without labels
-  earteach resume RUN                               after Ctrl-C or a crash: go on
+  earteach resume RUN                               after Ctrl-C or a crash
   earteach report RUN                               how it went, on one page
   earteach collage RUN -o collage.png               what it remembers of an ear
   earteach export-backbone RUN teacher.safetensors  hand it on (and verify it)
@@ -197,7 +197,7 @@ def validate_data(
     manifests: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MANIFEST]...",
+            metavar="MANIFEST",
             show_default=False,
             help=(
                 "Manifests (.npy, .csv, .jsonl, COCO .json) or folders of crops. Default: the training and validation manifests."
@@ -762,7 +762,7 @@ def _finish(outcome: Any, talk: Talk) -> None:
     took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
     talk.facts(
         [
-            ("done", f"{outcome.epochs} epochs{took}: {folder}/"),
+            ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
             *([("report", printable(outcome.report))] if outcome.report else []),
             ("next", f"earteach collage {folder} -o collage.png"),

@@ -17,7 +17,6 @@ from typing import Any, get_args, get_type_hints
 
 from .errors import ConfigError, EarTeachError, WordsError
 
-METRIC_LOSSES = ("arcface", "cosface", "none")
 PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
 AUGMENTATIONS = ("mild", "strong")
 STRATEGIES = ("auto", "ddp")
@@ -35,8 +34,10 @@ MONITORS = {
 }
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
-# Margins of the papers: ArcFace (Deng et al. 2019, sec. 3.1) 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
+# The metric losses (core/losses.py has them), with the margins of their papers: ArcFace (Deng et al. 2019, sec. 3.1)
+# 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
 DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
+METRIC_LOSSES = tuple(DEFAULT_MARGIN)
 # (scale, margin): `paper` the seed's scale and the loss's own margin, for classes that are right; `gentle` those of
 # speaker verification on pseudo-classes, which are often wrong.
 MARGIN_PRESETS: dict[str, tuple[float, float | None]] = {"paper": (64.0, None), "gentle": (30.0, 0.2)}
@@ -134,9 +135,9 @@ class TrainConfig:
     pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the seed's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
     num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
     cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
-    arcface_margin: float | None = option(None, "Training", "Margin, radians for ArcFace and cosine for CosFace, instead of --margin-preset's.", low=0.0, high=1.5)
+    arcface_margin: float | None = option(None, "Training", "Margin (radians for arcface, cosine for cosface), instead of --margin-preset's.", low=0.0, high=1.5)
     arcface_scale: float | None = option(None, "Training", "Scale of the cosines before the softmax, instead of --margin-preset's.", above=0.0)
-    margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss: paper: 64, and ArcFace 0.5 or CosFace 0.35; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
+    margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss: paper: 64, and the margin of the loss's paper; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(0, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
     keep_start: float = option(0.5, "Training", "Validate, export and embed with a pretrained backbone's weights moved back this share of the way to where they started (WiSE-FT): against forgetting what other cameras show.", low=0.0, high=1.0)

@@ -189,8 +189,9 @@ def printable(name: object) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """What a library says, on one short line."""
-    return printable(" ".join(str(error).split())[:100]) or type(error).__name__
+    """What a library says, on one short line; a KeyError's text is no more than the key."""
+    said = printable(" ".join(str(error).split())[:100])
+    return f"{type(error).__name__} {said}".strip() if isinstance(error, KeyError) or not said else said
 
 
 def cell(text: str) -> str:

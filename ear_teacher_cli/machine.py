@@ -67,7 +67,7 @@ def complaint(error: BaseException | None) -> EarTeachError | None:
         text = " ".join(text.split())
         for pattern, words in _COMPLAINTS:
             if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
-                return EarTeachError(f"{words} ({text[:120]})")
+                return EarTeachError(f"{words} ({text[:120]})" if text else words)
         error = error.__context__
     return None
 

@@ -189,6 +189,11 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f} {self.unit}/s" if speed else f"- {self.unit}/s")
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def clock(seconds: float) -> str:
     """95 -> '1 min 35 s'."""
     seconds = round(seconds)

@@ -41,6 +41,9 @@ run timeout --foreground --preserve-status -s INT "$interrupt_after" earteach tr
 step "Go on; nothing is typed again."
 run earteach resume outputs/first
 
+step "How it went, on one page: open outputs/first/report.html in a browser."
+run earteach report outputs/first
+
 step "See what it remembers."
 run earteach collage outputs/first -o collage.png
 
@@ -57,4 +60,4 @@ run earteach embed ears/eval.csv teacher.npy --weights teacher.safetensors
 
 step "Who is who? The teacher alone, with curves and the pairs that confuse it; then against the untrained start."
 run earteach evaluate teacher.npy ears/eval.csv --plots plots --sheet look-alikes.png
-run earteach evaluate --compare start.npy teacher.npy ears/eval.csv
+run earteach evaluate --compare start.npy teacher.npy ears/eval.csv --plots comparison

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ear_teacher_cli.core.diagnostics import Health, degraded, health, retrieval, verdict
+from ear_teacher_cli.core.diagnostics import Health, degraded, health, judge, retrieval, verdict
 
 
 def normal(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -42,6 +42,16 @@ def test_a_fall_of_retrieval_counts_beyond_chance():
     assert degraded(51.25, 62.75, 400) == "retrieval 51.2 % of 62.8 % before training"
     assert degraded(9.0, 11.0, 400) is None and degraded(4.2, 6.2, 48) is None
     assert degraded(75.0, 11.0, 400) is None
+
+
+def test_what_finds_pictures_better_than_its_start_has_not_collapsed():
+    start = {"spread": 0.54, "effective_rank": 34.0, "abs_cosine": 0.3, "retrieval": 4.2}
+    fewer = start | {"effective_rank": 12.0}
+    assert judge(fewer, start, 48) == ("COLLAPSED", "effective rank 12 of 34 before training")
+    assert judge(fewer | {"retrieval": 12.5}, start, 48)[0] == "COLLAPSED"  # of 48 pictures that is chance
+    assert judge(fewer | {"retrieval": 29.2}, start, 48) == ("in order", "")
+    assert judge(start | {"retrieval": 60.0}, start | {"retrieval": 90.0}, 400)[0] == "DEGRADED"
+    assert judge({"retrieval": 3.0}, start, 48) == ("", "")
 
 
 def test_retrieval_finds_a_picture_from_its_own_view():

@@ -595,7 +595,7 @@ def test_maps_of_other_models_are_timms(name):
     assert len(stages) == len(maps.feature_info.reduction())
 
 
-def test_the_readmes_lines_work_as_written(exports, ears, tmp_path):
+def test_the_pages_lines_work_as_written(exports, ears, tmp_path):
     manifest = read_manifest(ears / "eval.csv")
     with Image.open(manifest.file(0)) as photo:
         photo.save(tmp_path / "photo.jpg")
@@ -603,7 +603,7 @@ def test_the_readmes_lines_work_as_written(exports, ears, tmp_path):
     shutil.copytree(exports / "teacher", tmp_path / "x")
     for suffix in (".safetensors", ".whitening.safetensors"):
         shutil.copy(exports / f"teacher{suffix}", tmp_path / f"x{suffix}")
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parent.parent / "examples" / "docs" / "formats.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text[text.index("With nothing but timm") :], re.DOTALL)[:2]
     assert "import timm" in blocks[0] and "load_backbone" in blocks[1]
     for head, block in ((NO_PACKAGE, blocks[0]), ("", blocks[1])):

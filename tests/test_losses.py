@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ear_teacher_cli.core.losses import arcface_logits, cosface_logits, cosines, margin_at, metric_loss, psnr
+from ear_teacher_cli.config import METRIC_LOSSES
+from ear_teacher_cli.core.losses import LOGITS, arcface_logits, cosface_logits, cosines, margin_at, metric_loss, psnr
 
 
 def test_arcface_is_cos_of_theta_plus_margin():
@@ -40,8 +41,12 @@ def test_loss_is_cross_entropy_of_the_margin_logits(kind):
     assert got.item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_every_metric_loss_is_an_option_with_a_margin():
+    assert set(METRIC_LOSSES) == {*LOGITS, "none"}
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("kind", ["arcface", "cosface"])
+@pytest.mark.parametrize("kind", LOGITS)
 def test_no_nan_where_a_feature_lies_on_its_prototype(kind, sign):
     prototypes = torch.nn.functional.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
     features = (sign * prototypes.clone()).requires_grad_()

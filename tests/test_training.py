@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
 from ear_teacher_cli.commands.train import train
+from ear_teacher_cli.config import METRIC_LOSSES
 from ear_teacher_cli.core import runs
 from ear_teacher_cli.core.checkpoint import read_checkpoint
 from ear_teacher_cli.data.dataset import EpochSampler
@@ -157,8 +158,7 @@ def test_an_output_folder_that_cannot_be_made_is_known_before_the_first_epoch(ma
 @pytest.mark.parametrize(
     "changes",
     [
-        {"metric_loss": "cosface"},
-        {"metric_loss": "none"},
+        *({"metric_loss": name} for name in METRIC_LOSSES),
         {"pseudo_classes": "instance"},
         {"pseudo_classes": "fixed"},
         {"pseudo_classes": "batch"},

@@ -39,7 +39,7 @@ from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
 from ..files import brief, only_writer, printable, sweep, whole_file
 from ..machine import complaint, is_first_process, started_processes
-from ..talk import Talk, clock
+from ..talk import Talk, clock, counted
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,19 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
 
 def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModule]:
     """Fit the configuration to the machine and read the data; say what was settled. Nothing is written."""
+    settled = []
     if config.precision == "16-mixed" and not _uses_cuda(config):
-        talk.say("precision: 16-mixed needs a GPU; training in full precision (32-true)")
+        settled.append("precision: 16-mixed needs a GPU; training in full precision (32-true)")
         config = replace(config, precision="32-true")
     if config.warmup != config.warmup_epochs:
-        talk.say(f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup:g}")
+        settled.append(
+            f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup:g}"
+        )
     _check_machine(config)
     data = EarDataModule(config)
     data.setup("fit")
+    for line in settled:
+        talk.say(line)
     talk.facts([*describe(config), ("data", _data_summary(config, data))])
     return config, data
 
@@ -300,7 +305,7 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
             f"{config.metric_weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
             f"{config.pseudo_classes} classes"
         )
-    views = f"{config.views} {config.augmentation} view(s)" if config.augment else "pictures as they are"
+    views = f"{counted(config.views, config.augmentation + ' view')}" if config.augment else "pictures as they are"
     changed = [
         f"--{'' if value is not False else 'no-'}{spec.name.replace('_', '-')}{'' if isinstance(value, bool) else f' {printable(value)}'}"
         for spec in fields(config)
@@ -312,7 +317,7 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
         ("learns by", ", ".join(losses)),
         (
             "schedule",
-            f"{config.max_epochs} epochs, batches of {config.batch_size}, {views}; learning rate "
+            f"{counted(config.max_epochs, 'epoch')}, batches of {config.batch_size}, {views}; learning rate "
             f"{config.learning_rate:g} (heads x {config.head_rate:g}), warm-up {config.warmup:g}; "
             f"{config.precision}; best by {config.monitor}",
         ),
@@ -328,7 +333,7 @@ _SHOWN = {
 
 
 def why_best(folder: Path, monitor: str) -> str:
-    """`val/retrieval 87.5, the highest of 10 epochs (epoch 7; 61.2 before training)`; '' without a metrics.csv."""
+    """`val/retrieval 87.5, the highest so far (epoch 7 of 10; 61.2 before training)`; '' without a metrics.csv."""
     rows = [row for row in runs.read_metrics(folder / runs.METRICS) if row.get(monitor)]
     scored = {int(row["epoch"]): float(row[monitor]) for row in rows}
     start = scored.pop(0, None)
@@ -337,7 +342,7 @@ def why_best(folder: Path, monitor: str) -> str:
     choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
     best = choose(scored, key=scored.__getitem__)
     before = f"; {start:.4g} before training" if start is not None else ""
-    return f"{monitor} {scored[best]:.4g}, the {word} of {len(scored)} epochs (epoch {best}{before})"
+    return f"{monitor} {scored[best]:.4g}, the {word} so far (epoch {best} of {len(scored)}{before})"
 
 
 def _look_back(config: TrainConfig, logger: loggers.Events, talk: Talk) -> Path | None:

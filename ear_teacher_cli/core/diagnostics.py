@@ -14,7 +14,7 @@ import torch.nn.functional as F
 # 0.8 in examples/study/README.md).
 FALLEN_SPREAD = 0.25
 FALLEN_RANK = 0.5
-# Standard errors of a difference of two shares that a fall of `retrieval` must exceed, not to be taken for chance.
+# Standard errors of a difference of two shares that a change of `retrieval` must exceed, not to be taken for chance.
 FALLEN_RETRIEVAL = 3
 # Pictures, evenly spaced, that all this is measured on: comparing all pairs of a large validation set would cost more
 # than training.
@@ -52,11 +52,16 @@ def health(embeddings: torch.Tensor) -> Health:
 
 def judge(now: Mapping[str, float], start: Mapping[str, float], pictures: int) -> tuple[str, str]:
     """(`in order`, `COLLAPSED` or `DEGRADED`; why, if it is a bad one) of figures by their names, those of Health and
-    `retrieval`, measured on so many pictures. Both are empty where they could not be measured."""
+    `retrieval`, measured on so many pictures. Both are empty where they could not be measured.
+
+    COLLAPSED: spread or effective rank has fallen, and retrieval has not risen beyond chance. DEGRADED: retrieval has
+    fallen beyond chance."""
     if "spread" not in now or "spread" not in start:
         return "", ""
     states = (Health(*(figures[spec.name] for spec in fields(Health))) for figures in (now, start))
-    if fallen := verdict(*states):
+    # random features use many directions and say little: what finds pictures again better than they has not collapsed
+    better = now["retrieval"] - start["retrieval"] > _chance(start["retrieval"], pictures)
+    if (fallen := verdict(*states)) and not better:
         return "COLLAPSED", fallen
     if lost := degraded(now["retrieval"], start["retrieval"], pictures):
         return "DEGRADED", lost
@@ -79,9 +84,13 @@ def verdict(now: Health, start: Health) -> str | None:
 def degraded(now: float, start: float, pictures: int) -> str | None:
     """What `retrieval` (percent, of so many pictures) fell to; None unless it fell by more than chance. Embeddings may
     stay spread out and yet forget what they were of: labels that mean nothing do that to a pretrained backbone."""
-    error = math.sqrt(2 * max(start * (100 - start), 100) / pictures)
-    fell = start - now > FALLEN_RETRIEVAL * error
+    fell = start - now > _chance(start, pictures)
     return f"retrieval {now:.1f} % of {start:.1f} % before training" if fell else None
+
+
+def _chance(start: float, pictures: int) -> float:
+    """Points by which a share (percent, of so many pictures) may differ from the start's without a reason."""
+    return FALLEN_RETRIEVAL * math.sqrt(2 * max(start * (100 - start), 100) / pictures)
 
 
 def retrieval(embeddings: torch.Tensor, views: torch.Tensor) -> float:
