@@ -1,11 +1,12 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.
+# make setup: .venv alone, half a minute with a fast line; the others make it when it is not there.
 # make test: format, lint, types and tests, as CI runs them, a quarter of an hour.   make check: the same.
 # make lint: format, lint and types alone, half a minute.   make docs: the pages of the commands, from their help.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
 # make bench: how fast everything is, beside the alternatives and the limits, half an hour.
 # make students: a teacher from drawn ears, and two small models with and without it, up to an hour.
 # make clean: remove .venv and what the above have drawn.
-# All make .venv when it is not there, with the versions of .ci/constraints.txt; uv is used where pip can fetch it.
+# .venv has the versions of .ci/constraints.txt; uv is used where pip can fetch it.
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -14,10 +15,12 @@ INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo students test check lint docs soak fuzz bench clean
+.PHONY: help setup demo students test check lint docs soak fuzz bench clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# make //; s/   make /\n/' | awk -F ': ' '{ printf "make %-10s%s\n", $$1, $$2 }'
+
+setup: $(READY)
 
 demo: $(READY)
 	rm -rf demo

@@ -154,7 +154,9 @@ def test_a_report_that_fails_does_not_fail_the_run(manifests, tmp_path, monkeypa
 
     monkeypatch.setattr(verb, "write_report", fail)
     said = earteach("train", *manifests, "--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--report")
-    assert said.code == 0 and "no room. The run is whole; `earteach report" in said.err and "done: 1 epoch in" in said.err
+    assert (
+        said.code == 0 and "no room. The run is whole; `earteach report" in said.err and "done: 1 epoch in" in said.err
+    )
 
 
 def test_tensorboard_has_its_panels(named):

@@ -35,8 +35,9 @@ def rows(talk: Talk) -> None:
     reporter = Reporter(TrainConfig(max_epochs=100), talk)
     start = {name: value for name, value in FIGURES.items() if name in ("val/retrieval", "val/spread")}
     talk.row(reporter._cells("start", start, FIGURES), "before training: retrieval 6.2 %")
-    for epoch in (1, 10, 100):
-        cells = reporter._cells(f"{epoch}/100", FIGURES, FIGURES, "COLLAPSED", "1234.5", "10 h 05 min")
+    for epoch, scale in ((1, 1), (10, 1e-3), (100, 1e-6)):
+        figures = {name: value * scale if "loss" in name else value for name, value in FIGURES.items()}
+        cells = reporter._cells(f"{epoch}/100", figures, FIGURES, "COLLAPSED", "1234.5", "10 h 05 min")
         talk.row(cells, f"epoch {epoch}/100: train 11.44")
 
 

@@ -175,7 +175,7 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
         config = replace(config, precision="32-true")
     if config.warmup != config.warmup_epochs:
         settled.append(
-            f"warm-up: {config.warmup_epochs} epochs do not fit into {config.max_epochs}; using {config.warmup:g}"
+            f"warm-up: of {counted(config.warmup_epochs, 'epoch')} does not fit into {config.max_epochs}; using {config.warmup:g}"
         )
     _check_machine(config)
     data = EarDataModule(config)

@@ -128,9 +128,9 @@ class Reporter(Callback):
             "consistency": config.consistency_weight > 0,
         }
         for split, rank in (("train", 6), ("val", 7)):
-            cells.append(Cell(split, number(f"{split}/loss", "{:.4g}"), 6))
+            cells.append(Cell(split, _short(figures.get(f"{split}/loss")), 6))
             cells += [
-                Cell(name, number(f"{split}/{name}_loss", "{:.4g}"), 6, rank) for name, used in terms.items() if used
+                Cell(name, _short(figures.get(f"{split}/{name}_loss")), 6, rank) for name, used in terms.items() if used
             ]
         cells.append(Cell("PSNR dB", number("val/psnr", "{:.1f}"), rank=2))
         for name, (head, words, rank) in _QUALITY.items():
@@ -144,6 +144,13 @@ class Reporter(Callback):
             Cell("images/s", rate, rank=1),
             Cell("left", left, 11, rank=1),
         ]
+
+
+def _short(value: float | None) -> str:
+    """As many digits as six characters hold: `11.44`, `0.0947`, `1e-05`."""
+    if value is None:
+        return ""
+    return next(text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= 6 or digits == 1)
 
 
 def _words(figures: dict[str, float], named: dict[str, Any], prefix: str) -> list[str]:

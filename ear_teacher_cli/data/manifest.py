@@ -103,8 +103,11 @@ class Manifest:
         full = os.path.realpath(os.path.join(self._real_root, path))
         if full != self._real_root and not full.startswith(self._real_root.rstrip(os.sep) + os.sep):
             lexically = os.path.normpath(os.path.join(self._real_root, path))
-            link = "is a symbolic link that" if lexically.startswith(self._real_root) else "the path"
-            raise PictureError("outside-root", f"{link} leaves {printable(self.root)}; see --root-dir")
+            if not lexically.startswith(self._real_root):
+                raise PictureError("outside-root", f"the path leaves {printable(self.root)}; see --root-dir")
+            there = full.removesuffix(os.sep + os.path.normpath(path))
+            mend = f"give --root-dir {printable(there)}" if there != full else "see --root-dir"
+            raise PictureError("outside-root", f"a symbolic link leads out of {printable(self.root)}; {mend}")
         return full
 
     def subset(self, indices: Iterable[int]) -> "Manifest":
