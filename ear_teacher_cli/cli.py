@@ -64,6 +64,19 @@ Workers = Annotated[
         help="Processes that decode pictures; at most one per CPU core is used.", min=0, envvar="EARTEACH_NUM_WORKERS"
     ),
 ]
+Consent = Annotated[
+    str | None,
+    typer.Option(
+        help="What the card says of the consent of those photographed. Default: EARTEACH_CONSENT, else not stated.",
+        show_default=False,
+    ),
+]
+License = Annotated[
+    str | None,
+    typer.Option(
+        help="What the card says of the licence. Default: EARTEACH_LICENSE, else not stated.", show_default=False
+    ),
+]
 # Beside config.ENVIRONMENT, the variables that other commands know.
 _OTHER_VARIABLES = ("quiet", "weights", "consent", "license")
 _GUIDE = """\
@@ -211,6 +224,14 @@ def validate_data(
         str | None,
         typer.Option(metavar="FILE", help="Write the manifest without the rows that have errors (.npy, .csv, .jsonl)."),
     ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.md", help="Write a data card: what is in the lists, what is wrong, consent, licence."
+        ),
+    ] = None,
+    consent: Consent = None,
+    license: License = None,
     num_workers: Workers = TrainConfig.num_workers,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -226,6 +247,9 @@ def validate_data(
         json_file=json,
         contact_sheet=contact_sheet,
         write_clean=write_clean,
+        card=card,
+        consent=consent,
+        license=license,
         num_workers=num_workers,
         overwrite=overwrite,
     )
@@ -467,20 +491,8 @@ def export_backbone(
         ),
     ] = None,
     root_dir: RootDir = None,
-    consent: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder: what the model card says of the consent of those photographed.",
-            show_default=False,
-            envvar="EARTEACH_CONSENT",
-        ),
-    ] = None,
-    license: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder: what the model card says of the licence.", show_default=False, envvar="EARTEACH_LICENSE"
-        ),
-    ] = None,
+    consent: Consent = None,
+    license: License = None,
     batch_size: Annotated[int, typer.Option(help="Folder: pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
     overwrite: Overwrite = False,

@@ -57,6 +57,11 @@ def started_processes() -> int | None:
     return None
 
 
+def stated(given: str | None, name: str) -> str:
+    """What a card says of `name` (consent, license): what was given, else the environment's EARTEACH_NAME."""
+    return given or os.environ.get(f"EARTEACH_{name.upper()}") or "not stated"
+
+
 def complaint(error: BaseException | None) -> EarTeachError | None:
     """An error of torch about the machine in our words, with the option that helps; None if it is another. An error that
     was raised while cleaning up after one is taken for that one."""

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import read_table
 from PIL import Image
 from test_crop import bad_pictures
 
@@ -183,3 +184,22 @@ def test_a_clean_manifest_elsewhere_says_how_to_read_it(ears, tmp_path, earteach
     said = earteach("validate-data", ears / "val_teacher.npy", "--write-clean", tmp_path / "clean.npy")
     assert f"--root-dir {ears}" in said.err
     assert earteach("validate-data", tmp_path / "clean.npy", "--root-dir", ears).code == 0
+
+
+def test_the_data_card_says_what_is_there_and_names_nobody(ears, tmp_path, monkeypatch, earteach):
+    lists = [ears / "eval.csv", ears / "val_teacher.npy"]
+    words = ["validate-data", *lists, "--card", tmp_path / "card.md"]
+    assert earteach(*words, "--consent", "drawn | nobody").code == 0
+    text = (tmp_path / "card.md").read_text()
+    rows = read_table(ears / "eval.csv")
+    people, sides = {row["identity"] for row in rows}, [row["side"] for row in rows]
+    assert f"| ears | {len(rows)} | 8 |" in text and f"| people, where named | {len(people)} | not named |" in text
+    assert f"| {sides.count('left')}, {sides.count('right')}, 0 |" in text and "is not known: not all name them" in text
+    assert "| consent of those photographed | drawn \\| nobody |" in text and "| licence | not stated |" in text
+    assert not any(person in text for person in people) and str(tmp_path) not in text and str(ears) not in text
+    monkeypatch.setenv("EARTEACH_LICENSE", "ours")
+    assert earteach("validate-data", ears / "eval.csv", ears / "eval.csv", "--card", tmp_path / "b.md").code in (0, 1)
+    text = (tmp_path / "b.md").read_text()
+    assert f"{len(people)} people are in more than one of the lists" in text and "| licence | ours |" in text
+    said = earteach("validate-data", ears / "eval.csv", "--card", tmp_path / "card.txt")
+    assert said.code == 2 and "name a .md file" in said.err

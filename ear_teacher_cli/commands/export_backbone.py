@@ -22,13 +22,14 @@ from ..core.embedder import Embedder, crops_of, embedder_of
 from ..core.exports import CARD, FOLDER, WEIGHTS, About, header_of, read_export, sidecars, sized, whitening_beside
 from ..core.features import MapStatistics, map_model, open_local_dir, statistics
 from ..core.golden import TOLERANCE, golden_of, relative_difference
-from ..core.model_card import NOT_STATED, Stated, model_card
+from ..core.model_card import Stated, model_card
 from ..core.onnx_model import OnnxModel, map_names, require_onnx, write_onnx
 from ..core.weights import fingerprint
 from ..data.manifest import Manifest, read_manifest
 from ..data.pixels import normalise
 from ..errors import EarTeachError, ManifestError, WeightsError, WordsError
 from ..files import printable, refuse_existing, refuse_existing_folder, whole_file, whole_folder
+from ..machine import stated
 from ..talk import Talk
 
 FORMATS = (".safetensors", ".onnx")
@@ -118,14 +119,14 @@ def export_backbone(
         maps, pictures = _measured(
             maps_of_teacher, checkpoint, manifest, batch_size, num_workers, talk or Talk(quiet=True)
         )
-        stated = Stated(consent or NOT_STATED, license or NOT_STATED, ema, half)
+        said = Stated(stated(consent, "consent"), stated(license, "license"), ema, half)
         with whole_folder(out, FOLDER) as folder:
             difference = _write_weights(folder / WEIGHTS, state, header, teacher)
             if whitening:
                 (folder / beside.name).write_bytes(whitening)
             for name, content in sidecars(about, maps, pictures).items():
                 _write_json(folder / name, content)
-            card = model_card(about, checkpoint, maps, pictures, *_figures(checkpoint), stated)
+            card = model_card(about, checkpoint, maps, pictures, *_figures(checkpoint), said)
             (folder / CARD).write_text(card, encoding="utf-8")
             _prove_folder(folder, teacher, maps_of_teacher, about)
     return Export(

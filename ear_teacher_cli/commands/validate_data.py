@@ -20,14 +20,16 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.crop import REASONS, cut, read_picture
+from ..data.data_card import data_card
 from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect, near_pairs
 from ..data.manifest import Box, Manifest, read_manifest, write_manifest
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
-from ..machine import usable_cores
+from ..machine import stated, usable_cores
 from ..talk import Talk
 
 ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
+_MEANINGS = ERRORS | WARNINGS
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,16 @@ def validate_data(
     json_file: str | None = None,
     contact_sheet: str | None = None,
     write_clean: str | None = None,
+    card: str | None = None,
+    consent: str | None = None,
+    license: str | None = None,
     num_workers: int = 8,
     overwrite: bool = False,
 ) -> Report:
     """Check manifests; write what was asked for. Raises EarTeachError only if an output cannot be written."""
-    outputs = [path for path in (json_file, contact_sheet, write_clean) if path and path != "-"]
+    if card is not None and Path(card).suffix.lower() != ".md":
+        raise WordsError(f"--card {printable(card)}: is Markdown; name a .md file")
+    outputs = [path for path in (json_file, contact_sheet, write_clean, card) if path and path != "-"]
     for path in outputs:
         refuse_existing(path, overwrite, inputs=sources)
     if len({os.path.realpath(path) for path in outputs}) < len(outputs):
@@ -113,6 +120,14 @@ def validate_data(
             temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if contact_sheet:
         _draw_sheet(manifests, report, seen, contact_sheet)
+    if card:
+        counts = {reason: (len(group), _MEANINGS[reason]) for reason, group in report.by_reason().items()}
+        sizes = {place: look.size for place, look in seen.items()}
+        with whole_file(card) as temporary:
+            temporary.write_text(
+                data_card(manifests, sizes, counts, stated(consent, "consent"), stated(license, "license")),
+                encoding="utf-8",
+            )
     if write_clean and manifests:
         kept = _write_clean(manifests[0], report, write_clean)
         talk.say(

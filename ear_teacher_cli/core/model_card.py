@@ -10,7 +10,6 @@ from .checkpoint import Checkpoint
 from .exports import CONFIG, FEATURES, PREPROCESS, About
 from .features import MapStatistics
 
-NOT_STATED = "not stated"
 # Of the machine or of the user's folders, not of the recipe.
 _PANELS = {"Machine", "Output"}
 _OPTIONS = {"train_metadata", "val_metadata", "root_dir", "pretrained_path", "cache", "cache_limit", "num_workers"}
