@@ -316,7 +316,9 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earteach):
-    words = ["train", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path, "--experiment-name"]
+    # classes that no rounding moves: a picture between two clusters may go to either
+    words = ["train", *manifests, *SMALL, "--pseudo-classes", "fixed", "--max-epochs", 1, "--output-dir", tmp_path]
+    words.append("--experiment-name")
     assert earteach(*words, "plain").code == 0
     assert earteach(*words, "compiled", "--compile").code == 0
     plain, compiled = (read_epochs(tmp_path / name) for name in ("plain", "compiled"))

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -24,16 +24,16 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ..config import MONITORS, TrainConfig, from_dict, read_toml, with_changes
+from ..config import TrainConfig, from_dict, read_toml, with_changes
 from ..core import callbacks, loggers, runs
 from ..core.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..core.interruption import SaveOnStop
 from ..core.lightning_module import WHITEN_ON, EarTeacherLightningModule
 from ..core.losses import consistency_loss, contrastive_loss, metric_loss
 from ..core.projector import write_projector
-from ..core.pseudo_classes import PICTURES_PER_CLASS, class_count
+from ..core.pseudo_classes import class_count
 from ..core.report import read_story, write_report
-from ..core.reporter import Reporter
+from ..core.reporter import Reporter, describe, describe_data, why_best
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
@@ -182,7 +182,7 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
     data.setup("fit")
     for line in settled:
         talk.say(line)
-    talk.facts([*describe(config), ("data", _data_summary(config, data))])
+    talk.facts([*describe(config), ("data", _describe_data(config, data))])
     return config, data
 
 
@@ -289,60 +289,6 @@ def _fit(
     report = None if interrupted or not is_first_process() else _look_back(config, logger, talk)
     best, why = runs.best_checkpoint(folder), why_best(folder, config.monitor)
     return Outcome(folder, trainer.current_epoch, best, code, save_on_stop.saved, why, time.monotonic() - began, report)
-
-
-def describe(config: TrainConfig) -> list[tuple[str, str]]:
-    """A configuration at a glance: names and what they are."""
-    start = "pretrained" if config.pretrained else "random weights"
-    kept = f", kept to stride {config.kept_stride}" if config.kept_stride else ""
-    losses = [f"{config.reconstruction_weight:g} reconstruction"] if config.reconstruction_weight else []
-    if config.contrastive_weight:
-        losses.append(f"{config.contrastive_weight:g} contrastive (temperature {config.temperature:g})")
-    if config.consistency_weight:
-        losses.append(f"{config.consistency_weight:g} consistency")
-    if config.learns_classes:
-        losses.append(
-            f"{config.metric_weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
-            f"{config.pseudo_classes} classes"
-        )
-    views = f"{counted(config.views, config.augmentation + ' view')}" if config.augment else "pictures as they are"
-    changed = [
-        f"--{'' if value is not False else 'no-'}{spec.name.replace('_', '-')}{'' if isinstance(value, bool) else f' {printable(value)}'}"
-        for spec in fields(config)
-        if (value := getattr(config, spec.name)) != spec.default and spec.name not in _SHOWN
-    ]
-    return [
-        ("experiment", printable(config.experiment_dir)),
-        ("teacher", f"{config.backbone} at {config.image_size} px, {start}{kept}"),
-        ("learns by", ", ".join(losses)),
-        (
-            "schedule",
-            f"{counted(config.max_epochs, 'epoch')}, batches of {config.batch_size}, {views}; learning rate "
-            f"{config.learning_rate:g} (heads x {config.head_rate:g}), warm-up {config.warmup:g}; "
-            f"{config.precision}; best by {config.monitor}",
-        ),
-        ("options", f"set otherwise: {' '.join(changed)}" if changed else "all others as by default"),
-    ]
-
-
-# What `describe` says in other words.
-_SHOWN = {
-    "train_metadata", "val_metadata", "output_dir", "experiment_name", "backbone", "image_size", "pretrained",
-    "max_epochs", "batch_size", "learning_rate", "precision",
-}  # fmt: skip
-
-
-def why_best(folder: Path, monitor: str) -> str:
-    """`val/retrieval 87.5, the highest so far (epoch 7 of 10; 61.2 before training)`; '' without a metrics.csv."""
-    rows = [row for row in runs.read_metrics(folder / runs.METRICS) if row.get(monitor)]
-    scored = {int(row["epoch"]): float(row[monitor]) for row in rows}
-    start = scored.pop(0, None)
-    if not scored:
-        return ""
-    choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
-    best = choose(scored, key=scored.__getitem__)
-    before = f"; {start:.4g} before training" if start is not None else ""
-    return f"{monitor} {scored[best]:.4g}, the {word} so far (epoch {best} of {len(scored)}{before})"
 
 
 def _look_back(config: TrainConfig, logger: loggers.Events, talk: Talk) -> Path | None:
@@ -491,17 +437,9 @@ def _restored(checkpoint: Checkpoint) -> str:
     )
 
 
-def _data_summary(config: TrainConfig, data: EarDataModule) -> str:
-    train, val = data.train_set.manifest, data.val_set.manifest
-    text = f"{len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
-    if not config.learns_classes:
-        return text
-    count = _classes(config, data)
-    by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
-    text += f"; {count} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
-    if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * count:
-        text += f", {len(train) / count:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
-    return text
+def _describe_data(config: TrainConfig, data: EarDataModule) -> str:
+    manifests = data.train_set.manifest, data.val_set.manifest
+    return describe_data(config, *manifests, _classes(config, data))
 
 
 def _classes(config: TrainConfig, data: EarDataModule) -> int:

@@ -1,16 +1,23 @@
-"""What is said of a run while it trains: one row per epoch, and whether the embeddings are still in order."""
+"""What is said of a run: before it, what it is about to do; one row per epoch, with a verdict on the embeddings; after
+it, which epoch was best."""
 
 import time
 from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from ..config import TrainConfig
+from ..config import MONITORS, TrainConfig
+from ..data.manifest import Manifest
 from ..errors import EarTeachError
-from ..talk import Cell, Steps, Talk, clock
+from ..files import printable
+from ..talk import Cell, Steps, Talk, clock, counted
+from . import runs
 from .diagnostics import JUDGED_ON, judge
+from .pseudo_classes import PICTURES_PER_CLASS
 
 # figure: (its head in a table, its words in a line, the rank at which it goes where a terminal is narrow)
 _QUALITY = {
@@ -171,3 +178,69 @@ def _losses_in_words(figures: dict[str, float]) -> list[str]:
         if f"{split}/loss" in figures:
             parts.append(f"{split} {figures[f'{split}/loss']:.4g} ({', '.join(terms)})")
     return parts
+
+
+def describe(config: TrainConfig) -> list[tuple[str, str]]:
+    """A configuration at a glance: names and what they are."""
+    start = "pretrained" if config.pretrained else "random weights"
+    kept = f", kept to stride {config.kept_stride}" if config.kept_stride else ""
+    losses = [f"{config.reconstruction_weight:g} reconstruction"] if config.reconstruction_weight else []
+    if config.contrastive_weight:
+        losses.append(f"{config.contrastive_weight:g} contrastive (temperature {config.temperature:g})")
+    if config.consistency_weight:
+        losses.append(f"{config.consistency_weight:g} consistency")
+    if config.learns_classes:
+        losses.append(
+            f"{config.metric_weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
+            f"{config.pseudo_classes} classes"
+        )
+    views = f"{counted(config.views, config.augmentation + ' view')}" if config.augment else "pictures as they are"
+    changed = [
+        f"--{'' if value is not False else 'no-'}{spec.name.replace('_', '-')}{'' if isinstance(value, bool) else f' {printable(value)}'}"
+        for spec in fields(config)
+        if (value := getattr(config, spec.name)) != spec.default and spec.name not in _SHOWN
+    ]
+    return [
+        ("experiment", printable(config.experiment_dir)),
+        ("teacher", f"{config.backbone} at {config.image_size} px, {start}{kept}"),
+        ("learns by", ", ".join(losses)),
+        (
+            "schedule",
+            f"{counted(config.max_epochs, 'epoch')}, batches of {config.batch_size}, {views}; learning rate "
+            f"{config.learning_rate:g} (heads x {config.head_rate:g}), warm-up {config.warmup:g}; "
+            f"{config.precision}; best by {config.monitor}",
+        ),
+        ("options", f"set otherwise: {' '.join(changed)}" if changed else "all others as by default"),
+    ]
+
+
+# What `describe` says in other words.
+_SHOWN = {
+    "train_metadata", "val_metadata", "output_dir", "experiment_name", "backbone", "image_size", "pretrained",
+    "max_epochs", "batch_size", "learning_rate", "precision",
+}  # fmt: skip
+
+
+def why_best(folder: Path, monitor: str) -> str:
+    """`val/retrieval 87.5, the highest so far (epoch 7 of 10; 61.2 before training)`; '' without a metrics.csv."""
+    rows = [row for row in runs.read_metrics(folder / runs.METRICS) if row.get(monitor)]
+    scored = {int(row["epoch"]): float(row[monitor]) for row in rows}
+    start = scored.pop(0, None)
+    if not scored:
+        return ""
+    choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
+    best = choose(scored, key=scored.__getitem__)
+    before = f"; {start:.4g} before training" if start is not None else ""
+    return f"{monitor} {scored[best]:.4g}, the {word} so far (epoch {best} of {len(scored)}{before})"
+
+
+def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: int) -> str:
+    """How much there is to learn from, and over how many classes."""
+    text = f"{len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
+    if not config.learns_classes:
+        return text
+    by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
+    text += f"; {classes} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
+    if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * classes:
+        text += f", {len(train) / classes:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
+    return text
