@@ -316,14 +316,15 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earteach):
-    # classes that no rounding moves: a picture between two clusters may go to either
-    words = ["train", *manifests, *SMALL, "--pseudo-classes", "fixed", "--max-epochs", 1, "--output-dir", tmp_path]
-    words.append("--experiment-name")
+    # classes that no rounding moves (a picture between two clusters may go to either), and small steps: Adam's first
+    # ones make much of gradients that are nothing but rounding
+    words = ["train", *manifests, *SMALL, "--pseudo-classes", "fixed", "--learning-rate", "1e-5"]
+    words += ["--max-epochs", 1, "--output-dir", tmp_path, "--experiment-name"]
     assert earteach(*words, "plain").code == 0
     assert earteach(*words, "compiled", "--compile").code == 0
     plain, compiled = (read_epochs(tmp_path / name) for name in ("plain", "compiled"))
     for name in ("train/loss", "val/recon_loss", "val/psnr"):
-        assert float(compiled[0][name]) == pytest.approx(float(plain[0][name]), rel=0.02), name
+        assert float(compiled[0][name]) == pytest.approx(float(plain[0][name]), rel=0.002), name
     weights = [read_checkpoint(runs.last_checkpoint(tmp_path / name)).backbone_state for name in ("plain", "compiled")]
     assert weights[0].keys() == weights[1].keys()
 
