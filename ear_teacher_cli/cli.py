@@ -19,7 +19,7 @@ from . import __version__
 from .config import CACHES, ENVIRONMENT, PRESETS, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
-from .files import printable
+from .files import printable, shell_word
 from .machine import complaint, is_first_process
 from .talk import Talk, clock, counted
 
@@ -161,7 +161,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def _about_words(error: Any) -> str:
     """`train: no such option --lerning-rate; did you mean --learning-rate? See earteach train --help`."""
-    path = error.ctx.command_path if error.ctx else "earteach"
+    named = [word for word in sys.argv[1:2] if word in {command.name for command in app.registered_commands}]
+    path = error.ctx.command_path if error.ctx else " ".join(["earteach", *named])
     where = path.removeprefix("earteach").strip()
     found = error.format_message().strip().removesuffix(".")
     if possible := getattr(error, "possibilities", None):
@@ -413,12 +414,21 @@ def report(
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", "-o", metavar="FILE.html", help="Default: report.html in the folder.", show_default=False
+            "--out",
+            "-o",
+            metavar="FILE.html",
+            help="Default: report.html in the folder, which is replaced.",
+            show_default=False,
         ),
     ] = None,
+    root_dir: RootDir = None,
     images: Annotated[
         bool,
-        typer.Option("--images/--no-images", help="Pictures of ears, and who is on them, where the run keeps any."),
+        typer.Option(
+            "--images/--no-images",
+            help="Pictures of ears, and who is on them, where the run keeps any.",
+            envvar="EARTEACH_IMAGES",
+        ),
     ] = True,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -430,7 +440,8 @@ def report(
     from .commands import report as verb
 
     talk = Talk(quiet)
-    talk.say(f"{printable(verb.report(run, talk, out, images, overwrite))}: written")
+    written = verb.report(run, talk, out, root_dir=root_dir, images=images, overwrite=overwrite)
+    talk.say(f"{printable(written)}: written")
 
 
 @app.command("collage", epilog="Example: `earteach collage ear_teacher/outputs/ear_teacher -o collage.png`")
@@ -764,10 +775,10 @@ def evaluate(
 
 
 def _finish(outcome: Any, talk: Talk) -> None:
-    folder = printable(outcome.experiment)
+    folder, named = printable(outcome.experiment), shell_word(outcome.experiment)
     if outcome.interrupted:
         talk.say(
-            f"interrupted{', saved within the epoch' if outcome.saved else ''}: go on with `earteach resume {folder}`"
+            f"interrupted{', saved within the epoch' if outcome.saved else ''}: go on with `earteach resume {named}`"
         )
         raise typer.Exit(outcome.interrupted)
     best = printable(outcome.best.name) if outcome.best else "none"
@@ -777,9 +788,9 @@ def _finish(outcome: Any, talk: Talk) -> None:
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
             *([("report", printable(outcome.report))] if outcome.report else []),
-            ("next", f"earteach collage {folder} -o collage.png"),
-            ("", f"earteach export-backbone {folder} teacher.safetensors"),
-            ("", f"tensorboard --logdir {folder} --samples_per_plugin images=1000"),
+            ("next", f"earteach collage {named} -o collage.png"),
+            ("", f"earteach export-backbone {named} teacher.safetensors"),
+            ("", f"tensorboard --logdir {named} --samples_per_plugin images=1000"),
         ]
     )
 

@@ -167,6 +167,8 @@ class TrainConfig:
         for name, kind in get_type_hints(TrainConfig).items():
             object.__setattr__(self, name, _plain(name, getattr(self, name), kind))
         for spec in fields(self):
+            if isinstance(value := getattr(self, spec.name), str) and "\0" in value:
+                raise ConfigError(spec.name, "holds a NUL byte", "give a name without one")
             _check(spec.name, getattr(self, spec.name), spec.metadata)
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
             raise ConfigError(
@@ -293,7 +295,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         values = tomllib.loads(text)
     except FileNotFoundError as error:
         raise EarTeachError(f"{path}: no such file; give --config a TOML file of options") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise EarTeachError(f"{path}: {error.strerror}; give --config a TOML file of options") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line") from error
     specs = {spec.name: spec for spec in fields(TrainConfig)}
     kinds = get_type_hints(TrainConfig)

@@ -8,6 +8,7 @@ import fcntl
 import glob
 import os
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -177,6 +178,24 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield  # the file stays: removing it would let two processes hold two files of one name
     finally:
         os.close(handle)
+
+
+def has_writer(folder: Path) -> bool:
+    """Whether another process is its `only_writer`. Not to be asked by the writer: a process that closes a file gives up
+    its locks on it."""
+    try:
+        with open(folder / _LOCK, "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
+
+
+def shell_word(name: object) -> str:
+    """A path as it can be typed again."""
+    return shlex.quote(printable(name))
 
 
 _LOCK, _PART = ".lock", ".part"

@@ -62,7 +62,7 @@ class Talk:
             if not self.in_terminal:
                 self._print(f"{name}: {text}" if name else f"    {text}")
                 continue
-            lines = Text(printable(text)).wrap(self.console, max(30, self.console.width - FACT_WIDTH - 2))
+            lines = Text(printable(text)).wrap(self.console, max(10, self.console.width - FACT_WIDTH - 2))
             for number, line in enumerate(lines):
                 head = Text((name if number == 0 else "").ljust(FACT_WIDTH + 2), style="bold")
                 self._live.print(head + Text(line.plain.rstrip()))

@@ -190,6 +190,7 @@ def test_version(earteach):
         (["resume"], "RUN"),
         (["train", "--batch-size", "x"], "invalid value for '--batch-size'"),
         (["--batch-size", "3"], "no such option: --batch-size"),
+        (["train", "--max-epochs"], "see `earteach train --help`"),
     ],
 )
 def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
@@ -262,6 +263,7 @@ def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, ear
         ("views = 2\n'metric-loss' = 'arcfce'", "c.toml line 2: metric_loss: 'arcfce' is not known; choose one of"),
         ("views = 2\n[model]\nbackbone = 'x'", "c.toml line 2: unknown option 'model'"),
         ("backbone = ['x']", "c.toml line 1: backbone: holds several values"),
+        ('experiment_name = "a\\u0000b"', "holds a NUL byte"),
         ("batch_size = 1", "c.toml line 1: batch_size: 1 is too small; use at least 2"),
         ("augment = 1", "is not true or false"),
         ("batch-size = 2.5", "2.5 is not a whole number"),

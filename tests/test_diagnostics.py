@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ear_teacher_cli.core.diagnostics import Health, degraded, health, judge, retrieval, verdict
+from ear_teacher_cli.core.diagnostics import Health, degraded, health, judge, judged_rows, retrieval, verdict
 
 
 def normal(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -52,6 +52,19 @@ def test_what_finds_pictures_better_than_its_start_has_not_collapsed():
     assert judge(fewer | {"retrieval": 29.2}, start, 48) == ("in order", "")
     assert judge(start | {"retrieval": 60.0}, start | {"retrieval": 90.0}, 400)[0] == "DEGRADED"
     assert judge({"retrieval": 3.0}, start, 48) == ("", "")
+
+
+def test_of_many_pictures_whole_people_are_judged(monkeypatch):
+    from ear_teacher_cli.core import diagnostics
+
+    monkeypatch.setattr(diagnostics, "JUDGED_ON", 100)
+    assert judged_rows([None] * 80) == list(range(80))
+    assert judged_rows([None] * 1000)[::99] == [0, 999] and len(judged_rows([""] * 1000)) == 100
+    people = [f"p{row // 10}" for row in range(1000)]  # ten pictures each, in order
+    rows = judged_rows(people)
+    assert 90 <= len(rows) <= 100 and rows == sorted(rows)
+    assert {sum(people[row] == person for row in rows) for person in {people[row] for row in rows}} == {10}
+    assert len(judged_rows(["one"] * 1000)) == 100
 
 
 def test_retrieval_finds_a_picture_from_its_own_view():

@@ -17,13 +17,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, read_table, small_config
+from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ear_teacher_cli.commands.train import train
+from ear_teacher_cli.core import loggers
 from ear_teacher_cli.core.checkpoint import read_checkpoint
 from ear_teacher_cli.core.diagnostics import health
-from ear_teacher_cli.core.report import look_at
+from ear_teacher_cli.core.look import look_at
+from ear_teacher_cli.core.reporter import why_best
 from ear_teacher_cli.core.runs import best_checkpoint
+from ear_teacher_cli.errors import EarTeachError, Stopped
 from ear_teacher_cli.talk import Talk
 
 QUIET = Talk(quiet=True)
@@ -85,42 +89,137 @@ def test_identities_give_a_comparison_with_intervals_and_look_alikes(named):
     assert "<h2>Look-alikes</h2>" in text and "teacher, whitened" in text
     row = re.search(r"<tr><td>rank-1</td>(.*?)</tr>", text)[1]
     assert len(re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", row)) == 2
-    assert "fewer than 20 people are themselves rough" in text and "flatters it" in text
+    assert "Of fewer than 20 people intervals are rough" in text and "flatters it" in text and "] *" not in text
+
+
+def people_of(run: Path) -> set[str]:
+    return {row["identity"] for row in read_table(Path(read_checkpoint(best_checkpoint(run)).config.val_metadata))}
 
 
 def test_without_images_there_is_none_and_nobody_is_named(named, tmp_path, earteach):
     said = earteach("report", named, "-o", tmp_path / "r.html", "--no-images")
     text = (tmp_path / "r.html").read_text()
     assert said.code == 0 and "<img" not in text and "Look-alikes" not in text and "rank-1" in text
-    people = {row["identity"] for row in read_table(Path(read_checkpoint(best_checkpoint(named)).config.val_metadata))}
-    assert not any(f">{person}<" in text for person in people)
+    assert not any(person in text for person in people_of(named))
 
 
-def test_a_run_without_images_keeps_none_in_its_report(manifests, tmp_path, earteach):
+def test_a_run_without_images_keeps_none_and_no_name(ears, tmp_path, earteach):
+    lists = ["--train-metadata", ears / "train_teacher.npy", "--val-metadata", ears / "eval.csv"]
     words = ["--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--no-images", "--report", "--projector"]
-    assert earteach("train", *manifests, *words).code == 0
+    assert earteach("train", *lists, *words).code == 0
     run = tmp_path / "ear_teacher"
     assert "<img" not in (run / "report.html").read_text() and not list(run.rglob("*.png"))
-    assert list(run.rglob("tensors.tsv")) and "p0" not in next(run.rglob("metadata.tsv")).read_text().split("/")[0]
+    assert len(next(run.rglob("tensors.tsv")).read_text().splitlines()) == 12
+    assert next(run.rglob("metadata.tsv")).read_text().split() == [str(row) for row in range(12)]
     assert earteach("report", run, "--images").code == 0
-    assert "<img" not in (run / "report.html").read_text()
+    for path in (path for path in run.rglob("*") if path.is_file() and path.suffix not in (".ckpt", ".lock")):
+        content = path.read_bytes()
+        assert not any(person.encode() in content for person in people_of(run)), path
 
 
-def test_the_report_says_why_where_it_cannot_look(run, tmp_path, monkeypatch, earteach):
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    for checkpoint in (copy / "checkpoints").glob("*.ckpt"):
-        content = torch.load(checkpoint, weights_only=True)  # noqa: TID251 - the test writes a run whose pictures are gone
-        content["hyper_parameters"]["val_metadata"] = "gone.npy"
-        torch.save(content, checkpoint)
+def test_the_environment_keeps_pictures_out_of_a_report(run, tmp_path, monkeypatch, earteach):
+    monkeypatch.setenv("EARTEACH_IMAGES", "0")
+    assert earteach("report", run, "-o", tmp_path / "r.html").code == 0
+    assert "<img" not in (tmp_path / "r.html").read_text()
+
+
+def copied(run: Path, folder: Path) -> Path:
+    shutil.copytree(run, folder / "copy")
+    return folder / "copy"
+
+
+def test_the_report_says_why_where_it_cannot_look(ears, manifests, tmp_path, monkeypatch, earteach):
+    shutil.copytree(ears, tmp_path / "ears")
     monkeypatch.chdir(tmp_path)
-    said = earteach("report", "copy")
-    assert said.code in (0, 1), said.err
-    if said.code == 0:
-        text = html.unescape((copy / "report.html").read_text())
-        assert "gone.npy: no such file" in said.err and "Not measured: gone.npy: no such file" in text
-    else:  # a checkpoint that is not as it was written is refused
-        assert "copy/checkpoints/" in said.err
+    lists = ["--train-metadata", "ears/train_teacher.npy", "--val-metadata", "ears/val_teacher.npy"]
+    assert earteach("train", *lists, "--output-dir", "o", "--max-epochs", "2", *SMALL, "--report").code == 0
+    before = (tmp_path / "o" / "ear_teacher" / "report.html").read_text()
+    (tmp_path / "ears").rename(tmp_path / "away")
+    said = earteach("report", "o/ear_teacher")
+    text = html.unescape((tmp_path / "o" / "ear_teacher" / "report.html").read_text())
+    assert said.code == 0 and "ears/val_teacher.npy: no such file" in said.err
+    assert "Not measured: ears/val_teacher.npy: no such file" in text and "Nearest neighbours" not in text
+    verdict = re.search(r'<b class="(good|bad)">(.*?)</b>', before)
+    assert verdict and verdict[0] in text  # of the pictures that training judged on, not of those that are left
+
+
+@pytest.mark.parametrize(
+    "damage, where",
+    [
+        (b"garbage\n", "metrics.csv line 9"),
+        (b"8,18,abc\n", "metrics.csv line 9"),
+        (b"\xff\xfe\n", "metrics.csv: is not as earteach wrote it"),
+    ],
+)
+def test_damaged_metrics_are_one_line_before_anything_is_trained(damage, where, run, tmp_path, earteach):
+    copy = copied(run, tmp_path)
+    with open(copy / "metrics.csv", "ab") as file:
+        file.write(damage)
+    for words in (["report", copy], ["resume", copy, "--max-epochs", "7"]):
+        said = earteach(*words)
+        assert said.code == 1 and where in said.err.splitlines()[-1] and "epoch 7/7" not in said.err
+
+
+def test_what_a_damaged_run_still_has_is_reported(run, tmp_path, earteach):
+    copy = copied(run, tmp_path)
+    best = best_checkpoint(copy)
+    best.write_bytes(best.read_bytes()[:1000])
+    next(copy.rglob("epoch_0001.png")).write_bytes(b"x")
+    (copy / "bad_images.csv").write_bytes(b"\xff")
+    said = earteach("report", copy)
+    assert said.code == 0 and best.name in said.err and "Trying another" in said.err
+    for path in (copy / "checkpoints").glob("best-*"):
+        path.unlink()
+    assert earteach("report", copy).code == 0
+    text = (copy / "report.html").read_text()
+    assert "epoch of the checkpoint that is left: no best one is" in text and "<th>left (epoch 6)</th>" in text.replace(
+        ' class="number"', ""
+    )
+
+
+def test_the_report_tells_a_run_that_is_not_over(manifests, tmp_path, earteach):
+    words = ["--output-dir", tmp_path, "--max-epochs", "1", *SMALL]
+    assert earteach("train", *manifests, *words).code == 0
+    run = tmp_path / "ear_teacher"
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("max_epochs = 1\n", "max_epochs = 40\n"))
+    assert earteach("report", run).code == 0
+    text = (run / "report.html").read_text()
+    assert "1 of 1" in text and "; of 40, not finished" in text and f"earteach resume {run}\n" in text
+    holder = f"import time; from pathlib import Path; from ear_teacher_cli.files import only_writer\nwith only_writer(Path({str(run)!r})): print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert earteach("report", run).code == 0
+        other.kill()
+    text = (run / "report.html").read_text()
+    assert "; of 40, still running" in text and "earteach resume" not in text
+
+
+def test_the_best_is_what_is_said_to_be_the_best(run, tmp_path):
+    copy = copied(run, tmp_path)
+    rows = read_table(copy / "metrics.csv")
+    for path in (copy / "checkpoints").glob("best-*"):
+        path.unlink()
+    for epoch, value in ((2, 0.01234), (5, 0.01231)):  # alike to the digits of a name
+        rows[epoch]["val/recon_loss"] = str(value)
+        (copy / "checkpoints" / f"best-epoch_{epoch:04d}-val_recon_loss_0.0123.ckpt").touch()
+    with open(copy / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    best = best_checkpoint(copy)
+    assert best.name.startswith("best-epoch_0005")
+    assert why_best(copy, best, "val/recon_loss").startswith("val/recon_loss 0.01231, the lowest so far (epoch 5 of 6")
+    other = best.with_name("best-epoch_0002-val_recon_loss_0.0123.ckpt")
+    assert "the lowest of those that are kept (epoch 2 of 6" in why_best(copy, other, "val/recon_loss")
+
+
+def test_a_collapse_is_said_even_when_quiet(manifests, tmp_path, monkeypatch, earteach):
+    from ear_teacher_cli.core import diagnostics
+
+    monkeypatch.setattr(diagnostics, "FALLEN_RANK", 1e9)
+    said = earteach("train", "-q", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path)
+    assert said.code == 0 and said.err.startswith("warning: embeddings COLLAPSED: effective rank")
 
 
 def test_what_report_refuses(run, tmp_path, monkeypatch, earteach):
@@ -131,7 +230,7 @@ def test_what_report_refuses(run, tmp_path, monkeypatch, earteach):
         (["report", run, "-o", "x.pdf"], 2, "x.pdf: the report is HTML; name a .html file"),
         (["report", run, "-o", "there.html"], 2, "there.html: exists already"),
         (["report", "empty"], 1, "empty: holds no config.toml"),
-        (["report", "there.html"], 1, "there.html: no such folder"),
+        (["report", "there.html"], 1, "there.html: is a file; give the folder of a run"),
     ):
         said = earteach(*words)
         assert said.code == code and named in said.err and len(said.err.splitlines()) == 1
@@ -145,18 +244,16 @@ def test_strange_names_stay_names(manifests, tmp_path):
     assert "<script" not in text and html.escape(name.split("<b")[0]) in text
 
 
-def test_a_report_that_fails_does_not_fail_the_run(manifests, tmp_path, monkeypatch, earteach):
+@pytest.mark.parametrize("error", [EarTeachError("no room"), OSError(28, "no room"), Stopped(15)])
+def test_a_report_that_fails_does_not_fail_the_run(error, manifests, tmp_path, monkeypatch, earteach):
     from ear_teacher_cli.commands import train as verb
-    from ear_teacher_cli.errors import EarTeachError
 
     def fail(*words):
-        raise EarTeachError("report.html: no room")
+        raise error
 
     monkeypatch.setattr(verb, "write_report", fail)
     said = earteach("train", *manifests, "--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--report")
-    assert (
-        said.code == 0 and "no room. The run is whole; `earteach report" in said.err and "done: 1 epoch in" in said.err
-    )
+    assert said.code == 0 and ". The run is whole; `earteach report" in said.err and "done: 1 epoch in" in said.err
 
 
 def test_tensorboard_has_its_panels(named):
@@ -218,6 +315,48 @@ def test_a_logger_that_is_not_there_is_one_line(manifests, tmp_path, earteach):
     said = earteach("train", *manifests, "--output-dir", tmp_path / "o", *SMALL, "--logger", "wandb")
     assert said.code == 2 and "--logger: wandb is not installed; pip install wandb" in said.err
     assert not (tmp_path / "o").exists()
+
+
+class Told(Logger):
+    """Keeps what it is told."""
+
+    name, version = "told", 0
+
+    def __init__(self):
+        super().__init__()
+        self.options: dict = {}
+        self.figures: set[str] = set()
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.options |= dict(params)
+
+    def log_metrics(self, metrics, step=None):
+        self.figures |= set(metrics)
+
+
+def test_other_loggers_are_told_figures_and_the_recipe_but_no_path(manifests, tmp_path, monkeypatch, earteach):
+    told = Told()
+    monkeypatch.setattr(loggers, "require", lambda config: None)
+    monkeypatch.setattr(loggers, "_by_name", lambda config, known: (told, "id-1"))
+    words = ["--output-dir", tmp_path, *SMALL, "--max-epochs", "1", "--logger", "wandb"]
+    assert earteach("train", *manifests, *words).code == 0
+    assert {"train/loss", "val/loss", "val/retrieval"} <= told.figures
+    assert told.options["metric_loss"] == "arcface" and told.options["batch_size"] == 8
+    assert not any("/" in str(value) for name, value in told.options.items() if name != "monitor"), told.options
+    assert (tmp_path / "ear_teacher" / "version_0" / "wandb.txt").read_text() == "id-1\n"
+    told.options.clear()
+    assert earteach("resume", tmp_path / "ear_teacher", "--max-epochs", "2").code == 0
+    assert told.options == {}  # MLflow lets none change
+
+
+def test_a_folder_that_is_called_like_a_logger_is_none(manifests, tmp_path, monkeypatch, earteach):
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = earteach("train", *manifests, *SMALL, "--logger", "wandb")
+    assert said.code == 2 and "--logger: wandb is not installed" in said.err
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

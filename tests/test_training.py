@@ -324,7 +324,7 @@ def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earte
     assert earteach(*words, "compiled", "--compile").code == 0
     plain, compiled = (read_epochs(tmp_path / name) for name in ("plain", "compiled"))
     for name in ("train/loss", "val/recon_loss", "val/psnr"):
-        assert float(compiled[0][name]) == pytest.approx(float(plain[0][name]), rel=0.002), name
+        assert float(compiled[0][name]) == pytest.approx(float(plain[0][name]), rel=0.01), name
     weights = [read_checkpoint(runs.last_checkpoint(tmp_path / name)).backbone_state for name in ("plain", "compiled")]
     assert weights[0].keys() == weights[1].keys()
 

@@ -37,7 +37,7 @@ from ..core.reporter import Reporter, describe, describe_data, why_best
 from ..data.datamodule import EarDataModule
 from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
-from ..files import brief, only_writer, printable, sweep, whole_file
+from ..files import brief, only_writer, printable, shell_word, sweep, whole_file
 from ..machine import complaint, is_first_process, started_processes
 from ..talk import Talk, clock, counted
 
@@ -118,25 +118,33 @@ def _go_on(checkpoint: Checkpoint, folder: Path, changes: dict, talk: Talk) -> O
         )
     if checkpoint.epoch >= config.max_epochs:
         talk.say(f"{where}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
-        return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
+        return _already_done(folder, checkpoint)
     waited = [v["wait_count"] for k, v in checkpoint.content["callbacks"].items() if k.startswith("EarlyStopping")]
     if waited and waited[0] >= config.early_stop and max_epochs is None:
         talk.say(
             f"{where}: finished, {config.monitor} had not improved for {config.early_stop} epochs; give --max-epochs to go on"
         )
-        return Outcome(folder, checkpoint.epoch, runs.best_checkpoint(folder))
+        return _already_done(folder, checkpoint)
     try:
         config, data = _prepare(config, talk)
     except ManifestError as error:
         raise ManifestError(f"{error} (the run's paths start from the folder where it was trained)") from error
     module = EarTeacherLightningModule(config)
     require_fit(checkpoint, module.model.state_dict())
+    runs.read_metrics(folder / runs.METRICS)  # damage is said now, not when an epoch is to be added to it
     talk.facts([("restored", _restored(checkpoint))])
     if max_epochs not in (None, checkpoint.config.max_epochs):
         talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
     if is_first_process():
         _open_folder(folder, config)
     return _fit(config, data, module, talk, checkpoint.path, checkpoint.content["global_step"])
+
+
+def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
+    best = runs.best_checkpoint(folder)
+    report = folder / runs.REPORT
+    why = why_best(folder, best, checkpoint.config.monitor)
+    return Outcome(folder, checkpoint.epoch, best, why=why, report=report if report.is_file() else None)
 
 
 def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
@@ -287,25 +295,29 @@ def _fit(
     interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
     code = save_on_stop.exit_code if interrupted else 0
     report = None if interrupted or not is_first_process() else _look_back(config, logger, talk)
-    best, why = runs.best_checkpoint(folder), why_best(folder, config.monitor)
+    best = runs.best_checkpoint(folder)
+    why = why_best(folder, best, config.monitor)
     return Outcome(folder, trainer.current_epoch, best, code, save_on_stop.saved, why, time.monotonic() - began, report)
 
 
 def _look_back(config: TrainConfig, logger: loggers.Events, talk: Talk) -> Path | None:
     """What is written when all is learned. The run is whole without it, so what is amiss is said and no error."""
     folder = config.experiment_dir
-    if rows := runs.read_metrics(folder / runs.METRICS):
-        loggers.log_hyperparameters(logger, config, [name for name, value in rows[-1].items() if value])
-    if not config.report and not config.projector:
-        return None
+    again = f"The run is whole; `earteach report {shell_word(folder)}` tries the report again"
     try:
+        if rows := runs.read_metrics(folder / runs.METRICS):
+            loggers.log_hyperparameters(logger, config, [name for name, value in rows[-1].items() if value])
+        if not config.report and not config.projector:
+            return None
         story = read_story(folder, talk)
         if config.projector and story.look:
-            write_projector(logger.experiment, story.look, config.images, story.best)
+            write_projector(logger.experiment, story.look, config.images, story.epoch)
         return write_report(story, folder / runs.REPORT, config.images, talk) if config.report else None
-    except EarTeachError as error:
-        talk.warn(f"{error}. The run is whole; `earteach report {printable(folder)}` tries the report again")
-        return None
+    except (EarTeachError, OSError, ValueError, RuntimeError) as error:
+        talk.warn(f"{error}. {again}")
+    except KeyboardInterrupt:  # the last epoch is saved: nothing is lost
+        talk.warn(f"interrupted. {again}")
+    return None
 
 
 def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
@@ -374,7 +386,7 @@ def _refuse_begun(folder: Path, overwrite: bool) -> None:
     if overwrite or not is_first_process() or not runs.is_begun(folder):
         return
     raise WordsError(
-        f"{printable(folder)}: this experiment exists; go on with `earteach resume {printable(folder)}`, "
+        f"{printable(folder)}: this experiment exists; go on with `earteach resume {shell_word(folder)}`, "
         "choose another --experiment-name, or pass --overwrite"
     )
 
@@ -411,7 +423,8 @@ def _remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie in the folder."""
     for path in [folder / runs.CHECKPOINTS, *runs.versions(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (runs.CONFIG, runs.METRICS, runs.BAD, runs.REPORT):
+    shutil.rmtree(folder / "wandb", ignore_errors=True)
+    for name in (runs.CONFIG, runs.METRICS, runs.BAD, runs.REPORT, "mlflow.db"):
         (folder / name).unlink(missing_ok=True)
 
 

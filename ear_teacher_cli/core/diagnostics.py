@@ -4,8 +4,9 @@ All are of the validation pictures' embeddings, clean, in evaluation mode. M pic
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,8 @@ def judge(now: Mapping[str, float], start: Mapping[str, float], pictures: int) -
 
     COLLAPSED: spread or effective rank has fallen, and retrieval has not risen beyond chance. DEGRADED: retrieval has
     fallen beyond chance."""
-    if "spread" not in now or "spread" not in start:
+    needed = {"retrieval", *(spec.name for spec in fields(Health))}
+    if not pictures or not needed <= now.keys() or not needed <= start.keys():
         return "", ""
     states = (Health(*(figures[spec.name] for spec in fields(Health))) for figures in (now, start))
     # random features use many directions and say little: what finds pictures again better than they has not collapsed
@@ -66,6 +68,26 @@ def judge(now: Mapping[str, float], start: Mapping[str, float], pictures: int) -
     if lost := degraded(now["retrieval"], start["retrieval"], pictures):
         return "DEGRADED", lost
     return "in order", ""
+
+
+def judged_rows(people: Sequence[Any]) -> list[int]:
+    """At most JUDGED_ON of N rows, evenly spaced; where they say who is on them (else None or ''), whole people: a row
+    here and there of a list in order would leave nobody with two pictures."""
+    if len(people) <= JUDGED_ON:
+        return list(range(len(people)))
+    evenly = torch.linspace(0, len(people) - 1, JUDGED_ON).round().long().tolist()
+    if not any(people):
+        return evenly
+    rows_of: dict[Any, list[int]] = {}
+    for row, person in enumerate(people):
+        rows_of.setdefault(person or row, []).append(row)
+    groups = list(rows_of.values())
+    chosen: list[int] = []
+    several = max(1, JUDGED_ON * len(groups) // len(people))
+    for place in torch.linspace(0, len(groups) - 1, several).round().long().unique().tolist():
+        if len(chosen) + len(groups[place]) <= JUDGED_ON:
+            chosen += groups[place]
+    return sorted(chosen) or evenly  # of one person
 
 
 def verdict(now: Health, start: Health) -> str | None:

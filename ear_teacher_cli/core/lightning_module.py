@@ -53,7 +53,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def __init__(self, config: TrainConfig | None = None, **options: Any):
         super().__init__()
         self.config = config or TrainConfig(**options)
-        self.save_hyperparameters(self.config.as_dict())
+        self.save_hyperparameters(self.config.as_dict(), logger=False)  # core.loggers says what they are told
         # channels_last: the layout that convolutions are fast in, on CPUs too
         self.model = TeacherModel(self.config).to(memory_format=torch.channels_last)
         self.preprocessing = preprocessing_for(self.config)
@@ -310,18 +310,23 @@ class EarTeacherLightningModule(pl.LightningModule):
         embeddings, of_views = embeddings[first], of_views[first]
         if not torch.isfinite(embeddings).all():
             return {}  # diverged: the loss says so
-        some = torch.linspace(0, len(index) - 1, min(len(index), diagnostics.JUDGED_ON)).round().long()
+        manifest = self.trainer.datamodule.val_set.manifest
+        people = [ear and ear[0] for ear in map(manifest.ear, index.tolist())]
+        some = torch.tensor(diagnostics.judged_rows(people))
         found = {
             "retrieval": diagnostics.retrieval(embeddings[some], of_views[some]),
             **asdict(diagnostics.health(embeddings[some])),
         }
-        manifest = self.trainer.datamodule.val_set.manifest
         ears = [manifest.ear(i) for i in index[some].tolist()]
         named = [i for i, ear in enumerate(ears) if ear]
         if can_be_scored([ears[i] for i in named]):
             rank1, eer = rank1_and_eer(embeddings[some][named].numpy(), [str(ears[i]) for i in named])
             found |= {"rank1": 100 * rank1, "eer": 100 * eer}
         return found
+
+    def _judged_on(self) -> int:
+        """How many pictures quality and health are measured on."""
+        return min(len(self.trainer.datamodule.val_set), diagnostics.JUDGED_ON)
 
     def _gather(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
         """The columns of all ranks, one after the other; a rank whose pictures were all unreadable has none."""
@@ -333,7 +338,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         checkpoint["earteach"] = describe(
             self.config, self.preprocessing, self.model.embedding_dim, self._epochs_completed(), self._steps_per_epoch()
         )
-        checkpoint["earteach"]["start"] = self.start
+        checkpoint["earteach"] |= {"start": self.start, "judged_on": self._judged_on()}
         if done := steps_into_epoch(self.trainer):
             checkpoint["earteach"]["steps_done"] = done
             share = self.trainer.strategy.reduce  # each rank goes on with an equal part of what all have

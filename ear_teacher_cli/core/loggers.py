@@ -40,27 +40,11 @@ _OUTCOME = (*MONITORS, "val/spread", "val/effective_rank")
 
 
 class Events(TensorBoardLogger):
-    """TensorBoard's events alone. Lightning's hparams.yaml would say what config.toml does, and is not written whole;
-    hyper-parameters are told when there are figures to go with them (`log_hyperparameters`)."""
+    """TensorBoard's events alone. Lightning's hparams.yaml would say what config.toml does, and is not written whole."""
 
     @rank_zero_only
     def save(self) -> None:
         self.experiment.flush()
-
-    def log_hyperparams(self, *args: Any, **options: Any) -> None:
-        pass
-
-
-class _MLFlow(MLFlowLogger):
-    """Lightning's, which a run that is gone on with tells its hyper-parameters again; MLflow lets none change."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.begun = options["run_id"] is not None
-
-    def log_hyperparams(self, params: Any) -> None:
-        if not self.begun:
-            super().log_hyperparams(params)
 
 
 def events(config: TrainConfig, version: str | None, purge_step: int | None) -> Events:
@@ -75,8 +59,8 @@ def events(config: TrainConfig, version: str | None, purge_step: int | None) -> 
 
 def require(config: TrainConfig) -> None:
     """Raises ConfigError where the package of the logger that was asked for is not installed."""
-    names = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow",)}[config.logger]
-    if not any(find_spec(name) for name in names):
+    found = find_spec(config.logger)
+    if found is None or found.origin is None:  # a folder of that name, which W&B itself leaves, is no package
         raise ConfigError(
             "logger", f"{config.logger} is not installed", f"pip install {config.logger}, or leave --logger out"
         )
@@ -87,32 +71,43 @@ def others(config: TrainConfig, folder: Path) -> list[Logger]:
     if config.logger == "tensorboard":
         return []
     mark = folder / f"{config.logger}.txt"
-    known = mark.read_text(encoding="utf-8").strip() if mark.is_file() else None
-    where, name = str(config.experiment_dir), config.experiment_name
-    if config.logger == "wandb":
-        known = known or secrets.token_hex(4)
-        logger: Any = WandbLogger(name=name, save_dir=where, project=PROJECT, id=known, resume="allow")
-    else:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.experiment_dir.absolute()}/mlflow.db"
-        logger = _MLFlow(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
-        known = logger.run_id if is_first_process() else known
+    begun = mark.is_file()
+    logger, known = _by_name(config, mark.read_text(encoding="utf-8").strip() if begun else None)
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(mark) as temporary:
             temporary.write_text(f"{known}\n", encoding="utf-8")
+        if not begun:  # MLflow lets none change
+            logger.log_hyperparams(_told(config))
     return [logger]
 
 
+def _by_name(config: TrainConfig, known: str | None) -> tuple[Logger, str]:
+    """(the logger, the mark of its run), of the run with the mark `known` if there is one."""
+    name = config.experiment_name
+    if config.logger == "wandb":
+        known = known or secrets.token_hex(4)
+        where = str(config.experiment_dir)
+        return WandbLogger(name=name, save_dir=where, project=PROJECT, id=known, resume="allow"), known
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.experiment_dir.absolute()}/mlflow.db"
+    logger = MLFlowLogger(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
+    return logger, str(logger.run_id) if is_first_process() else str(known)
+
+
 def log_hyperparameters(logger: Events, config: TrainConfig, figures: Iterable[str]) -> None:
-    """The options that teach, for TensorBoard's table of runs, beside the last values of `figures` (names of scalars)."""
-    told = {
+    """The options of the recipe, for TensorBoard's table of runs, beside the last values of `figures` (names of scalars)."""
+    shown = {name: 0.0 for name in figures if name in _OUTCOME}  # the values are those of the scalars themselves
+    for summary in hparams(_told(config), shown):
+        logger.experiment._get_file_writer().add_summary(summary)
+    logger.experiment.flush()
+
+
+def _told(config: TrainConfig) -> dict[str, Any]:
+    """The options of the recipe: nothing of this machine or its folders."""
+    return {
         spec.name: value
         for spec in fields(config)
         if spec.metadata["panel"] in ("Data", "Model", "Training")
-        and spec.name not in ENVIRONMENT
+        and spec.name not in (*ENVIRONMENT, "train_metadata", "val_metadata")
         and (value := getattr(config, spec.name)) is not None
     }
-    shown = {name: 0.0 for name in figures if name in _OUTCOME}  # the values are those of the scalars themselves
-    for summary in hparams(told, shown):
-        logger.experiment._get_file_writer().add_summary(summary)
-    logger.experiment.flush()

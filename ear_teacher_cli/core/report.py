@@ -5,38 +5,33 @@ pictures again, with the best checkpoint and with the backbone as it was before 
 """
 
 import csv
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePath
 
 import numpy as np
-import pytorch_lightning as pl
-import torch
 from PIL import Image
 
 from ..config import TrainConfig, from_dict, read_toml
-from ..data.crop import cut, read_picture
-from ..data.datamodule import read_val_manifest
 from ..data.embeddings import Embeddings
-from ..data.inspect import PREVIEW
-from ..data.manifest import Manifest
-from ..errors import EarTeachError, PictureError
-from ..files import printable, whole_file
+from ..errors import EarTeachError, PictureError, WeightsError
+from ..files import printable, shell_word, whole_file
 from ..talk import Silence, Talk
 from . import page, plots, runs
 from .checkpoint import Checkpoint, read_checkpoint
-from .diagnostics import JUDGED_ON, judge
-from .embedder import Embedder, embed_manifest, embedder_of, untouched
+from .diagnostics import judge
 from .evaluation import FEW_PEOPLE, Evaluation, excludes_0, look_alike_sheet, score
-from .lightning_module import EarTeacherLightningModule
+from .look import Look, look_at
 from .metrics import can_be_scored
 from .pictures import read_own_picture
 
 QUERIES, NEIGHBOURS = 6, 5
 COLLAGES_SHOWN = 4
-# What is not of one person's pictures, in the order of the page: (column of metrics.csv, words, form)
+# Of fewer people no interval says anything.
+FEWEST_PEOPLE = 3
+# What training measured of an epoch: (column of metrics.csv, words, form)
 _FIGURES = (
     ("val/retrieval", "retrieval, %", "{:.1f}"),
     ("val/rank1", "rank-1, %", "{:.1f}"),
@@ -47,36 +42,40 @@ _FIGURES = (
     ("val/effective_rank", "effective rank", "{:.0f}"),
     ("val/abs_cosine", "mean absolute cosine", "{:.2f}"),
 )
-
-
-@dataclass(frozen=True)
-class Look:
-    """Validation pictures as the teacher and the untouched start see them; rows of unit length.
-
-    `teacher`: as `embed` gives them, whitened where the run fitted a whitening; `raw`: before that.
-    """
-
-    manifest: Manifest
-    teacher: Embeddings
-    raw: Embeddings
-    start: Embeddings | None
-    no_start: str = ""  # why
+_PATHS = ("train_metadata", "val_metadata", "root_dir", "pretrained_path", "output_dir")
 
 
 @dataclass(frozen=True)
 class Story:
-    """What a run's folder tells. `rows`: of metrics.csv. `missing`: why there is no look."""
+    """What a run's folder tells. `rows`: of metrics.csv. `missing`: why there is no look. `running`: it is not over."""
 
     folder: Path
     config: TrainConfig
     rows: list[dict[str, str]]
-    best: int
     checkpoint: Checkpoint
     look: Look | None
     missing: str = ""
+    running: bool = False
+
+    @property
+    def epoch(self) -> int:
+        """Of the checkpoint that is looked at."""
+        return self.checkpoint.epoch
+
+    @property
+    def last(self) -> int:
+        return int(self.rows[-1]["epoch"])
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the checkpoint was kept as one of the best, and not for being the last that is left."""
+        return self.checkpoint.path.name.startswith("best-")
+
+    def row(self, epoch: int) -> dict[str, str]:
+        return next((row for row in self.rows if int(row["epoch"]) == epoch), {})
 
 
-def read_story(folder: Path, talk: Talk) -> Story:
+def read_story(folder: Path, talk: Talk, root_dir: str | None = None, running: bool = False) -> Story:
     """Raises EarTeachError if the folder is no run, or no epoch of it is finished."""
     where = printable(folder)
     if not (folder / runs.CONFIG).is_file():
@@ -84,56 +83,49 @@ def read_story(folder: Path, talk: Talk) -> Story:
     config = from_dict(read_toml(folder / runs.CONFIG), printable(folder / runs.CONFIG))
     rows = runs.read_metrics(folder / runs.METRICS)
     if not any(int(row["epoch"]) for row in rows):
-        raise EarTeachError(f"{where}: no epoch is finished yet; go on with `earteach resume {where}`")
-    checkpoint = read_checkpoint(runs.checkpoint_of(folder, best=True))
+        raise EarTeachError(
+            f"{where}: its {runs.METRICS} has no finished epoch; go on with `earteach resume {shell_word(folder)}`"
+        )
+    checkpoint = _best_whole(folder, talk)
     try:
-        look, missing = look_at(checkpoint, talk), ""
+        look, missing = look_at(checkpoint, talk, root_dir), ""
     except EarTeachError as error:
-        look, missing = None, f"{error} (paths start from the folder where the run was trained)"
+        look = None
+        missing = f"{error} (paths start from the folder where the run was trained; --root-dir names another)"
         talk.warn(f"the pictures could not be looked at, so comparison and neighbours are missing: {missing}")
-    return Story(folder, config, rows, checkpoint.epoch, checkpoint, look, missing)
+    return Story(folder, config, rows, checkpoint, look, missing, running)
 
 
-def look_at(checkpoint: Checkpoint, talk: Talk) -> Look:
-    """Embed the validation pictures (at most JUDGED_ON, evenly spaced). Raises EarTeachError if none can be read."""
-    config = checkpoint.config
-    manifest = read_val_manifest(config)
-    some = np.unique(np.linspace(0, len(manifest) - 1, min(len(manifest), JUDGED_ON)).round().astype(int))
-    manifest = manifest.subset(some.tolist())
-    embedder = embedder_of(checkpoint)
-    options = (manifest, config.batch_size, config.num_workers, talk, False)
-    raw = embed_manifest(embedder, *options)
-    fitted = embedder.whitening
-    teacher = replace(raw, rows=fitted.apply(raw.rows), whitened=True) if fitted else raw
-    try:
-        start, why = embed_manifest(_untouched(config), *options[:3], Silence(), False), ""
-    except EarTeachError as error:  # its weights may be gone, or on a hub that is out of reach
-        start, why = None, str(error)
-    return Look(manifest, teacher, raw, start, why)
-
-
-def _untouched(config: TrainConfig) -> Embedder:
-    """The backbone as `train` starts with it: from the same weights or the same seed."""
-    before = torch.get_rng_state()
-    pl.seed_everything(config.seed, verbose=False)
-    module = EarTeacherLightningModule(config)
-    receipt = module.load_pretrained() if config.pretrained else None
-    torch.set_rng_state(before)
-    return untouched(module.model.backbone, config.backbone, module.preprocessing, receipt)
+def _best_whole(folder: Path, talk: Talk) -> Checkpoint:
+    """The best; of those that are not damaged, which are said. Raises the first one's WeightsError if none is whole."""
+    first: WeightsError | None = None
+    best = runs.checkpoint_of(folder, best=True)
+    for path in dict.fromkeys(chain([best], runs.checkpoints(folder))):
+        try:
+            return read_checkpoint(path)
+        except WeightsError as error:
+            first = first or error
+            talk.warn(f"{error}. Trying another")
+    raise first
 
 
 def write_report(story: Story, out: Path, images: bool, talk: Talk) -> Path:
     """The page. `images` False: without a picture of an ear, and without names of people."""
     config = story.config
-    curves, health, classes = plots.draw_run(story.rows, story.best)
+    curves, health, classes = plots.draw_run(story.rows, story.epoch)
+    plain, white, why_not = _scored(story)
+    compared = [page.element("p", why_not)] if plain is None else _identity_table(story.look, plain, white)
     parts = [
         *_top(story),
         page.element("h2", "Is it better than the untouched backbone?"),
-        *_comparison(story, talk),
+        *_while_it_trained(story),
+        page.element("h3", "By identity"),
+        *compared,
         page.element("h2", "How it learned"),
         page.element(
             "p",
-            "Dotted: the best epoch. Dashed: before training. The quality of embeddings is measured before whitening.",
+            f"Dotted: epoch {story.epoch}. Dashed: before training. The quality of embeddings is measured before "
+            "whitening.",
             "faint",
         ),
         page.panels(curves),
@@ -141,40 +133,48 @@ def write_report(story: Story, out: Path, images: bool, talk: Talk) -> Path:
         page.element("h2", "Health of embeddings and pseudo-classes"),
         page.panels([*health, *classes, *_class_sizes(story)]),
         *(_neighbours(story) if images else []),
-        *(_look_alikes(story, talk) if images else []),
+        *(_look_alikes(story.look, white or plain, talk) if images and plain else []),
         *([] if images else [page.element("p", "Pictures are left out, as --no-images asks.", "faint")]),
         page.element("h2", "What to do next"),
         page.commands(_next(story)),
         page.element("h2", "Configuration"),
-        page.table(["option", "value"], [(name, _said(value)) for name, value in config.as_dict().items()]),
+        page.table(["option", "value"], [(name, _said(name, value)) for name, value in config.as_dict().items()]),
     ]
     with whole_file(out) as temporary:
-        temporary.write_text(page.page(f"{config.experiment_name}: a teacher of ears", parts), encoding="utf-8")
+        temporary.write_text(page.page(f"{story.folder.name}: a teacher of ears", parts), encoding="utf-8")
     return out
 
 
 def _top(story: Story) -> list[str]:
-    config, rows = story.config, story.rows
-    best, last, start = _row(rows, story.best), rows[-1], _row(rows, 0)
-    monitored = dict(best).get(config.monitor, "")
-    before = start.get(config.monitor, "")
-    state, why = judge(_figures(best), _figures(start), len(story.look.manifest) if story.look else 1)
+    config, row = story.config, story.row(story.epoch)
+    monitored, before = row.get(config.monitor, ""), story.row(0).get(config.monitor, "")
+    pictures = int(story.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints do not say
+    state, why = judge(_figures(row), _figures(story.row(0)), pictures)
+    kind = (
+        f"best epoch, by {config.monitor}" if story.is_best else "epoch of the checkpoint that is left: no best one is"
+    )
+    ahead = ""
+    if story.last < config.max_epochs:
+        ahead = f"; of {config.max_epochs}, {'still running' if story.running else 'not finished'}"
     facts = [
-        (f"{story.best} of {int(last['epoch'])}", f"best epoch, by {config.monitor}", ""),
+        (f"{story.epoch} of {story.last}", kind + ahead, ""),
         (
             f"{float(monitored):.4g}" if monitored else "unknown",
             f"{config.monitor} there" + (f"; {float(before):.4g} before training" if before else ""),
             "",
         ),
-        *([(f"{float(best['val/psnr']):.1f} dB", "PSNR of reconstructions there", "")] if best.get("val/psnr") else []),
+        *([(f"{float(row['val/psnr']):.1f} dB", "PSNR of reconstructions there", "")] if row.get("val/psnr") else []),
         *([(state, "embeddings there" + (f": {why}" if why else ""), "bad" if why else "good")] if state else []),
     ]
-    about = f"{config.backbone} at {config.image_size} px, {'from pretrained' if config.pretrained else 'from random'} weights"
-    learned = f"Learned from {config.train_metadata}, judged on {config.val_metadata}."
-    bad = _bad_pictures(story.folder)
+    start = "from pretrained weights" if config.pretrained else "from random weights"
+    lists = f"Learned from {_path(config.train_metadata)}, judged on {_path(config.val_metadata)}."
     return [
-        page.element("h1", f"{config.experiment_name}: a teacher of ears"),
-        page.element("p", f"{about}. {learned}{bad}", "faint"),
+        page.element("h1", f"{story.folder.name}: a teacher of ears"),
+        page.element(
+            "p",
+            f"{config.backbone} at {config.image_size} px, {start}. {lists}{_bad_pictures(story.folder)}",
+            "faint",
+        ),
         page.tiles(facts),
     ]
 
@@ -182,52 +182,59 @@ def _top(story: Story) -> list[str]:
 def _bad_pictures(folder: Path) -> str:
     if not (folder / runs.BAD).is_file():
         return ""
-    with open(folder / runs.BAD, newline="", encoding="utf-8") as file:
-        reasons = Counter(row.get("reason", "") for row in csv.DictReader(file))
+    with open(folder / runs.BAD, newline="", encoding="utf-8", errors="replace") as file:
+        reasons = Counter(row.get("reason") or "" for row in csv.DictReader(file))
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     return f" {reasons.total()} pictures could not be used ({listed}): {runs.BAD} lists them."
 
 
-def _comparison(story: Story, talk: Talk) -> list[str]:
-    parts = [page.element("h3", "While it trained")]
-    rows = {"before training": _row(story.rows, 0), f"best (epoch {story.best})": _row(story.rows, story.best)}
-    rows[f"last (epoch {int(story.rows[-1]['epoch'])})"] = story.rows[-1]
+def _while_it_trained(story: Story) -> list[str]:
+    kind = "best" if story.is_best else "left"
+    rows = {"before training": story.row(0), f"{kind} (epoch {story.epoch})": story.row(story.epoch)}
+    rows[f"last (epoch {story.last})"] = story.rows[-1]
     lines = [
         (words, *(form.format(float(row[key])) if row.get(key) else "" for row in rows.values()))
         for key, words, form in _FIGURES
         if any(row.get(key) for row in rows.values())
     ]
-    parts.append(page.table(["", *rows], lines, (1, 2, 3)))
-    parts.append(
+    return [
+        page.element("h3", "While it trained"),
+        page.table(["", *rows], lines, (1, 2, 3)),
         page.element(
             "p",
             "Retrieval: share of validation pictures that are nearest to their own augmented view. All of these are of "
             "pictures like those of training; none sees another camera.",
             "faint",
-        )
-    )
-    parts.append(page.element("h3", "By identity"))
+        ),
+    ]
+
+
+def _scored(story: Story) -> tuple[Evaluation | None, Evaluation | None, str]:
+    """(start against teacher, start against the whitened teacher if there is one, why neither)."""
     look = story.look
     if look is None:
-        return [*parts, page.element("p", f"Not measured: {story.missing}")]
+        return None, None, f"Not measured: {story.missing}"
     if look.start is None:
-        return [*parts, page.element("p", f"Not measured, the start is out of reach: {look.no_start}")]
-    named = [ear for i in range(len(look.manifest)) if (ear := look.manifest.ear(i))]
+        return None, None, f"Not measured, the start is out of reach: {look.no_start}"
+    named = [ear for row in range(len(look.raw)) if (ear := look.ear(row))]
     if not can_be_scored(named):
         reason = "the validation manifest names no identities" if not named else "too few pictures share an identity"
-        return [*parts, page.element("p", f"Not measured: {reason}. `earteach evaluate` takes them from a list.")]
+        return None, None, f"Not measured: {reason}. `earteach evaluate` takes them from a list."
+    if len({identity for identity, _ in named}) < FEWEST_PEOPLE:
+        return None, None, f"Not measured: fewer than {FEWEST_PEOPLE} people are named."
     try:
         plain = score([look.start, look.raw], [(None, ""), (None, "")], talk=Silence())
-        white = None
-        if look.teacher is not look.raw:
-            white = score([look.start, look.teacher], [(None, ""), (None, "")], talk=Silence())
+        if look.teacher is look.raw:
+            return plain, None, ""
+        return plain, score([look.start, look.teacher], [(None, ""), (None, "")], talk=Silence()), ""
     except EarTeachError as error:
-        return [*parts, page.element("p", f"Not measured: {error}")]
-    return [*parts, *_identity_table(plain, white)]
+        return None, None, f"Not measured: {error}"
 
 
-def _identity_table(plain: Evaluation, white: Evaluation | None) -> list[str]:
+def _identity_table(look: Look, plain: Evaluation, white: Evaluation | None) -> list[str]:
     compared = [("teacher", plain), *([("teacher, whitened", white)] if white else [])]
+    counts = plain.counts
+    few = counts["people"] < FEW_PEOPLE
     head = ["%", "untouched start"]
     for name, _ in compared:
         head += [name, "difference, 95 % interval"]
@@ -236,36 +243,41 @@ def _identity_table(plain: Evaluation, white: Evaluation | None) -> list[str]:
         line = [figure.name, f"{100 * figure.value:.1f}"]
         for _, found in compared:
             change = found.difference[place]
-            mark = " *" if excludes_0(change) else ""
+            mark = " *" if excludes_0(change) and not few else ""
             line.append(f"{100 * found.systems[1].measured.figures[place].value:.1f}")
             line.append(f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]{mark}")
         lines.append(line)
-    counts = plain.counts
-    few = counts["people"] < FEW_PEOPLE
+    sample = f", a sample of whole people out of {look.of}" if look.of > len(look.raw) else ""
+    stars = (
+        f"Of fewer than {FEW_PEOPLE} people intervals are rough, and no difference is marked. "
+        if few
+        else "* The interval, from resamples of the people, excludes 0; of twenty rows one may by chance. "
+    )
     return [
         page.table(head, lines, range(1, len(head))),
         page.element(
             "p",
-            f"{counts['pictures']} validation pictures of {counts['people']} people. * The interval, from resamples of "
-            "the people, excludes 0; without the star the difference can be chance. The best epoch was chosen on these "
-            "very pictures, which flatters it, and part of what a whitening adds the start would gain by one, too: "
-            "confirm it on other people, another camera and three seeds before you believe it."
-            + (f" Intervals over fewer than {FEW_PEOPLE} people are themselves rough." if few else ""),
+            f"{counts['pictures']} validation pictures of {counts['people']} people{sample}. {stars}The best epoch was "
+            "chosen on these very pictures, which flatters it, and part of what a whitening adds the start would gain by "
+            "one, too: confirm it on other people, another camera and three seeds before you believe it.",
             "faint",
         ),
     ]
 
 
 def _collages(story: Story) -> list[str]:
-    found = [path for version in runs.versions(story.folder) for path in sorted(runs.collages(version))]
-    if not found:
-        return []
-    places = sorted({round(i * (len(found) - 1) / max(1, COLLAGES_SHOWN - 1)) for i in range(COLLAGES_SHOWN)})
-    parts = [page.element("h2", "Reconstructions, from first to last")]
+    found = [path for version in runs.versions(story.folder) for path in runs.collages(version)]
+    places = (
+        sorted({round(i * (len(found) - 1) / (COLLAGES_SHOWN - 1)) for i in range(COLLAGES_SHOWN)}) if found else []
+    )
+    parts = []
     for place in places:
         words = f"reconstructions, {found[place].stem.replace('_', ' ')}"
-        parts.append(page.wide(read_own_picture(found[place]), words))
-    return parts
+        try:
+            parts.append(page.wide(read_own_picture(found[place]), words))
+        except OSError:  # damaged since
+            continue
+    return [page.element("h2", "Reconstructions, from first to last"), *parts] if parts else []
 
 
 def _class_sizes(story: Story) -> list[str]:
@@ -286,7 +298,8 @@ def _neighbours(story: Story) -> list[str]:
             "p",
             "Framed in black a validation picture; beside it, with their cosine similarity, the pictures that are nearest "
             "to it: for the teacher, and for the untouched start."
-            + (" Green: the same ear." if look.manifest.identities else ""),
+            + (" Whitening spreads cosines: compare who is near, not the numbers." if look.teacher.whitened else "")
+            + (" Green: the same ear." if look.teacher.identities else ""),
             "faint",
         ),
     ]
@@ -303,7 +316,7 @@ def _neighbours(story: Story) -> list[str]:
 def _queries(look: Look, seed: int) -> list[int]:
     """Rows drawn by seed, of different ears where these are known, and of those that have another picture."""
     order = np.random.default_rng([seed, 5]).permutation(len(look.teacher)).tolist()
-    ears = [_ear(look, row) for row in order]
+    ears = [look.ear(row) for row in order]
     several = {ear for ear, count in Counter(ears).items() if count > 1 and ear}
     chosen, seen = [], set()
     for row, ear in zip(order, ears, strict=True):
@@ -313,36 +326,20 @@ def _queries(look: Look, seed: int) -> list[int]:
     return chosen[:QUERIES]
 
 
-def _ear(look: Look, row: int) -> tuple[str, str] | None:
-    identity = look.teacher.identities[row] if look.teacher.identities else ""
-    side = look.teacher.sides[row] if look.teacher.sides else ""
-    return (identity, side) if identity else None
-
-
 def _nearest(look: Look, system: Embeddings, query: int) -> list[tuple[Image.Image, str, str]]:
     similarity = system.rows @ system.rows[query]
     similarity[query] = -np.inf
-    tiles = [(_thumbnail(look, query), "", "query")]
-    for row in np.argsort(-similarity)[:NEIGHBOURS]:
-        same = _ear(look, row) is not None and _ear(look, row) == _ear(look, query)
-        tiles.append((_thumbnail(look, row), f"{similarity[row]:.2f}", "same" if same else ""))
+    tiles = [(look.thumbnail(query), "", "query")]
+    for row in np.argsort(-similarity)[:NEIGHBOURS].tolist():
+        same = look.ear(row) is not None and look.ear(row) == look.ear(query)
+        tiles.append((look.thumbnail(row), f"{similarity[row]:.2f}", "same" if same else ""))
     return tiles
 
 
-def _thumbnail(look: Look, row: int) -> Image.Image:
-    seen = look.teacher
-    manifest = Manifest(seen.source, look.manifest.root, seen.paths, seen.boxes, range(len(seen)))
-    return cut(read_picture(manifest.file(row)).image, seen.boxes[row], PREVIEW)
-
-
-def _look_alikes(story: Story, talk: Talk) -> list[str]:
-    look = story.look
-    if look is None or look.teacher.identities is None:
-        return []
+def _look_alikes(look: Look, scored: Evaluation, talk: Talk) -> list[str]:
     try:
-        found = score([look.teacher], [(None, "")], bootstrap=0, talk=Silence())
-        sheet = look_alike_sheet(found, look.teacher, look.manifest.root, talk)
-    except EarTeachError:  # too few identities: the comparison has said so
+        sheet = look_alike_sheet(scored, look.teacher, look.root, talk)
+    except EarTeachError:  # their pictures are gone since
         return []
     return [
         page.element("h2", "Look-alikes"),
@@ -352,12 +349,10 @@ def _look_alikes(story: Story, talk: Talk) -> list[str]:
 
 
 def _next(story: Story) -> Sequence[str]:
-    run = shlex.quote(printable(story.folder))
-    more = max(int(story.rows[-1]["epoch"]), story.config.max_epochs)
+    run = shell_word(story.folder)
+    more = "" if story.last < story.config.max_epochs else f" --max-epochs {2 * story.last}"
     return (
-        f"earteach resume {run}"
-        if int(story.rows[-1]["epoch"]) < more
-        else f"earteach resume {run} --max-epochs {2 * more}",
+        *([] if story.running else [f"earteach resume {run}{more}"]),
         f"earteach export-backbone {run} teacher.safetensors",
         f"earteach embed photos/ out.npy --weights {run}",
         "earteach evaluate out.npy labels.csv",
@@ -365,15 +360,18 @@ def _next(story: Story) -> Sequence[str]:
     )
 
 
-def _row(rows: Sequence[dict[str, str]], epoch: int) -> dict[str, str]:
-    return next((row for row in rows if int(row["epoch"]) == epoch), {})
-
-
 def _figures(row: dict[str, str]) -> dict[str, float]:
     return {name.removeprefix("val/"): float(value) for name, value in row.items() if name.startswith("val/") and value}
 
 
-def _said(value: object) -> str:
+def _said(name: str, value: object) -> str:
     if value is None:
         return ""
+    if name in _PATHS:
+        return _path(str(value))
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def _path(path: str) -> str:
+    """The page may be sent around: of a path from the root its name is enough."""
+    return PurePath(path).name if PurePath(path).is_absolute() else path

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ..config import MONITORS, TrainConfig
-from ..data.manifest import Manifest
+from ..data.manifest import Manifest, folder_name
 from ..errors import EarTeachError
 from ..files import printable
 from ..talk import Cell, Steps, Talk, clock, counted
@@ -99,7 +99,7 @@ class Reporter(Callback):
             self._cells(of, figures, known, state, rate, left),
             f"epoch {of}: {', '.join(words)}",
         )
-        if why and self.talk.in_terminal:
+        if why and (self.talk.quiet or self.talk.in_terminal):  # a log has it in its line
             self.talk.warn(f"embeddings {state}: {why}")
         if why and self.config.fail_on_collapse:
             raise EarTeachError.of_all(
@@ -221,17 +221,19 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def why_best(folder: Path, monitor: str) -> str:
-    """`val/retrieval 87.5, the highest so far (epoch 7 of 10; 61.2 before training)`; '' without a metrics.csv."""
-    rows = [row for row in runs.read_metrics(folder / runs.METRICS) if row.get(monitor)]
-    scored = {int(row["epoch"]): float(row[monitor]) for row in rows}
-    start = scored.pop(0, None)
-    if not scored:
+def why_best(folder: Path, best: Path | None, monitor: str) -> str:
+    """Of the checkpoint that was chosen: `val/retrieval 87.5, the highest so far (epoch 7 of 10; 61.2 before training)`;
+    '' where metrics.csv does not have it."""
+    scored = {
+        int(row["epoch"]): float(row[monitor]) for row in runs.read_metrics(folder / runs.METRICS) if row.get(monitor)
+    }
+    start, epoch = scored.pop(0, None), runs.epoch_of(best) if best else -1
+    if epoch not in scored:
         return ""
     choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
-    best = choose(scored, key=scored.__getitem__)
+    kept = "so far" if scored[epoch] == choose(scored.values()) else "of those that are kept"
     before = f"; {start:.4g} before training" if start is not None else ""
-    return f"{monitor} {scored[best]:.4g}, the {word} so far (epoch {best} of {len(scored)}{before})"
+    return f"{monitor} {scored[epoch]:.4g}, the {word} {kept} (epoch {epoch} of {max(scored)}{before})"
 
 
 def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: int) -> str:
@@ -239,7 +241,9 @@ def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: 
     text = f"{len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
     if not config.learns_classes:
         return text
-    by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
+    by_folder = config.pseudo_classes == "identity" and all(
+        train.identities[i] == folder_name(train.paths[i]) for i in range(len(train))
+    )
     text += f"; {classes} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
     if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * classes:
         text += f", {len(train) / classes:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"

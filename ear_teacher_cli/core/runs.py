@@ -2,11 +2,12 @@
 
 import csv
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import MONITORS
 from ..errors import EarTeachError
-from ..files import printable
+from ..files import brief, printable
 
 CONFIG, METRICS, BAD, CHECKPOINTS, LAST = "config.toml", "metrics.csv", "bad_images.csv", "checkpoints", "last.ckpt"
 REPORT, COLLAGES = "report.html", "reconstruction_collages"
@@ -32,8 +33,7 @@ def checkpoints(experiment: Path) -> list[Path]:
     """All checkpoints, newest first: `last.ckpt`, then by the epoch in the name (a copied folder has lost its times)."""
 
     def age(path: Path) -> tuple:
-        epoch = re.search(r"epoch_(\d+)", path.name)
-        return path.name == LAST, int(epoch[1]) if epoch else -1, path.stat().st_mtime
+        return path.name == LAST, epoch_of(path), path.stat().st_mtime
 
     return sorted((experiment / CHECKPOINTS).glob("*.ckpt"), key=age, reverse=True)
 
@@ -44,13 +44,24 @@ def last_checkpoint(experiment: Path) -> Path | None:
 
 
 def best_checkpoint(experiment: Path) -> Path | None:
-    """The checkpoint with the best figure in its name (of whatever `monitor` it is), else the last."""
+    """The checkpoint with the best figure of whatever `monitor` is in its name, as metrics.csv has it (the name rounds),
+    the earliest of several; else the last."""
+    known: dict[int, dict[str, str]] = {}
+    with suppress(EarTeachError):
+        known = {int(row["epoch"]): row for row in read_metrics(experiment / METRICS)}
     scored = []
     for path in (experiment / CHECKPOINTS).glob("best-*.ckpt"):
         if match := re.search(r"-(val_\w+?)_(-?[\d.]+)\.ckpt$", path.name):
-            sign = {"min": 1, "max": -1}[MONITORS.get(match[1].replace("_", "/", 1), "min")]
-            scored.append((sign * float(match[2]), path))
-    return min(scored)[1] if scored else last_checkpoint(experiment)
+            monitor, epoch = match[1].replace("_", "/", 1), epoch_of(path)
+            sign = {"min": 1, "max": -1}[MONITORS.get(monitor, "min")]
+            scored.append((sign * float(known.get(epoch, {}).get(monitor) or match[2]), epoch, path))
+    return min(scored)[2] if scored else last_checkpoint(experiment)
+
+
+def epoch_of(checkpoint: Path) -> int:
+    """The epoch in its name, counted from 1; -1 where there is none."""
+    found = re.search(r"epoch_(\d+)", checkpoint.name)
+    return int(found[1]) if found else -1
 
 
 def newest_run(output_dir: Path) -> Path | None:
@@ -74,8 +85,22 @@ def checkpoint_of(path: Path, *, best: bool) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv; none if there is no such file yet."""
+    """Rows of a metrics.csv, whose `epoch` is a whole number and whose others are numbers or ''; none if there is no such
+    file yet. Raises EarTeachError naming the line that is not so."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restkey="more", restval="")
+            rows = []
+            for row in reader:
+                int(row["epoch"])
+                for value in row.values():
+                    float(value or 0)
+                rows.append(row)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        line = f" line {reader.line_num}" if not isinstance(error, UnicodeDecodeError) else ""
+        raise EarTeachError(
+            f"{printable(path)}{line}: is not as earteach wrote it ({brief(error)}); mend or remove the line"
+        ) from error
+    return rows

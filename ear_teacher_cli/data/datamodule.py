@@ -26,9 +26,11 @@ def read_train_manifest(config: TrainConfig) -> Manifest:
 
 
 def read_val_manifest(config: TrainConfig) -> Manifest:
-    """Named by its folders where identities are what `monitor` needs and the list names none. Raises ManifestError."""
+    """Named by its folders where identities are classes, or what `monitor` needs, and the list names none. Raises
+    ManifestError."""
     manifest = read_manifest(config.val_metadata, config.root_dir)
-    return named_by_folders(manifest) if config.monitor in ("val/rank1", "val/eer") else manifest
+    asked = config.pseudo_classes == "identity" or config.monitor in ("val/rank1", "val/eer")
+    return named_by_folders(manifest) if asked else manifest
 
 
 class EarDataModule(pl.LightningDataModule):
