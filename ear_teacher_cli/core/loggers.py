@@ -88,7 +88,10 @@ def _by_name(config: TrainConfig, known: str | None) -> tuple[Logger, str]:
     if config.logger == "wandb":
         known = known or secrets.token_hex(4)
         where = str(config.experiment_dir)
-        return WandbLogger(name=name, save_dir=where, project=PROJECT, id=known, resume="allow"), known
+        # what is printed names paths, and the code is not W&B's matter
+        quiet = {"console": "off", "disable_git": True, "save_code": False}
+        logger = WandbLogger(name=name, save_dir=where, project=PROJECT, id=known, resume="allow", settings=quiet)
+        return logger, known
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.experiment_dir.absolute()}/mlflow.db"
     logger = MLFlowLogger(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
     return logger, str(logger.run_id) if is_first_process() else str(known)

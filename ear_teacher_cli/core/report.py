@@ -91,7 +91,9 @@ def read_story(folder: Path, talk: Talk, root_dir: str | None = None, running: b
         look, missing = look_at(checkpoint, talk, root_dir), ""
     except EarTeachError as error:
         look = None
-        missing = f"{error} (paths start from the folder where the run was trained; --root-dir names another)"
+        missing = (
+            f"{error} (paths start from the folder where the run was trained; --root-dir is where the pictures are now)"
+        )
         talk.warn(f"the pictures could not be looked at, so comparison and neighbours are missing: {missing}")
     return Story(folder, config, rows, checkpoint, look, missing, running)
 

@@ -231,9 +231,9 @@ def why_best(folder: Path, best: Path | None, monitor: str) -> str:
     if epoch not in scored:
         return ""
     choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
-    kept = "so far" if scored[epoch] == choose(scored.values()) else "of those that are kept"
+    rank = f"the {word} so far" if scored[epoch] == choose(scored.values()) else f"the {word} of those that are kept"
     before = f"; {start:.4g} before training" if start is not None else ""
-    return f"{monitor} {scored[epoch]:.4g}, the {word} {kept} (epoch {epoch} of {max(scored)}{before})"
+    return f"{monitor} {scored[epoch]:.4g}, {rank} (epoch {epoch} of {max(scored)}{before})"
 
 
 def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: int) -> str:
