@@ -1,6 +1,6 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.
 # make setup: .venv alone, half a minute with a fast line; the others make it when it is not there.
-# make test: format, lint, types and tests, as CI runs them, a quarter of an hour.   make check: the same.
+# make test: format, lint, types and tests, as CI runs them, about 20 minutes.   make check: the same.
 # make lint: format, lint and types alone, half a minute.   make docs: the pages of the commands, from their help.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
 # make bench: how fast everything is, beside the alternatives and the limits, half an hour.

@@ -92,6 +92,7 @@ def test_every_checkpoint_loads_without_pickle_and_holds_no_absolute_path(run):
             "steps_per_epoch",
             "preprocessing",
             "start",
+            "judged_on",
         }
 
 

@@ -1,6 +1,5 @@
 """`export-backbone`: the teacher's backbone alone, under timm's names, proven before it is called done."""
 
-import csv
 import hashlib
 import json
 import re
@@ -330,7 +329,7 @@ def _figures(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
     """Rows of metrics.csv: this checkpoint's and that of before training; none where they are not to be had."""
     try:
         rows = runs.read_metrics(checkpoint.path.parent.parent / runs.METRICS)
-    except (OSError, ValueError, csv.Error):
+    except (OSError, EarTeachError):  # damaged
         rows = []
     by_epoch = {row.get("epoch"): row for row in rows}
     return by_epoch.get(str(checkpoint.epoch), {}), by_epoch.get("0", {})

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ..config import MONITORS, TrainConfig
-from ..data.manifest import Manifest, folder_name
+from ..data.manifest import Manifest
 from ..errors import EarTeachError
 from ..files import printable
 from ..talk import Cell, Steps, Talk, clock, counted
@@ -241,9 +241,7 @@ def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: 
     text = f"{len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
     if not config.learns_classes:
         return text
-    by_folder = config.pseudo_classes == "identity" and all(
-        train.identities[i] == folder_name(train.paths[i]) for i in range(len(train))
-    )
+    by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
     text += f"; {classes} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
     if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * classes:
         text += f", {len(train) / classes:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"

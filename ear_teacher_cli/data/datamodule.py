@@ -20,14 +20,13 @@ from .pixels import preprocessing_for
 
 
 def read_train_manifest(config: TrainConfig) -> Manifest:
-    """Named by its folders where classes are to be identities and the list names none. Raises ManifestError."""
+    """A folder is named by its folders where classes are to be identities. Raises ManifestError."""
     manifest = read_manifest(config.train_metadata, config.root_dir)
     return named_by_folders(manifest) if config.pseudo_classes == "identity" else manifest
 
 
 def read_val_manifest(config: TrainConfig) -> Manifest:
-    """Named by its folders where identities are classes, or what `monitor` needs, and the list names none. Raises
-    ManifestError."""
+    """A folder is named by its folders where identities are classes, or what `monitor` needs. Raises ManifestError."""
     manifest = read_manifest(config.val_metadata, config.root_dir)
     asked = config.pseudo_classes == "identity" or config.monitor in ("val/rank1", "val/eer")
     return named_by_folders(manifest) if asked else manifest

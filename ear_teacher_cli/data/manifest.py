@@ -163,8 +163,9 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None) -> Man
 
 
 def named_by_folders(manifest: Manifest) -> Manifest:
-    """With the pictures' folders as identities (root/identity/picture.jpg) where the list names none; '' in the root."""
-    if manifest.identities is not None:
+    """A folder's pictures with the names of their folders as identities (root/identity/picture.jpg; '' in the root). A
+    list that names nobody stays so: its folders may be years."""
+    if manifest.identities is not None or not Path(manifest.source).is_dir():
         return manifest
     names = [folder_name(path) for path in manifest.paths]
     return replace(manifest, identities=names if any(names) else None)
