@@ -91,7 +91,8 @@ def _panel(title: str, lines: Mapping[str, str], rows: Sequence[Mapping[str, str
     """'' where no row has any of the figures."""
     figure, (axis,) = _figure(4.6, 2.7)
     shown = 0
-    for (column, name), colour in zip(lines.items(), (*_COLOURS, "#009E73"), strict=False):
+    colours = (*_COLOURS, "#009E73")[: len(lines)]
+    for (column, name), colour in zip(lines.items(), colours, strict=True):
         points = [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
         points = [point for point in points if np.isfinite(point[1])]
         after = [point for point in points if point[0] > 0]
