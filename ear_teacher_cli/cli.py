@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
-from . import __version__
+from . import __version__, platform
 from .config import CACHES, ENVIRONMENT, PRESETS, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
@@ -115,9 +115,7 @@ def main() -> None:
 
     sys.unraisablehook = unraisable
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # of schedulers before they kill, of terminals that close: as Ctrl-C
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
+    platform.handle_stop_signals(stop, but=(signal.SIGINT,))  # which Python makes a KeyboardInterrupt of
     try:
         sys.exit(app(prog_name="earteach", standalone_mode=False))
     except _UsageError as error:
@@ -144,15 +142,13 @@ def main() -> None:
         fail(meant)
     finally:
         sys.unraisablehook = lambda what: None  # what half-built objects say on their way out
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # we are ending already
-            signal.signal(number, signal.SIG_IGN)
+        platform.ignore_stop_signals()  # we are ending already
         if children := multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would make an error of what comes now
+            platform.default_child_exits()
             for child in children:
                 child.kill()  # one that hangs in a decoder would be waited for
                 child.join(10)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever may still hang, they end it
-            signal.signal(number, signal.SIG_DFL)
+        platform.handle_stop_signals(signal.SIG_DFL, ignored_too=True)  # whatever may still hang, they end it
 
 
 # Typer exports one of the complaints that it has about words; this is what they all are.

@@ -1,23 +1,22 @@
 """Files that appear under their name only when whole, folders with one writer, names that are safe to print.
 
-What a killed process leaves is known by its lock: the kernel lets go of a dead process's locks, so a temporary
-file that nobody holds is nobody's, and the next writer removes it.
+What a killed process leaves is known by its lock: the system releases the locks of a dead process, so a temporary file
+that nobody holds is nobody's, and the next writer removes it. (On Windows a file that is open cannot be removed, which
+comes to the same.)
 """
 
-import fcntl
 import glob
 import os
 import re
-import shlex
 import shutil
 import socket
-import stat
 import tempfile
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import platform
 from .errors import EarTeachError, WordsError
 
 
@@ -70,19 +69,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror})") from error
-    temporary = Path(name)
+    temporary, claimed = Path(name), _Claim(handle)
     try:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         _flush_to_disk(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; give what open() would have given
+        claimed.before_rename()
         os.replace(temporary, path)
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror or error})") from error
     finally:
+        claimed.before_rename()
         temporary.unlink(missing_ok=True)
-        os.close(handle)
+        claimed.close()
 
 
 @contextmanager
@@ -101,29 +100,49 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
     sweep(path.parent, glob.escape(path.name), files)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+        claimed = _Claim(os.open(temporary / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror})") from error
-    handle = os.open(temporary, os.O_RDONLY)
     aside = temporary.with_suffix(".earlier")
     try:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         for written in temporary.iterdir():
-            written.chmod(0o666 & ~_umask())
-            _flush_to_disk(written)
+            if written.name != _LOCK:
+                written.chmod(0o666 & ~_umask())
+                _flush_to_disk(written)
         temporary.chmod(0o777 & ~_umask())
+        claimed.before_rename()
+        (temporary / _LOCK).unlink()
         if path.is_dir():
             os.rename(path, aside)
         os.rename(temporary, path)
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror or error})") from error
     finally:
+        claimed.before_rename()
         if aside.is_dir() and not path.exists():
             os.rename(aside, path)
         for left in (temporary, aside):
             shutil.rmtree(left, ignore_errors=True)
-        os.close(handle)
+        claimed.close()
+
+
+class _Claim:
+    """Shows other processes that a temporary file is being written, and is nobody's leftover."""
+
+    def __init__(self, handle: int):
+        self._handle: int | None = handle
+        platform.claim(handle)
+
+    def before_rename(self) -> None:
+        """Close it where an open file cannot be renamed or removed."""
+        if not platform.OPEN_FILES_CAN_BE_REMOVED:
+            self.close()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def sweep(folder: Path, name: str = "*", files: Collection[str] | None = None) -> None:
@@ -131,71 +150,75 @@ def sweep(folder: Path, name: str = "*", files: Collection[str] | None = None) -
     temporary folders that hold nothing else."""
     for found in glob.glob(f".{name}.*{_PART}", root_dir=folder, include_hidden=True):
         stale = folder / found
-        if not _RANDOM.search(found) or stale.is_dir() != (files is not None):
+        if not _RANDOM.search(found) or stale.is_symlink() or stale.is_dir() != (files is not None):
             continue  # somebody's own
-        mode = os.O_RDWR if files is None else os.O_RDONLY  # a folder opens for reading only
-        try:
-            handle = os.open(stale, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if files is None:
-                stale.unlink(missing_ok=True)
-            elif set(os.listdir(stale)) <= set(files):
-                shutil.rmtree(stale, ignore_errors=True)
-        except OSError:  # somebody writes it
-            pass
-        finally:
-            os.close(handle)
+        if files is None:
+            platform.remove_unclaimed(stale)
+        elif set(os.listdir(stale)) <= {*files, _LOCK} and platform.remove_unclaimed(stale / _LOCK):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+class Writer:
+    """What `only_writer` yields."""
+
+    def __init__(self):
+        self.removes = False
+
+    def remove_folder(self) -> None:
+        """Remove the folder when the lock on it is released (before, it could not be removed everywhere)."""
+        self.removes = True
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path) -> Iterator[Writer]:
     """Be the one process that writes into `folder`, which exists. Raises EarTeachError, naming the other, if there is one."""
     path = folder / _LOCK
     try:  # what a stranger's folder has under this name may point anywhere
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        handle = platform.open_own_file(path, os.O_CREAT, 0o644)
     except OSError as error:
         raise EarTeachError(
             f"{printable(path)}: cannot be written ({error.strerror}); choose another place, or remove it if it is a link"
         ) from error
+    writer = Writer()
     try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        if not platform.is_plain_file(handle):
             raise EarTeachError(f"{printable(path)}: is no file of its own; remove it")
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: its workers do not inherit it
-        except (BlockingIOError, PermissionError) as error:
-            holder = printable(os.read(handle, 200).decode("utf-8", "replace")) or "another process"
-            raise EarTeachError(
-                f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+        if not platform.lock(handle):
+            holder = printable(_read_holder(handle)) or "another process"
+            raise EarTeachError(f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name")
         os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield  # the file stays: removing it would let two processes hold two files of one name
+        os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
+        yield writer  # the file stays: removing it would let two processes hold two files of one name
     finally:
-        os.close(handle)
+        if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:
+            shutil.rmtree(folder)
+        platform.unlock_and_close(handle)
+        if writer.removes and not platform.OPEN_FILES_CAN_BE_REMOVED:
+            with suppress(OSError):  # another process has begun to write there
+                shutil.rmtree(folder)
+
+
+def _read_holder(handle: int) -> str:
+    """`process 17 on host`. The first byte is a blank, which Windows lets nobody read while the file is locked."""
+    os.lseek(handle, 1, os.SEEK_SET)
+    return os.read(handle, 200).decode("utf-8", "replace")
 
 
 def has_writer(folder: Path) -> bool:
-    """Whether another process is its `only_writer`. Not to be asked by the writer: a process that closes a file gives up
-    its locks on it."""
+    """Whether a process is its `only_writer`."""
     try:
-        with open(folder / _LOCK, "rb+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # no such file, or a file system without locks
-        pass
-    return False
+        handle = platform.open_own_file(folder / _LOCK)
+    except OSError:  # no such file
+        return False
+    try:
+        return not platform.lock(handle)
+    finally:
+        platform.unlock_and_close(handle)
 
 
 def shell_word(name: object) -> str:
     """A path as it can be typed again."""
-    return shlex.quote(printable(name))
+    return platform.quoted(printable(name))
 
 
 _LOCK, _PART = ".lock", ".part"

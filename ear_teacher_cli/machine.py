@@ -1,43 +1,9 @@
-"""What this machine offers, and what its complaints mean."""
+"""Which process of a run this is, and what the system's errors mean."""
 
 import os
 import re
-from contextlib import suppress
-from pathlib import Path
 
 from .errors import EarTeachError
-
-
-def usable_cores() -> int:
-    """CPU cores this process may use (fewer than the machine's in a container)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory() -> float:
-    """Bytes of memory that can be had without swapping; in a container, of its share."""
-    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2  # where the system does not say
-    with suppress(OSError, IndexError, ValueError):
-        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024.0
-    for group in _control_groups():
-        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError, IndexError):  # "max" is no number, and no limit
-                room = int((group / most).read_text()) - int((group / used).read_text())
-                cached = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
-                free = min(free, room + cached)  # what only caches files is given back when asked for
-    return max(0.0, free)
-
-
-def _control_groups() -> list[Path]:
-    """Folders that limit this process, of cgroups version 2 and 1, from its own upwards."""
-    found = []
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, name = line.split(":", 2)
-            if kinds == "" or "memory" in kinds.split(","):
-                top = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
-                below = top / name.lstrip("/")
-                found += [below, *(folder for folder in below.parents if folder.is_relative_to(top))]
-    return found
 
 
 def is_first_process() -> bool:

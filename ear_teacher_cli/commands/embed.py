@@ -30,7 +30,7 @@ from ..data.journal import STATE, Journal, folder_of, input_mark, join_journals,
 from ..data.manifest import Manifest, read_input
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
-from ..machine import usable_cores
+from ..platform import usable_cores
 from ..talk import Talk
 
 FORMATS = ("npy", "npz", "csv")

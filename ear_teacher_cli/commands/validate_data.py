@@ -25,7 +25,8 @@ from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect, near_
 from ..data.manifest import Box, Manifest, read_manifest, write_manifest
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
-from ..machine import stated, usable_cores
+from ..machine import stated
+from ..platform import usable_cores
 from ..talk import Talk
 
 ERRORS = {"manifest": "the manifest cannot be read", **REASONS}

@@ -18,7 +18,7 @@ from ..data.manifest import Manifest
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
 from ..errors import ConfigError, EarTeachError, ForeignWeightsError, WeightsError, WordsError
 from ..files import printable
-from ..machine import usable_cores
+from ..platform import usable_cores
 from ..talk import Talk
 from . import runs
 from .checkpoint import Checkpoint, read_checkpoint, read_tensors

@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from ..errors import Stopped
+from ..platform import handle_stop_signals
 
 
 class SaveOnStop(Checkpoint):
@@ -35,9 +36,7 @@ class SaveOnStop(Checkpoint):
         self.begun = True
         # after Lightning's own, which notes a SIGTERM and looks at it at the epoch's end; it puts the old ones back
         self.trainer, self.process = trainer, os.getpid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or in the background of a script
-                signal.signal(number, self._tell)
+        handle_stop_signals(self._tell)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.waits, self.before_last = False, None

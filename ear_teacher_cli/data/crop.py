@@ -6,10 +6,8 @@ picture. `read_picture` decodes it wholly (PIL's `verify` passes a JPEG cut in h
 
 import io
 import os
-import signal
 import stat
 import struct
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
+from .. import platform
 from ..errors import PictureError
 from ..files import brief
 from .jpeg import TURNED, UPRIGHT, part_of
@@ -81,7 +80,7 @@ def _opened(data: bytes) -> tuple[Image.Image, int]:
 def _decoding() -> Iterator[None]:
     """What decoders raise, as PictureError."""
     try:
-        with _time_limit(), warnings.catch_warnings():
+        with platform.cpu_time_limit(_DECODE_SECONDS, _too_slow), warnings.catch_warnings():
             # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
             warnings.simplefilter("ignore")
             yield
@@ -93,23 +92,8 @@ def _decoding() -> Iterator[None]:
         raise PictureError("truncated", f"cut short or damaged ({brief(error)})") from error
 
 
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise PictureError in a decoder that loops. Only the main thread of a process can be told so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(number: int, frame: object) -> None:
-        raise PictureError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
-
-    before = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, _DECODE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+def _too_slow() -> PictureError:
+    return PictureError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
 
 
 def check_box(box: Box) -> None:
@@ -234,8 +218,7 @@ _DECODER_ERRORS = (
 
 def _read_bytes(path: str) -> bytes:
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = platform.open_photograph(path)
     except FileNotFoundError as error:
         raise PictureError("missing", "no such file") from error
     except (OSError, ValueError) as error:

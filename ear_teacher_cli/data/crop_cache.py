@@ -7,11 +7,9 @@ byte, so a run with a cache learns what it would without. The file's name is a s
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
-import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -22,8 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import features
 
+from .. import platform
 from ..files import printable
-from ..machine import free_memory
 from .crop import CUT
 from .manifest import Manifest
 from .pixels import Preprocessing
@@ -35,60 +33,62 @@ _SHARE = 0.5  # of what is free of memory or disk, the most that a cache takes
 
 
 class CropCache:
-    """uint8 3,S,S for the rows of a manifest below `capacity`. Other processes may be given it: each opens the file."""
+    """uint8 3,S,S for the rows of a manifest below `capacity`. Other processes may be given it: each opens what `name`
+    is of (platform.SharedBytes)."""
 
-    def __init__(self, path: str, side: int, capacity: int):
-        self.path, self.side, self.capacity = path, side, capacity
-        self._handle: int | None = None
+    def __init__(self, name: str, side: int, capacity: int):
+        self.name, self.side, self.capacity = name, side, capacity
+        self._bytes: platform.SharedBytes | None = None
         self._process = 0  # that opened it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_process": 0}
+        return {**self.__dict__, "_bytes": None, "_process": 0}
 
     def __del__(self):
-        if self._handle is not None and self._process == os.getpid():
-            os.close(self._handle)
+        if self._bytes is not None and self._process == os.getpid():
+            self._bytes.close()
 
     def crop(self, row: int, picture: str, cut: Callable[[], np.ndarray]) -> np.ndarray:
         """The crop of `row` from the file `picture`: as it was kept, else what `cut` returns, kept from now on."""
         mark = _mark(picture)  # before it is read: what changes meanwhile has another
-        handle = self._opened() if mark and row < self.capacity else None
-        if handle is None:
+        kept_in = self._opened() if mark and row < self.capacity else None
+        if kept_in is None:
             return cut()
-        kept = self._read(handle, row, mark)
+        kept = self._read(kept_in, row, mark)
         if kept is None:
             kept = cut()
-            self._write(handle, row, mark, kept)
+            self._write(kept_in, row, mark, kept)
         return kept
 
-    def _read(self, handle: int, row: int, mark: tuple[int, ...]) -> np.ndarray | None:
-        place = bytearray(_size(self.side))
+    def _read(self, kept_in: platform.SharedBytes, row: int, mark: tuple[int, ...]) -> np.ndarray | None:
+        size = _size(self.side)
         try:
-            if os.preadv(handle, [place], row * len(place)) != len(place):
-                return None
+            place = kept_in.read(size, row * size)
         except OSError:
+            return None
+        if len(place) != size:
             return None
         *found, checksum, word = _HEAD.unpack_from(place)
         pixels = memoryview(place)[_HEAD.size :]
         if word != _WORD or tuple(found) != mark or zlib.crc32(pixels) != checksum:
             return None
-        return np.frombuffer(pixels, np.uint8).reshape(3, self.side, self.side)
+        return np.frombuffer(bytearray(pixels), np.uint8).reshape(3, self.side, self.side)
 
-    def _write(self, handle: int, row: int, mark: tuple[int, ...], crop: np.ndarray) -> None:
+    def _write(self, kept_in: platform.SharedBytes, row: int, mark: tuple[int, ...], crop: np.ndarray) -> None:
         pixels = np.ascontiguousarray(crop).tobytes()
         try:
-            os.pwritev(handle, [_HEAD.pack(*mark, zlib.crc32(pixels), _WORD), pixels], row * _size(self.side))
+            kept_in.write(_HEAD.pack(*mark, zlib.crc32(pixels), _WORD) + pixels, row * _size(self.side))
         except OSError:  # a full disk, mostly: this process keeps no more
             self.capacity = 0
 
-    def _opened(self) -> int | None:
+    def _opened(self) -> platform.SharedBytes | None:
         if self._process != os.getpid():  # not yet, or by the process that this one was forked from
             self._process = os.getpid()
             try:
-                self._handle = _open(self.path)
+                self._bytes = platform.SharedBytes(self.name)
             except OSError:
-                self._handle = None
-        return self._handle
+                self._bytes = None
+        return self._bytes
 
 
 class CropCaches:
@@ -107,55 +107,58 @@ class CropCaches:
         of which would have its own in memory. Raises nothing: where there is no room, fewer rows are kept, or none.
         """
         self.caches: list[CropCache | None] = [None] * len(manifests)
-        self._held: list[int] = []
-        wanted = _size(preprocessing.image_size) * sum(map(len, manifests))
-        in_memory = min(limit, _SHARE * free_memory()) / copies
+        self._memory: list[platform.SharedMemory] = []
+        self._files: list[int] = []  # on disk; open, so that no other run removes them
+        place_size = _size(preprocessing.image_size)
+        wanted = place_size * sum(map(len, manifests))
+        in_memory = min(limit, _SHARE * platform.free_memory()) / copies
         if kind == "auto":
-            kind = "ram" if hasattr(os, "memfd_create") and copies == 1 and wanted <= in_memory else "disk"
+            kind = "ram" if platform.MEMORY_IS_SHARED_FREELY and copies == 1 and wanted <= in_memory else "disk"
         if kind == "off" or limit == 0:
             self.words = "not kept"
             return
         names = [_key(manifest, preprocessing) + SUFFIX for manifest in manifests]
         try:
             room = in_memory if kind == "ram" else _make_room(folder, names, wanted, limit)
-            paths = [self._in_memory() if kind == "ram" else self._on_disk(folder / name) for name in names]
+            share = min(1.0, room / wanted)
+            counts = [int(share * len(manifest)) for manifest in manifests]
+            opened = []
+            for name, count in zip(names, counts, strict=True):
+                size = count * place_size
+                opened.append(self._in_memory(size) if kind == "ram" else self._on_disk(folder / name, size))
         except OSError as error:
             self.words = f"not kept ({error.strerror})"
             return
-        share = min(1.0, room / wanted)
-        for handle, manifest in zip(self._held[-len(manifests) :], manifests, strict=True):
-            os.ftruncate(handle, int(share * len(manifest)) * _size(preprocessing.image_size))
         self.caches = [
-            CropCache(path, preprocessing.image_size, int(share * len(manifest)))
-            for path, manifest in zip(paths, manifests, strict=True)
+            CropCache(name, preprocessing.image_size, count) for name, count in zip(opened, counts, strict=True)
         ]
         part = "" if share == 1 else f", {share:.0%} of them"
         place = "memory" if kind == "ram" else f"{printable(folder)}/"
         self.words = f"kept in {place} ({share * wanted / 2**20:.0f} MB{part})"
 
     def __del__(self):
-        for handle in self._held:
+        for memory in self._memory:
+            memory.close()
+        for handle in self._files:
             os.close(handle)
 
-    def _in_memory(self) -> str:
-        if not hasattr(os, "memfd_create"):
-            raise OSError(errno.ENOSYS, "this system has no files in memory")
-        self._held.append(os.memfd_create("crops"))
-        return f"/proc/{os.getpid()}/fd/{self._held[-1]}"
+    def _in_memory(self, size: int) -> str:
+        self._memory.append(platform.SharedMemory(size))
+        return self._memory[-1].name
 
-    def _on_disk(self, path: Path) -> str:
+    def _on_disk(self, path: Path, size: int) -> str:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.is_symlink():
             raise OSError(errno.ELOOP, f"{printable(path.parent)} is a link")
         for _ in range(3):
-            handle = _open(str(path), os.O_CREAT)
-            with suppress(OSError):  # file systems without locks
-                fcntl.flock(handle, fcntl.LOCK_SH)
+            handle = platform.open_private_file(path, os.O_CREAT)
+            platform.claim(handle)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                self._held.append(handle)
+                self._files.append(handle)
+                os.ftruncate(handle, size)
                 os.utime(path)  # the last one used goes last
                 return str(path.absolute())
-            os.close(handle)  # another run removed it before it was held
+            os.close(handle)  # another run removed it before it was claimed
         raise OSError(errno.EAGAIN, f"{printable(path)} is being removed by another run")
 
 
@@ -165,40 +168,14 @@ def _make_room(folder: Path, names: list[str], wanted: int, limit: float) -> flo
     for path in folder.glob(f"*{SUFFIX}"):
         with suppress(OSError):  # another run may be removing it
             found[path] = path.lstat()
-    own = sum(status.st_blocks * 512 for path, status in found.items() if path.name in names)
+    own = sum(platform.bytes_on_disk(status) for path, status in found.items() if path.name in names)
     others = {path: status for path, status in found.items() if path.name not in names}
     taken = sum(status.st_size for status in others.values())  # what they may become
     for path, status in sorted(others.items(), key=lambda entry: entry[1].st_mtime):
-        if taken + wanted > limit and _is_removed(path):
+        if taken + wanted > limit and platform.remove_unclaimed(path):
             taken -= status.st_size
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return max(0.0, min(limit - taken, own + _SHARE * shutil.disk_usage(place).free))
-
-
-def _open(path: str, flags: int = 0) -> int:
-    """A file of crops. Raises OSError if it is not this user's own, and no link."""
-    in_memory = path.startswith("/proc/")
-    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags | (0 if in_memory else os.O_NOFOLLOW), 0o600)
-    status = os.fstat(handle)
-    if not in_memory and (not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != os.geteuid()):
-        os.close(handle)
-        raise OSError(errno.EPERM, f"{printable(path)} is no file of one's own")
-    os.fchmod(handle, 0o600)
-    return handle
-
-
-def _is_removed(path: Path) -> bool:
-    """Remove a cache, unless a run holds it."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        finally:
-            os.close(handle)
-    except OSError:
-        return False
-    return True
 
 
 def _key(manifest: Manifest, preprocessing: Preprocessing) -> str:

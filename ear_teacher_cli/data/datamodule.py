@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from ..config import TrainConfig
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
-from ..machine import usable_cores
+from ..platform import usable_cores
 from ..talk import Talk
 from .augment import Augment
 from .crop_cache import FOLDER, CropCaches

@@ -5,7 +5,6 @@ workers, and exact on resume. A picture that cannot be read is never replaced: i
 leaves its batch, and is counted (`collate`).
 """
 
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 
 from ..errors import PictureError
+from ..platform import ignore_stop_signals
 from .augment import Augment
 from .crop import load_crop
 from .crop_cache import CropCache
@@ -108,8 +108,7 @@ def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
 def leave_stopping_to_the_parent(worker: int) -> None:
     """For a DataLoader's worker_init_fn. A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes: if a worker
     died of it, its parent could not finish the step and save. Workers end when their parent does, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stop_signals()
     sys.excepthook = _say_unless_alone
 
 

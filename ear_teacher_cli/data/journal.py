@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import EarTeachError, PictureError, WordsError
 from ..files import cell, only_writer, printable, whole_file
+from ..platform import OPEN_FILES_CAN_BE_REMOVED
 from ..talk import Talk
 from .dataset import BadPicture
 from .manifest import Manifest
@@ -151,7 +152,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise EarTeachError(f"{printable(out)}: cannot be written ({error.strerror})") from error
-    with only_writer(folder):
+    with only_writer(folder) as writer:
         if resume:
             _refuse_other(_state_of(folder, out), state, out)
         else:
@@ -176,17 +177,19 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
             (folder / _ROWS).unlink()
         finally:
             if not _holds_rows(folder / _ROWS):  # the end, or nothing to go on with
-                shutil.rmtree(folder)
+                writer.remove_folder()
 
 
 def put_rows(rows: BinaryIO, path: Path) -> None:
     """Make finished rows the content of the file `path`, without copying where the file system can; the journal keeps
     its own."""
     link = Path(rows.name).with_name("link")
-    link.unlink(missing_ok=True)
     try:
+        if not OPEN_FILES_CAN_BE_REMOVED:
+            raise OSError("the rows are open, and so is the file")
+        link.unlink(missing_ok=True)
         os.link(rows.name, link)
-    except OSError:  # a file system without hard links
+    except OSError:  # or a file system without hard links
         shutil.copyfile(rows.name, path)
     else:
         os.replace(link, path)

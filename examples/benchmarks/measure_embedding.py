@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ear_teacher_cli.core.embedder import embed_pictures, load_embedder
-from ear_teacher_cli.machine import usable_cores
+from ear_teacher_cli.platform import usable_cores
 from ear_teacher_cli.talk import Talk
 
 BATCH = 16

@@ -16,7 +16,7 @@ from ear_teacher_cli.commands.validate_data import _duplicate_rows
 from ear_teacher_cli.data.crop import read_picture
 from ear_teacher_cli.data.inspect import near_pairs
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.machine import usable_cores
+from ear_teacher_cli.platform import usable_cores
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:

@@ -32,7 +32,7 @@ from ear_teacher_cli.data.dataset import BadPicture, collate
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
 from ear_teacher_cli.data.pixels import Preprocessing, preprocessing_for
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError
-from ear_teacher_cli.machine import usable_cores
+from ear_teacher_cli.platform import usable_cores
 
 GREY_SIDE = 32
 RESAMPLES = 2000
