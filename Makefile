@@ -1,6 +1,7 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.
 # make setup: .venv alone, half a minute with a fast line; the others make it when it is not there.
-# make test: format, lint, types and tests, as CI runs them, about 20 minutes.   make check: the same.
+# make quick: format, lint and the quick tests, under a minute: after every edit.
+# make test: format, lint, types and all tests, as CI runs them, MINUTES.   make check: the same.
 # make lint: format, lint and types alone, half a minute.   make docs: the pages of the commands, from their help.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
 # make bench: how fast everything is, beside the alternatives and the limits, half an hour.
@@ -15,7 +16,9 @@ INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup demo students test check lint docs soak fuzz bench clean
+PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+.PHONY: help setup demo students quick test check lint docs soak fuzz bench clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# make //; s/   make /\n/' | awk -F ': ' '{ printf "make %-10s%s\n", $$1, $$2 }'
@@ -24,14 +27,19 @@ setup: $(READY)
 
 demo: $(READY)
 	rm -rf demo
-	examples/demo.sh demo
+	python examples/demo.py demo
 
 students: $(READY)
 	rm -rf students
-	examples/students.sh students
+	python examples/students.py students
+
+quick: $(READY)
+	ruff format --check .
+	ruff check .
+	$(PYTEST) -m "not slow"
 
 test check: lint
-	python -m pytest
+	$(PYTEST)
 
 lint: $(READY)
 	ruff format --check .
@@ -46,6 +54,7 @@ soak: $(READY)
 
 fuzz: $(READY)
 	python tests/fuzz.py --manifests 100000 --pictures 50000 --weights 2000 --embeddings 50000
+	python -m pytest tests/test_properties.py tests/test_fast_pictures.py tests/test_metrics.py --hypothesis-profile searching
 
 bench: $(READY)
 	if [ -x $(VENV)/bin/uv ]; then $(UV) install -q -e ".[bench]" -c .ci/constraints.txt; else $(VENV)/bin/pip install -q -e ".[bench]" -c .ci/constraints.txt; fi

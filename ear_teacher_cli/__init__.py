@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .data.pixels import normalise
     from .errors import EarTeachError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before timm loads it: nothing is sent anywhere
 
 __all__ = [

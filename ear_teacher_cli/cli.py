@@ -5,6 +5,7 @@ imported when called, so that `--help` loads neither torch nor numpy.
 """
 
 import inspect
+import io
 import multiprocessing
 import os
 import signal
@@ -114,7 +115,9 @@ def main() -> None:
         sys.exit(code)
 
     sys.unraisablehook = unraisable
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows, or a locale, may hold few characters
+            stream.reconfigure(errors="backslashreplace")
     platform.handle_stop_signals(stop, but=(signal.SIGINT,))  # which Python makes a KeyboardInterrupt of
     try:
         sys.exit(app(prog_name="earteach", standalone_mode=False))
@@ -143,9 +146,8 @@ def main() -> None:
     finally:
         sys.unraisablehook = lambda what: None  # what half-built objects say on their way out
         platform.ignore_stop_signals()  # we are ending already
-        if children := multiprocessing.active_children():
-            platform.default_child_exits()
-            for child in children:
+        with platform.child_exits_unnoticed():
+            for child in multiprocessing.active_children():
                 child.kill()  # one that hangs in a decoder would be waited for
                 child.join(10)
         platform.handle_stop_signals(signal.SIG_DFL, ignored_too=True)  # whatever may still hang, they end it

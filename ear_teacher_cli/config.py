@@ -298,7 +298,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise EarTeachError(f"{path}: {error.strerror}; give --config a TOML file of options") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line") from error
+        windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in str(error) else ""
+        raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line{windows}") from error
     specs = {spec.name: spec for spec in fields(TrainConfig)}
     kinds = get_type_hints(TrainConfig)
     found: dict[str, Any] = {}

@@ -43,10 +43,17 @@ def ignore_stop_signals() -> None:
     handle_stop_signals(signal.SIG_IGN, ignored_too=True)
 
 
-def default_child_exits() -> None:
-    """Take back torch's handler, which raises an error when a DataLoader's worker ends. Windows has none."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+@contextmanager
+def child_exits_unnoticed() -> Iterator[None]:
+    """Without torch's handler, which raises an error when a DataLoader's worker is killed. Windows has none."""
+    if not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager

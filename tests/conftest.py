@@ -7,10 +7,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# Small models gain nothing from threads, and processes that share the cores lose much. Set before torch is imported; the
+# processes that tests start have it too. Results of one thread count are compared with those of the same.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import numpy as np
 import pytest
 
 from ear_teacher_cli.config import PRESETS
+from ear_teacher_cli.platform import STOP_SIGNALS
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
 # Python leaves SIGINT ignored where it was when it started (a shell's background job, nohup, some CI runners), and so
@@ -18,6 +24,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in [name for name in os.environ if name.startswith("EARTEACH_")]:
     del os.environ[name]
+# The same examples in every run, so that a run that fails can be repeated; `make fuzz` searches for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("searching", print_blob=True)
+hypothesis.settings.load_profile("repeatable")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -75,7 +85,7 @@ def earteach(capfdbinary, monkeypatch):
     def say(*words) -> Said:
         monkeypatch.setattr(sys, "argv", ["earteach", *map(str, words)])
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own, and signals
-        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         capfdbinary.readouterr()
         try:
             main()
@@ -140,20 +150,10 @@ def small_config(manifests: list[str], **changes):
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def read_epochs(run: Path) -> list[dict[str, str]]:
     """metrics.csv without its row of before training."""
     return [row for row in read_table(run / "metrics.csv") if row["epoch"] != "0"]
-
-
-def commands_on_path(folder: Path) -> str:
-    """A PATH on which `earteach` and `python` are this interpreter's, as in an environment that is active."""
-    bin_dir = folder / "bin"
-    bin_dir.mkdir()
-    for name, words in (("earteach", "-m ear_teacher_cli"), ("python", "")):
-        (bin_dir / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
-        (bin_dir / name).chmod(0o755)
-    return f"{bin_dir}:{os.environ['PATH']}"

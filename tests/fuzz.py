@@ -9,7 +9,7 @@ A case is a function of (kind, seed, number): a fault is printed with these thre
 import argparse
 import io
 import json
-import resource
+import resource  # noqa: TID251  (limits of memory, to find what takes too much)
 import signal
 import sys
 import tempfile

@@ -120,7 +120,7 @@ def whole(folder: Path) -> int:
         elif path.suffix in (".png", ".gif"):
             Image.open(path).load()
         elif path.suffix == ".csv":
-            with open(path, newline="") as file:
+            with open(path, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             assert rows and all(None not in row and None not in row.values() for row in rows), path
         elif path.suffix == ".toml":
@@ -189,7 +189,7 @@ def kill_until_done(
 def timed(words: list, log: Path) -> float:
     start = time.monotonic()
     code = ended(forked(said(words, log)), PATIENCE)
-    assert code == 0, log.read_text()
+    assert code == 0, log.read_text(encoding="utf-8")
     return time.monotonic() - start
 
 

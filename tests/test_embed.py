@@ -25,7 +25,7 @@ from ear_teacher_cli.data.manifest import read_manifest
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -95,7 +95,9 @@ def test_folder_picture_and_stdin(run, ears, tmp_path, earteach, monkeypatch):
     picture = str(ears / "images" / "p008" / "00.jpg")
     assert earteach("embed", ears / "images" / "p008", tmp_path / "f.npy", "--weights", run).code == 0
     assert earteach("embed", picture, tmp_path / "p.npy", "--weights", run).code == 0
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{picture}\n\n{picture}\n".encode())))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{picture}\n\n{picture}\n".encode()), encoding="utf-8")
+    )
     said = earteach("embed", "-", "-", "--weights", run)
     assert said.code == 0, said.err
     rows = load(io.BytesIO(said.out))
@@ -130,7 +132,7 @@ def test_zero_pictures_is_an_error_and_leaves_nothing(run, tmp_path, earteach, m
     (folder / "a.jpg").write_bytes(b"no picture")
     said = earteach("embed", folder, tmp_path / "x.npy", "--weights", run)
     assert said.code == 1 and "not one of 1 pictures" in said.err
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
     assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
 
@@ -243,7 +245,7 @@ def test_odd_names_come_back_as_they_are(run, ears, tmp_path, earteach, monkeypa
     for path in [*odd, raw]:
         shutil.copy(source, path)
     listing = b"\n".join([*(os.fsencode(p) for p in odd if "\n" not in p.name), raw])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing), encoding="utf-8"))
     assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 0
     paths = [row["path"] for row in rows_of(tmp_path / "x.csv")]
     assert paths == [str(odd[0]), str(odd[2]), str(tmp_path / "latin\\udce9.jpg")]
@@ -375,7 +377,7 @@ def test_formulas_and_control_characters_in_csv(run, ears, tmp_path, earteach):
     names = ["=cmd.jpg", "+1.jpg", "'=x.jpg", "@a.jpg", "plain.jpg"]
     for name in names:
         shutil.copy(source, tmp_path / name)
-    with open(tmp_path / "list.csv", "w", newline="") as file:
+    with open(tmp_path / "list.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["image_path", "identity"], *([name, "=1+1"] for name in names)])
     assert earteach("embed", tmp_path / "list.csv", tmp_path / "x.npy", "--weights", run).code == 0
     table = rows_of(tmp_path / "x.csv")

@@ -22,7 +22,7 @@ def write(folder: Path, name: str = "x", people: int = 24, photos: int = 4, nois
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     paths = [f"p{p:02}/{i}.jpg" for p, i in zip(owner, photo, strict=True)]
     save(folder / f"{name}.npy", rows, paths)
-    with open(folder / "labels.csv", "w", newline="") as file:
+    with open(folder / "labels.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image_path", "identity", "side"])
         writer.writerows([path, path[:3], "lr"[int(path[4]) % 2]] for path in paths)
@@ -31,7 +31,7 @@ def write(folder: Path, name: str = "x", people: int = 24, photos: int = 4, nois
 
 def save(path: Path, rows: np.ndarray, paths: list[str], boxes: list | None = None) -> None:
     np.save(path, rows)
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
+    with open(path.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "path", "x1", "y1", "x2", "y2", "status"])
         writer.writerow(["", "p00/bad.jpg", "", "", "", "", "missing: no such file"])
@@ -105,7 +105,7 @@ def test_every_format_and_kind_of_label_scores_alike(tmp_path, scored):
     rows, paths = rows_of(tmp_path / "x.npy")
     boxes = np.full((len(rows), 4), np.nan, np.float32)
     np.savez(tmp_path / "z.npz", embeddings=rows, paths=np.array(paths), boxes=boxes)
-    with open(tmp_path / "c.csv", "w", newline="") as file:
+    with open(tmp_path / "c.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *(f"e{i}" for i in range(12))])
         writer.writerows(
@@ -124,7 +124,7 @@ def test_rows_are_matched_to_labels_by_path_and_box(tmp_path, scored):
     # all ears on one photograph, told apart by their boxes only; given in reverse, one missing
     boxes = [[i + 0.1, 1, i + 5.3, 9] for i in range(96)]
     save(tmp_path / "b.npy", rows, ["group.jpg"] * 96, boxes)
-    with open(tmp_path / "b_labels.csv", "w", newline="") as file:
+    with open(tmp_path / "b_labels.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image_path", "x1", "y1", "x2", "y2", "identity"])
         writer.writerows([".//group.jpg", *boxes[i], f"p{i // 4:02}"] for i in reversed(range(1, 96)))
@@ -298,7 +298,7 @@ def test_plots_are_pictures_and_are_not_replaced_unasked(tmp_path, earteach):
 
 
 def test_the_sheet_shows_the_hardest_pairs_and_says_what_it_cannot_read(ears, tmp_path, earteach):
-    with open(ears / "eval.csv", newline="") as file:
+    with open(ears / "eval.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     rows = np.random.default_rng(0).normal(size=(len(lines), 8)).astype(np.float32)
     boxes = [[line[name] for name in ("x1", "y1", "x2", "y2")] for line in lines]

@@ -1,7 +1,6 @@
 """The walk-through of the README runs, as it stands, on a small set."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,26 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import commands_on_path
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
-    env = {
-        **os.environ,
-        "PATH": commands_on_path(tmp_path),
-        "PYTHONPATH": str(ROOT),
-        "PEOPLE": "20",
-        "EPOCHS": "2",
-        "BACKBONE": "test_convnext",
-        "SIZE": "64",
-        "INTERRUPT_AFTER": "15",
-    }
-    done = subprocess.run(
-        [ROOT / "examples" / "demo.sh", "demo"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    small = "--people 20 --epochs 2 --backbone test_convnext --size 64 --interrupt-after 8"
+    command = [sys.executable, ROOT / "examples" / "demo.py", "demo", *small.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     demo = tmp_path / "demo"
     assert {
@@ -44,13 +32,15 @@ def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
     assert "timm alone: (1, 64)" in done.stdout
     assert re.search(r"^A: start.npy.*\nB: teacher.npy", done.stdout, re.MULTILINE)
     assert re.search(r"^rank-1( +[-+]?\d+\.\d){3} +\[", done.stdout, re.MULTILINE)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr == "demo: exists already; remove it, or name another folder\n"
 
 
 def test_the_readmes_walk_through_is_the_demo():
-    readme, demo = (ROOT / "README.md").read_text(), (ROOT / "examples" / "demo.sh").read_text()
+    readme, demo = (ROOT / "README.md").read_text(), (ROOT / "examples" / "demo.py").read_text()
     walk_through = readme.split("## Walk-through")[1].split("\n## ")[0]
     assert set(re.findall(r"^earteach (\S+)", walk_through, re.MULTILINE)) == set(
-        re.findall(r"^run .*?earteach (\S+)", demo, re.MULTILINE)
+        re.findall(r'"earteach", "([a-z-]+)"', demo)
     )
 
 

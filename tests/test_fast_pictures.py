@@ -75,8 +75,11 @@ def test_part_of_a_jpeg_gives_the_crop_of_the_whole(
     quick, slow = both_ways(path, box, Preprocessing(side, 0.1, pad, interpolation, (0.5,) * 3, (0.5,) * 3))
     difference = abs(quick - slow)
     assert difference.mean() <= 1.5 and difference.max() <= 12
-    if interpolation == "nearest":  # a filter that averages nothing sees every pixel that is another
-        assert (difference > 0).mean() < 0.01
+    if interpolation == "nearest":
+        # It averages nothing, so nothing is decoded smaller. All that may differ are a few whole rows or columns, whose
+        # sampling points fall between two pixels (at most 4 of 32 to 224 in 1,500 draws).
+        rows, columns = (difference.max((0, axis)) > 0 for axis in (2, 1))
+        assert min(rows.sum(), columns.sum()) <= 4
 
 
 def test_a_large_photo_is_decoded_small_and_from_the_top(photo, tmp_path, monkeypatch):
@@ -182,7 +185,7 @@ def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path,
     for row in (0, 1):
         cache.crop(row, picture, ear)
     place = 40 + 3 * 64 * 64
-    with open(cache.path, "r+b") as file:
+    with open(cache.name, "r+b") as file:
         file.seek(at)
         byte = file.read(1)[0]
         file.seek(at)
@@ -198,8 +201,8 @@ def test_other_preprocessing_boxes_or_pictures_are_another_cache(ears, tmp_path)
     moved = replace(manifest, boxes=[*manifest.boxes[:3], (1.0, 2.0, 30.0, 40.0), *manifest.boxes[4:]])
     squashed = Preprocessing(64, 0.1, False, "bicubic", PLAIN.mean, PLAIN.std)
     kinds = [(manifest, PLAIN), (moved, PLAIN), (manifest.subset(range(5)), PLAIN), (manifest, squashed)]
-    paths = [CropCaches("disk", tmp_path, 1e9, 1, [m], p).caches[0].path for m, p in kinds]
-    assert len(set(paths)) == 4 and CropCaches("disk", tmp_path, 1e9, 1, [manifest], PLAIN).caches[0].path == paths[0]
+    paths = [CropCaches("disk", tmp_path, 1e9, 1, [m], p).caches[0].name for m, p in kinds]
+    assert len(set(paths)) == 4 and CropCaches("disk", tmp_path, 1e9, 1, [manifest], PLAIN).caches[0].name == paths[0]
 
 
 def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_path, picture):
@@ -208,7 +211,7 @@ def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_pat
     count = full.caches[0].capacity
     for row in range(count):
         full.caches[0].crop(row, picture, ear)
-    old = Path(full.caches[0].path)
+    old = Path(full.caches[0].name)
     manifest = read_manifest(ears / "val_teacher.npy", ears)
     while_used = CropCaches("disk", folder, old.stat().st_size + 5 * 12328, 1, [manifest], PLAIN)
     assert old.exists() and while_used.caches[0].capacity == 5 < len(manifest)
@@ -225,14 +228,14 @@ def test_a_lower_limit_shrinks_a_cache_and_none_at_all_is_off(ears, tmp_path, pi
     for row in range(cache.capacity):
         cache.crop(row, picture, ear)
     del cache
-    assert Path(cache_of(tmp_path, ears, limit=4 * 12328).caches[0].path).stat().st_size == 4 * 12328
+    assert Path(cache_of(tmp_path, ears, limit=4 * 12328).caches[0].name).stat().st_size == 4 * 12328
     off = cache_of(tmp_path, ears, limit=0.0)
     assert off.caches == [None] and off.words == "not kept"
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_a_strangers_file_under_a_caches_name_is_not_written(ears, tmp_path, picture, link):
-    name = Path(cache_of(tmp_path / "crops", ears).caches[0].path)
+    name = Path(cache_of(tmp_path / "crops", ears).caches[0].name)
     precious = tmp_path / "thesis.txt"
     precious.write_text("years of work")
     name.unlink()
@@ -283,7 +286,7 @@ def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, picture, monke
     def full(*words):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwritev", full)
+    monkeypatch.setattr("ear_teacher_cli.platform.write_at", full)
     assert (cache.crop(0, picture, ear) == ear()).all() and cache.capacity == 0
 
 

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import pickle
-import resource
+import resource  # noqa: TID251  (limits of memory, to find what takes too much)
 import socket
 import struct
 import subprocess

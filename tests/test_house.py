@@ -11,6 +11,7 @@ FLOORS = {
     "config": 0,
     "talk": 0,
     "machine": 0,
+    "platform": 0,
     "__init__": 0,
     "data": 2,
     "core": 3,

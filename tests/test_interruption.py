@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C save in the middle of an epoch; one run at a time; what a killed run leaves is found and used."""
 
+import multiprocessing
 import os
 import signal
 
@@ -63,6 +64,7 @@ def test_a_signal_saves_and_resume_is_the_uninterrupted_run(
         patch.setattr(EarTeacherLightningModule, method, with_signal)
         outcome = train(small_config(manifests, output_dir=str(tmp_path), **options), QUIET)
     assert outcome.interrupted == 128 + number
+    assert multiprocessing.active_children() == []  # no loader is left over for the garbage collector to wait for
     checkpoint = read_checkpoint(tmp_path / "ear_teacher" / "checkpoints" / "last.ckpt")
     assert (checkpoint.epoch, checkpoint.steps_done) == left
     assert resume(outcome.experiment, QUIET).epochs == 3

@@ -96,7 +96,7 @@ WORD = st.sampled_from(
 def test_any_words_are_understood_or_refused(tmp_path, monkeypatch, earteach, words):
     """The fixture fails on a traceback."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     said = earteach(*words)
     assert said.code in (0, 1, 2), (words, said)
     if said.code:

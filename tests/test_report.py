@@ -203,7 +203,7 @@ def test_the_best_is_what_is_said_to_be_the_best(run, tmp_path):
     for epoch, value in ((2, 0.01234), (5, 0.01231)):  # alike to the digits of a name
         rows[epoch]["val/recon_loss"] = str(value)
         (copy / "checkpoints" / f"best-epoch_{epoch:04d}-val_recon_loss_0.0123.ckpt").touch()
-    with open(copy / "metrics.csv", "w", newline="") as file:
+    with open(copy / "metrics.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -374,5 +374,5 @@ def test_loggers_by_name_get_the_figures_and_a_resumed_run_goes_on_in_them(
 
 
 def test_metrics_csv_has_a_header_that_pandas_and_csv_read(run):
-    with open(run / "metrics.csv", newline="") as file:
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
         assert next(csv.reader(file))[:2] == ["epoch", "step"]

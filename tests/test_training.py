@@ -320,6 +320,7 @@ def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earte
     # classes that no rounding moves (a picture between two clusters may go to either), and small steps: Adam's first
     # ones make much of gradients that are nothing but rounding
     words = ["train", *manifests, *SMALL, "--pseudo-classes", "fixed", "--learning-rate", "1e-5"]
+    words += ["--num-collage-samples", 8]  # batches of one size, so that nothing is compiled twice
     words += ["--max-epochs", 1, "--output-dir", tmp_path, "--experiment-name"]
     assert earteach(*words, "plain").code == 0
     assert earteach(*words, "compiled", "--compile").code == 0

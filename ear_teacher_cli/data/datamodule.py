@@ -1,7 +1,10 @@
 """Lightning's data side: two manifests in, batches of crops out."""
 
 import os
+import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -10,12 +13,12 @@ from torch.utils.data import DataLoader
 from ..config import TrainConfig
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
-from ..platform import usable_cores
+from ..platform import child_exits_unnoticed, usable_cores
 from ..talk import Talk
 from .augment import Augment
 from .crop_cache import FOLDER, CropCaches
 from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
-from .manifest import Manifest, named_by_folders, read_manifest
+from .manifest import Manifest, has_drive, named_by_folders, read_manifest
 from .pixels import preprocessing_for
 
 
@@ -30,6 +33,40 @@ def read_val_manifest(config: TrainConfig) -> Manifest:
     manifest = read_manifest(config.val_metadata, config.root_dir)
     asked = config.pseudo_classes == "identity" or config.monitor in ("val/rank1", "val/eer")
     return named_by_folders(manifest) if asked else manifest
+
+
+_SECONDS_TO_END = 2.0
+
+
+class EarLoader(DataLoader):
+    """A DataLoader whose processes can be ended."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        self.__dict__.setdefault("_iterators", weakref.WeakSet()).add(iterator)
+        return iterator
+
+    def stop_workers(self) -> None:
+        """Tell them to end, and kill those that have not after a moment (one may hang in a decoder)."""
+        iterators = [
+            i for i in self.__dict__.get("_iterators", ()) if hasattr(i, "_shutdown_workers") and not i._shutdown
+        ]
+        workers = [worker for iterator in iterators for worker in iterator._workers]
+        for iterator in iterators:
+            iterator._workers_done_event.set()
+            for number, running in enumerate(iterator._workers_status):
+                if running:
+                    iterator._mark_worker_as_unavailable(number, shutdown=True)
+        until = time.monotonic() + _SECONDS_TO_END
+        for worker in workers:
+            worker.join(max(0.0, until - time.monotonic()))
+        with child_exits_unnoticed():
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join()
+            for iterator in iterators:
+                iterator._shutdown_workers()  # what is left to do: threads, queues
 
 
 class EarDataModule(pl.LightningDataModule):
@@ -47,6 +84,7 @@ class EarDataModule(pl.LightningDataModule):
         self.val_set: EarDataset | None = None
         self.talk = Talk(quiet=True)  # the verb gives its own
         self._caches: CropCaches | None = None
+        self._loaders: weakref.WeakSet[EarLoader] = weakref.WeakSet()
         self._epochs_completed, self._steps_done = (
             0,
             0,
@@ -62,6 +100,12 @@ class EarDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         if self._caches is not None:
             self._caches = self.train_set.cache = self.clean_set.cache = self.val_set.cache = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that load crops. Left to the garbage collector they would stay: they ignore SIGTERM, and
+        torch's queues are taken apart before their loader is."""
+        for loader in self._loaders:
+            loader.stop_workers()
 
     def _keep_crops(self) -> None:
         config, manifests = self.config, [self.train_set.manifest, self.val_set.manifest]
@@ -129,7 +173,7 @@ class EarDataModule(pl.LightningDataModule):
         # Lightning starts the first iterator, whose workers fetch ahead, before it tells the sampler the epoch.
         sampler.set_epoch(self._epochs_completed)
         sampler.skip = self._steps_done * self.config.batch_size if shuffle else 0
-        return DataLoader(
+        loader = EarLoader(
             dataset,
             batch_size=self.config.batch_size,
             # a last training batch may be one picture, which has no batch statistics; but one batch there must be
@@ -142,6 +186,8 @@ class EarDataModule(pl.LightningDataModule):
             timeout=self.config.load_timeout if workers else 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self._loaders.add(loader)
+        return loader
 
 
 def steps_into_epoch(trainer: pl.Trainer) -> int:
@@ -173,7 +219,9 @@ def _refuse_wrong_root(manifest: Manifest) -> None:
     """One clear line instead of thousands of missing pictures."""
     sample = range(0, len(manifest), max(1, len(manifest) // 50))
     if not any(os.path.exists(os.path.join(manifest.root, manifest.paths[i])) for i in sample):
+        mend = "say where they are with --root-dir"
+        if has_drive(manifest.paths[0]) and not os.path.isabs(manifest.paths[0]):
+            mend = "these are paths of Windows: make them relative to a folder, and give that folder with --root-dir"
         raise ManifestError(
-            f"{manifest.source}: none of its pictures is under {manifest.root}/ (looked for {manifest.paths[0]}); "
-            "say where they are with --root-dir"
+            f"{manifest.source}: none of its pictures is under {manifest.root}/ (looked for {manifest.paths[0]}); {mend}"
         )

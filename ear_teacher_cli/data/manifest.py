@@ -20,6 +20,7 @@ import json
 import math
 import os
 import posixpath
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
@@ -101,9 +102,8 @@ class Manifest:
         if self.root is None:
             return os.path.abspath(path)
         full = os.path.realpath(os.path.join(self._real_root, path))
-        if full != self._real_root and not full.startswith(self._real_root.rstrip(os.sep) + os.sep):
-            lexically = os.path.normpath(os.path.join(self._real_root, path))
-            if not lexically.startswith(self._real_root):
+        if not _is_within(full, self._real_root):
+            if not _is_within(os.path.normpath(os.path.join(self._real_root, path)), self._real_root):
                 raise PictureError("outside-root", f"the path leaves {printable(self.root)}; see --root-dir")
             there = full.removesuffix(os.sep + os.path.normpath(path))
             mend = f"give --root-dir {printable(there)}" if there != full else "see --root-dir"
@@ -124,6 +124,17 @@ class Manifest:
             identities=take(self.identities),
             sides=take(self.sides),
         )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Whether a path is the folder or below it, both absolute (on Windows without regard to case)."""
+    path, folder = os.path.normcase(path), os.path.normcase(folder)
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def has_drive(path: str) -> bool:
+    """Whether a path of a list was absolute on Windows (`C:/...`)."""
+    return re.match(r"[A-Za-z]:/", path) is not None
 
 
 def side_of(word: str) -> str | None:

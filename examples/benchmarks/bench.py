@@ -83,7 +83,7 @@ def machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return (
         f"{cores} cores of {name}, {gpu}; earteach {ear_teacher_cli.__version__}, Python {platform.python_version()}, "
@@ -115,7 +115,7 @@ def main(words: list[str] | None = None) -> int:
                 print(line.as_row(), flush=True)
                 lines.append(line)
     if options.json:
-        Path(options.json).write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+        Path(options.json).write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
     return 0
 
 

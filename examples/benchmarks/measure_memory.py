@@ -41,7 +41,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     for _ in range(min(rounds, 2)):
         for rows in (few, many):
             source = folder / "ears" / f"{rows}.csv"
-            with open(source, "w") as file:
+            with open(source, "w", encoding="utf-8") as file:
                 file.write("image_path,x1,y1,x2,y2\n")
                 lines = [f"{p},{','.join(map(str, b))}\n" for p, b in zip(manifest.paths, manifest.boxes, strict=True)]
                 file.writelines(lines[i % len(lines)] for i in range(rows))

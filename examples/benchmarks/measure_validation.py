@@ -24,7 +24,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     count = 128 if quick else 384
     paths, boxes = enlarged(folder, "2 MP", count)
     listed = Path(paths[0]).parent / "list.csv"
-    with open(listed, "w") as file:
+    with open(listed, "w", encoding="utf-8") as file:
         file.write("image_path,x1,y1,x2,y2\n")
         file.writelines(f"{Path(p).name},{','.join(map(str, box))}\n" for p, box in zip(paths, boxes, strict=True))
     pool = ProcessPoolExecutor(cores, get_context("spawn"))
@@ -73,7 +73,7 @@ def _decode(path: str) -> None:
 
 
 def _long_manifest(path: Path, rows: int) -> str:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write("image_path,x1,y1,x2,y2\n")
         file.writelines(f"photos/{i:07d}.jpg,{i % 90}.5,{i % 70},{200 + i % 50},{250 + i % 40}\n" for i in range(rows))
     return str(path)

@@ -242,7 +242,7 @@ def compare(
         draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
     if options.json:
         runs = [{"labelled": count, "kind": kind, unit: values} for (count, kind), values in found.items()]
-        Path(options.json).write_text(json.dumps(runs, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

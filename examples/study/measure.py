@@ -229,7 +229,7 @@ def _measure_list(
 
 
 def _last_psnr(metrics: Path) -> float:
-    with open(metrics, newline="") as file:
+    with open(metrics, encoding="utf-8", newline="") as file:
         return float(list(csv.DictReader(file))[-1]["val/psnr"])
 
 

@@ -1,0 +1,349 @@
+"""What differs between operating systems: a simulation of Windows for the whole life of a teacher, then part by part."""
+
+import ast
+import ctypes
+import ntpath
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+
+import pytest
+from conftest import read_table
+from PIL import Image
+
+from ear_teacher_cli import platform
+from ear_teacher_cli.config import TrainConfig, read_toml
+from ear_teacher_cli.data import manifest as lists
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.errors import EarTeachError, PictureError
+from ear_teacher_cli.files import has_writer, only_writer, whole_file, whole_folder
+
+ROOT = Path(__file__).parent.parent
+SIMULATION = ROOT / "tests" / "without_posix"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SIMULATION, ROOT)))}
+
+
+def in_simulation(*words, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **options)
+
+
+@pytest.mark.parametrize(("workers", "cache"), [(0, "disk"), (2, "ram")])
+def test_the_life_of_a_teacher_without_posix(ears, tmp_path, workers, cache):
+    done = in_simulation(SIMULATION / "life.py", ears, tmp_path, workers, cache)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    stopped = [number for number, line in enumerate(lines) if line[0] == "130"]
+    assert [lines[number][1] for number in stopped] == ["train", "embed"], done.stdout + done.stderr
+    assert [line for line in lines if line[0] not in ("0", "130")] == [], done.stdout + done.stderr
+    assert [line[1] for line in lines] == [
+        *("validate-data", "train", "resume", "train", "report", "collage", "export-backbone", "export-backbone"),
+        *("export-backbone", "verify", "embed", "embed", "embed", "embed", "evaluate"),
+    ]
+    assert "earteach resume" in lines[stopped[0]][2] and "--resume goes on" in lines[stopped[1]][2]
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert {"worst.png", "report.html", "collage.png", "model.safetensors", "rows.npy", "rows.npz", "sheet.png"} <= left
+    assert not [name for name in left if name.endswith((".part", ".unfinished", ".earlier"))]
+    assert len(read_table(tmp_path / "rows.csv")) == 12
+    assert len(list((tmp_path / "outputs" / ".crops").glob("*"))) == (2 if cache == "disk" else 0)
+
+
+def test_the_simulation_takes_away_what_windows_lacks():
+    """And for the package alone: what others need of the system it runs on is there for them."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+assert os.name == "posix" and hasattr(os, "fork") and hasattr(signal, "SIGHUP")
+from ear_teacher_cli import platform
+assert platform.os.name == os.name and not platform.OPEN_FILES_CAN_BE_REMOVED and not platform.MEMORY_IS_SHARED_FREELY
+print([number.name for number in platform.STOP_SIGNALS], platform.free_memory() > 0, platform.usable_cores())
+sys.path.insert(0, os.getcwd())
+import probe
+"""
+    # a file of a folder of the package's name is taken for the package
+    probe = """
+import os, signal
+for module, name in [(os, "fork"), (os, "memfd_create"), (os, "geteuid"), (signal, "SIGHUP"), (signal, "setitimer")]:
+    assert not hasattr(module, name), name
+for name in ("fcntl", "resource"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name)
+with open(__file__ + ".txt", "w", encoding="utf-8") as file:
+    for call in (lambda: os.unlink(file.name), lambda: os.replace(__file__, file.name)):
+        try:
+            call()
+        except PermissionError:
+            continue
+        raise AssertionError("an open file was removed")
+os.unlink(file.name)
+print("as on Windows")
+"""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        inside = Path(folder) / "ear_teacher_cli"
+        inside.mkdir()
+        (inside / "probe.py").write_text(probe, encoding="utf-8")
+        done = in_simulation("-c", code.replace("os.getcwd()", repr(str(inside))), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "as on Windows" and done.stdout.startswith("['SIGINT', 'SIGTERM'] True ")
+
+
+def test_only_one_module_knows_what_systems_lack():
+    sys.path.insert(0, str(SIMULATION))
+    missing = ast.parse((SIMULATION / "sitecustomize.py").read_text(encoding="utf-8"))
+    names = {node.value for node in ast.walk(missing) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert {"SIGHUP", "memfd_create", "fcntl"} <= names
+    for path in (ROOT / "ear_teacher_cli").rglob("*.py"):
+        if path.name == "platform.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in ("os", "signal")
+            ):
+                assert node.attr not in names and node.attr != "name", f"{path.name}: {ast.unparse(node)}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith("/proc"), f"{path.name}: {node.value}"
+
+
+# Locks
+
+
+def in_another_process(code: str, *words: object) -> subprocess.Popen:
+    script = f"import sys; from pathlib import Path; from ear_teacher_cli import files, platform\n{code}"
+    command = [sys.executable, "-c", script, *map(str, words)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_folder_has_one_writer_who_is_named_until_it_ends(tmp_path):
+    code = "with files.only_writer(Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
+    assert not has_writer(tmp_path)
+    with in_another_process(code, tmp_path) as other:
+        assert has_writer(tmp_path)
+        with pytest.raises(EarTeachError, match=f"process {other.pid} on .* is writing there"), only_writer(tmp_path):
+            pass
+        other.kill()
+    assert not has_writer(tmp_path)
+    with only_writer(tmp_path):
+        assert has_writer(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts no process by fork")
+def test_a_forked_process_does_not_keep_its_dead_parents_lock(tmp_path):
+    code = (
+        "import os, time\n"
+        "with files.only_writer(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0: time.sleep(60); os._exit(0)\n"
+        "    print('ready', flush=True); sys.stdin.read()"
+    )
+    with in_another_process(code, tmp_path) as parent:
+        assert has_writer(tmp_path)
+        parent.kill()
+        parent.wait()
+        until = time.monotonic() + 5
+        while has_writer(tmp_path) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not has_writer(tmp_path)
+        subprocess.run(["pkill", "-f", str(tmp_path)], check=False)
+
+
+def test_what_a_process_writes_is_not_swept_and_a_dead_ones_is(tmp_path):
+    code = (
+        "with files.whole_file(Path(sys.argv[1]) / 'x.txt') as path: path.write_text('half'); print('ready', flush=True); "
+        "sys.stdin.read()"
+    )
+    with in_another_process(code, tmp_path) as other:
+        part = next(tmp_path.glob(".x.txt.*.part"))
+        with whole_file(tmp_path / "x.txt") as path:
+            path.write_text("mine")
+        assert part.exists()
+        other.kill()
+    with whole_file(tmp_path / "x.txt") as path:
+        path.write_text("mine again")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_without_locks_files_and_folders_are_written_all_the_same(tmp_path, monkeypatch):
+    def no_locks(handle, blocking=True):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("filelock.lock_descriptor", no_locks)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with only_writer(tmp_path), whole_file(tmp_path / "x.txt") as path:
+        path.write_text("whole")
+    with whole_folder(tmp_path / "y", ["z"]) as folder:
+        (folder / "z").write_text("whole")
+    assert (tmp_path / "x.txt").read_text() == (tmp_path / "y" / "z").read_text() == "whole"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "x.txt", "y", "z"]
+
+
+# Signals
+
+
+def test_signals_that_were_ignored_stay_ignored(monkeypatch):
+    before = {number: signal.getsignal(number) for number in platform.STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        heard = []
+        platform.handle_stop_signals(lambda number, frame: heard.append(number))
+        for number in platform.STOP_SIGNALS:
+            signal.raise_signal(number)
+        assert heard == [number for number in platform.STOP_SIGNALS if number != signal.SIGTERM]
+        platform.ignore_stop_signals()
+        assert {signal.getsignal(number) for number in platform.STOP_SIGNALS} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_without_a_timer_a_decoder_may_take_its_time(monkeypatch):
+    monkeypatch.setattr(platform, "signal", SimpleNamespace())
+    with platform.cpu_time_limit(0.001, AssertionError):
+        assert sum(range(200_000)) > 0
+
+
+# Files and memory
+
+
+@pytest.mark.parametrize("without", [[], ["pread", "pwrite"]])
+def test_bytes_are_read_and_written_at_their_place(tmp_path, monkeypatch, without):
+    for name in without:
+        monkeypatch.delattr(os, name)
+    handle = platform.open_private_file(tmp_path / "x", os.O_CREAT)
+    try:
+        platform.write_at(handle, b"behind", 10)
+        platform.write_at(handle, b"first", 0)
+        assert platform.read_at(handle, 6, 10) == b"behind" and platform.read_at(handle, 100, 0)[:6] == b"first\0"
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.parametrize("kind", ["memfd", "block"])
+def test_memory_is_shared_with_other_processes(monkeypatch, kind):
+    if kind == "memfd" and not platform.MEMORY_IS_SHARED_FREELY:
+        pytest.skip("this system has no memfd")
+    monkeypatch.setattr(platform, "MEMORY_IS_SHARED_FREELY", kind == "memfd")
+    memory = platform.SharedMemory(4096)
+    mine = platform.SharedBytes(memory.name)
+    mine.write(b"hello", 1000)
+    code = "other = platform.SharedBytes(sys.argv[1]); other.write(other.read(5, 1000).upper(), 2000); print('ready', flush=True)"
+    with in_another_process(code, memory.name):
+        pass
+    assert mine.read(5, 2000) == b"HELLO" and mine.read(3, 0) == b"\0\0\0"
+    if kind == "block":
+        with pytest.raises(OSError):
+            mine.write(b"too far", 10**6)
+    mine.close()
+    memory.close()
+    with pytest.raises(OSError):
+        platform.SharedBytes(memory.name)
+
+
+def test_free_memory_as_windows_tells_it(monkeypatch):
+    def status(reference):
+        reference._obj.free = 3 * 2**30
+
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(platform, "Path", lambda *_: ROOT / "no" / "proc" / "here")
+    assert platform.free_memory() == 2**31  # a system that says nothing
+    monkeypatch.setattr(
+        ctypes, "windll", SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=status)), raising=False
+    )
+    assert platform.free_memory() == 3 * 2**30
+
+
+def test_words_are_quoted_as_the_systems_shell_takes_them(monkeypatch):
+    assert platform.quoted("a b") == "'a b'"
+    monkeypatch.setattr(platform.os, "name", "nt")
+    try:
+        assert platform.quoted(r"C:\my ears\x") == r'"C:\my ears\x"'
+    finally:
+        monkeypatch.undo()
+
+
+# Paths of Windows
+
+
+@pytest.fixture
+def windows_list(tmp_path) -> Path:
+    """A list as the original package writes it on Windows, the pictures beside it."""
+    (tmp_path / "raw" / "a b").mkdir(parents=True)
+    Image.new("RGB", (20, 30)).save(tmp_path / "raw" / "a b" / "ä.jpg")
+    (tmp_path / "list.csv").write_text("image_path,x1,y1,x2,y2\nraw\\a b\\ä.jpg,1,2,11,22\n", encoding="utf-8")
+    return tmp_path / "list.csv"
+
+
+def test_backslashes_in_a_list_are_slashes(windows_list):
+    manifest = read_manifest(windows_list)
+    assert (
+        manifest.paths == ["raw/a b/ä.jpg"] and Path(manifest.file(0)) == windows_list.parent / "raw" / "a b" / "ä.jpg"
+    )
+
+
+def test_a_path_with_a_drive_is_no_path_here_and_is_said_to_be_windows(tmp_path, windows_list, earteach):
+    text = windows_list.read_text(encoding="utf-8").replace("raw\\", "C:\\Users\\me\\raw\\")
+    windows_list.write_text(text, encoding="utf-8")
+    manifest = read_manifest(windows_list)
+    assert manifest.paths == ["C:/Users/me/raw/a b/ä.jpg"] and not Path(manifest.file(0)).exists()
+    said = earteach("train", "--train-metadata", windows_list, "--val-metadata", windows_list, "--no-pretrained")
+    assert said.code == 1 and "C:/Users/me/raw" in said.err and "paths of Windows" in said.err, said.err
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("raw/x.jpg", True),
+        ("C:/Data/Ears/raw/x.jpg", True),
+        ("c:/data/ears/raw/x.jpg", True),  # file names have no case there
+        ("D:/Data/Ears/raw/x.jpg", False),
+        ("../x.jpg", False),
+        ("C:/Data/Earshot/x.jpg", False),
+        ("//server/share/x.jpg", False),
+    ],
+)
+def test_paths_stay_in_the_root_as_windows_reads_them(monkeypatch, path, inside):
+    windows = SimpleNamespace(path=ntpath, sep="\\")
+    monkeypatch.setattr(lists, "os", windows)
+    manifest = lists.Manifest("x.csv", PureWindowsPath("C:/Data/Ears"), [path], [None], [0])
+    if inside:
+        assert PureWindowsPath(manifest.file(0)) == PureWindowsPath("C:/Data/Ears/raw/x.jpg")
+    else:
+        with pytest.raises(PictureError, match="leaves"):
+            manifest.file(0)
+
+
+def test_options_with_backslashes_come_back_from_the_saved_configuration(tmp_path):
+    config = TrainConfig(
+        train_metadata="C:\\Users\\new\\train.npy", output_dir="D:\\out", val_metadata="\\\\server\\x.npy"
+    )
+    (tmp_path / "config.toml").write_text(config.as_toml(), encoding="utf-8")
+    found = read_toml(tmp_path / "config.toml")
+    assert (found["train_metadata"], found["output_dir"]) == ("C:\\Users\\new\\train.npy", "D:\\out")
+    assert TrainConfig(**found) == config
+
+
+def test_backslashes_in_a_configuration_file_are_explained(tmp_path, earteach):
+    (tmp_path / "c.toml").write_text('train_metadata = "C:\\Users\\me\\train.npy"\n', encoding="utf-8")
+    said = earteach("train", "--config", tmp_path / "c.toml")
+    assert said.code == 1 and "'C:\\Users\\...'" in said.err and len(said.err.splitlines()) == 1, said.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_cannot_hold_a_character_is_no_traceback(encoding, tmp_path, ears):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    name = "ухо-耳.csv"
+    (tmp_path / name).write_text("image_path\n耳.jpg\n", encoding="utf-8")
+    command = [sys.executable, "-m", "ear_teacher_cli", "validate-data", str(tmp_path / name)]
+    done = subprocess.run(command, env=environment, capture_output=True, cwd=ROOT)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr and b"missing" in done.stdout, done
