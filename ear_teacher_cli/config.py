@@ -290,6 +290,7 @@ def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Options from a TOML file, with hyphens or underscores. Raises EarTeachError naming file, line and key."""
+    text = ""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = tomllib.loads(text)
@@ -298,7 +299,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise EarTeachError(f"{path}: {error.strerror}; give --config a TOML file of options") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in str(error) else ""
+        windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in text else ""
         raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line{windows}") from error
     specs = {spec.name: spec for spec in fields(TrainConfig)}
     kinds = get_type_hints(TrainConfig)

@@ -12,6 +12,8 @@ from steps import EXAMPLES, StepFailed, enter_new_folder, main, run, step
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("folder", nargs="?", default="students", help="made anew, and holds everything")
 parser.add_argument("--people", type=int, default=190)
+parser.add_argument("--val-people", type=int, default=12, help="of these, to validate on")
+parser.add_argument("--eval-people", type=int, default=24, help="of these, to test the students on")
 parser.add_argument("--epochs", type=int, default=2, help="of the teacher; four times as many from random weights")
 parser.add_argument("--backbone", help="a timm model (default: tf_efficientnet_lite0; resnet18 from random weights)")
 parser.add_argument(
@@ -29,8 +31,8 @@ def steps() -> None:
     enter_new_folder(args.folder)
 
     step("Draw ears with boxes and landmarks. No person was photographed.")
-    people = ["--people", args.people, "--val-people", 12, "--eval-people", 24, "--seed", 11]
-    run("python", EXAMPLES / "make_sample_ears.py", "ears", *people)
+    people = ["--people", args.people, "--val-people", args.val_people, "--eval-people", args.eval_people]
+    run("python", EXAMPLES / "make_sample_ears.py", "ears", *people, "--seed", 11)
 
     step("Train the teacher on the drawn ears; it is told neither who they are nor where their parts are.")
     train_teacher(args, start)

@@ -77,6 +77,14 @@ class Said:
     err: str
 
 
+def pytest_collection_modifyitems(items):
+    """What needs a trained model is slow, whoever needs it first; the rest that is slow says so itself."""
+    trained = {"run", "whitened", "recommended", "recipe", "from_pretrained", "opened", "killed", "folder"}
+    for item in items:
+        if trained & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def earteach(capfdbinary, monkeypatch):
     """`earteach('embed', 'x', 'y.npy')` -> Said(exit code, stdout, stderr), in this process."""

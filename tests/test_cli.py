@@ -120,6 +120,7 @@ def test_without_words_it_shows_the_way(earteach):
     assert named == [command for command in COMMANDS if command != "verify"] and "verify" in said.out.decode()
 
 
+@pytest.mark.slow
 def test_the_environment_has_defaults(manifests, monkeypatch, earteach, tmp_path):
     (tmp_path / "c.toml").write_text("devices = 1\n")
     monkeypatch.setenv("EARTEACH_NUM_WORKERS", "3")

@@ -147,6 +147,7 @@ def flags(words: list[str]) -> list[str]:
     return [match[1].replace("_", "-") for match in found if match]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SAYING, ids=name_of)
 def test_every_command_that_is_shown_exists(path):
     for line in said_in(path.read_text())[:-1]:
@@ -253,6 +254,7 @@ def quoted() -> list[str]:
     return [line for _, block in blocks((DOCS / "when-it-goes-wrong.md").read_text()) for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_message_that_is_quoted_is_said():
     """But for a name or two that were put into it."""
     patterns = said_by_the_program()
@@ -339,6 +341,7 @@ def snippets() -> dict[str, str]:
     return dict(re.findall(r"^([^\n]+:)\n\n```python\n(.*?)^```$", formats(OPENS), re.MULTILINE | re.DOTALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", snippets(), ids=lambda title: re.match(r"[\w ]+", title)[0])
 def test_a_snippet_opens_what_was_written(title, opened):
     code = snippets()[title]

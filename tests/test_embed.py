@@ -216,6 +216,7 @@ def test_weights_that_cannot_be_used_say_what_to_do(name, words, ears, tmp_path,
     assert said.code in (1, 2) and words in said.err and not (tmp_path / "x.npy").exists()
 
 
+@pytest.mark.slow
 def test_a_pipe_of_paths_and_a_closed_pipe(run, ears, tmp_path):
     command = f"{sys.executable} -m ear_teacher_cli embed - - --format csv --weights {run} -q"
     find = f"find {ears / 'images'} -name '*.jpg' | sort"
@@ -274,6 +275,7 @@ def killed_after(batches: int, words: list, folder: Path, number: int = signal.S
         assert "--resume goes on" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "number"),
     [

@@ -283,6 +283,7 @@ def test_words_and_files_that_cannot_be_used_say_what_to_do(words, code, named, 
     assert not code or (said.out == b"" and said.err.splitlines()[-1].startswith("earteach: "))
 
 
+@pytest.mark.slow
 def test_plots_are_pictures_and_are_not_replaced_unasked(tmp_path, earteach):
     a, b = write(tmp_path, "a"), write(tmp_path, "b", seed=1)
     words = ("evaluate", "--compare", a, b, "--bootstrap", 20, "--plots", tmp_path / "plots")
@@ -325,6 +326,7 @@ def test_pictures_with_weights_score_as_their_embeddings_do(run, ears, tmp_path,
     assert by_file["values"] == pytest.approx(direct["values"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_embeddings_are_scored_without_torch(tmp_path):
     x = write(tmp_path)
     code = (

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
     small = "--people 20 --epochs 2 --backbone test_convnext --size 64 --interrupt-after 8"
     command = [sys.executable, ROOT / "examples" / "demo.py", "demo", *small.split()]
@@ -73,6 +75,7 @@ def test_left_and_right_ears_face_opposite_ways():
     assert facing["left"] != facing["right"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_counts_its_rounds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
     import bench

@@ -17,6 +17,7 @@ from ear_teacher_cli.core.weights import sha256_of
 from ear_teacher_cli.errors import WeightsError
 
 
+@pytest.mark.slow
 def test_export_opens_in_timm_without_this_package(run, tmp_path, earteach):
     said = earteach("export-backbone", run / "checkpoints" / "last.ckpt", tmp_path / "e.safetensors")
     assert said.code == 0 and "largest difference 0" in said.err
@@ -56,6 +57,7 @@ def test_the_header_says_all_that_inference_needs(run, tmp_path, earteach):
     assert len(names) == 99 and "head.norm.weight" in names and not any("head.fc" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes(run, tmp_path, earteach):
     for name in ("a", "b"):
         earteach("export-backbone", run, tmp_path / f"{name}.safetensors")

@@ -48,6 +48,7 @@ def both_ways(path: Path, box, preprocessing: Preprocessing) -> tuple[np.ndarray
     return quick.astype(int), np.asarray(slow).transpose(2, 0, 1).astype(int)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     orientation=st.integers(0, 9),
@@ -254,6 +255,7 @@ def test_a_picture_of_the_same_size_and_time_is_another(ears, tmp_path, picture)
     assert (cache.crop(5, picture, lambda: ear(1)) == ear(1)).all()
 
 
+@pytest.mark.slow
 def test_two_workers_cut_each_crop_once_in_all_epochs(manifests, tmp_path, monkeypatch, earteach):
     """Each cut leaves a byte in a file, from whatever process."""
     count = tmp_path / "count"
@@ -290,6 +292,7 @@ def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, picture, monke
     assert (cache.crop(0, picture, ear) == ear()).all() and cache.capacity == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_a_run_learns_the_same_with_kept_crops(kind, run, manifests, tmp_path, earteach):
     """`run` keeps them in memory; two workers fill the file, and a second run finds it filled."""

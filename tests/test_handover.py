@@ -53,6 +53,7 @@ def images():
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.slow
 def test_timm_alone_opens_the_folder_both_ways(exports, whitened, images, tmp_path):
     backbone, _ = load_backbone(whitened)
     maps, _ = load_backbone(whitened, features_only=True)
@@ -169,6 +170,7 @@ for count in (1, 2, 5):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
     prints = set()
     for name, count in (("teacher.safetensors", 4), ("teacher.onnx", 3), ("teacher", 9)):
@@ -358,6 +360,7 @@ def test_another_teacher_is_told_by_its_fingerprint(exports, run, tmp_path, eart
     assert said.code == 1 and b"another teacher" in said.out and "is in order, but not the same" in said.err
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_form(exports, whitened, tmp_path):
     verb.export_backbone(whitened, tmp_path / "teacher.onnx", features=True)
     assert (tmp_path / "teacher.onnx").read_bytes() == (exports / "teacher.onnx").read_bytes()
@@ -405,6 +408,7 @@ def test_the_card_says_what_was_said_and_the_figures(exports, whitened):
     assert "val_teacher.npy" in card and "PSNR of the reconstruction, dB" in card
 
 
+@pytest.mark.slow
 def test_half_precision_is_another_teacher_and_says_how_far_off(whitened, ears, tmp_path, earteach, exports):
     said = earteach("export-backbone", whitened, tmp_path / "half.safetensors", "--half")
     assert said.code == 0 and "float16 moves the embeddings by" in said.err
@@ -468,6 +472,7 @@ def test_evaluate_does_not_mix_two_teachers_nor_raw_with_whitened(whitened, run,
     assert said.code == 0, said  # two systems beside each other are no mixture
 
 
+@pytest.mark.slow
 def test_an_existing_folder_stays_unless_it_is_ours_and_told_so(exports, whitened, tmp_path, earteach):
     folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
     assert earteach("export-backbone", whitened, folder).code == 2
@@ -484,6 +489,7 @@ def test_an_existing_folder_stays_unless_it_is_ours_and_told_so(exports, whitene
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "teacher"]
 
 
+@pytest.mark.slow
 def test_a_failed_proof_leaves_no_folder_and_no_onnx(whitened, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "relative_difference", lambda a, b: 1.0)
     with pytest.raises(WeightsError, match="onnxruntime's numbers differ"):
@@ -532,6 +538,7 @@ def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(exports, wh
     assert (folder / "README.md").read_text() == "the earlier one"
 
 
+@pytest.mark.slow
 def test_two_forms_of_one_teacher_share_a_whitening_and_others_do_not(exports, whitened, manifests, tmp_path, earteach):
     assert earteach("export-backbone", whitened, tmp_path / "x.safetensors").code == 0
     assert earteach("export-backbone", whitened, tmp_path / "x.onnx").code == 0
@@ -548,6 +555,7 @@ def test_two_forms_of_one_teacher_share_a_whitening_and_others_do_not(exports, w
     assert not (tmp_path / "x.whitening.safetensors").exists()  # the earlier export's
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_pass_no_proof(whitened, tmp_path, monkeypatch):
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, pixels: [np.full((len(pixels), 64), np.nan, np.float32)])
     with pytest.raises(WeightsError, match="differ from torch's by inf"):
@@ -561,6 +569,7 @@ def test_the_card_gives_no_figures_of_other_weights(whitened, tmp_path):
     assert "Not measured for these weights" in card and "float16" in card and "neither averaged nor moved back" in card
 
 
+@pytest.mark.slow
 def test_a_damaged_metrics_file_costs_the_figures_only(whitened, tmp_path):
     copy = shutil.copytree(whitened, tmp_path / "run")
     for content in (b"\xff\xfe", b"epoch,val/psnr\n2,abc\n1,abc\n"):
@@ -635,6 +644,7 @@ def test_maps_of_other_models_are_timms(name):
     assert len(stages) == len(maps.feature_info.reduction())
 
 
+@pytest.mark.slow
 def test_the_pages_lines_work_as_written(exports, ears, tmp_path):
     manifest = read_manifest(ears / "eval.csv")
     with Image.open(manifest.file(0)) as photo:

@@ -52,6 +52,7 @@ def nested() -> bytes:
     return pickle.dumps({"image_paths": value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("header", "data"),
     [
@@ -131,6 +132,7 @@ def test_a_checkpoint_that_would_unfold_is_refused(tmp_path, run):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_checkpoint_is_found_or_means_nothing(tmp_path, run):
     """torch.load does not look at the checksums of its own archive."""
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
@@ -314,6 +316,7 @@ def test_a_decoder_that_loops_is_stopped(tmp_path, monkeypatch):
     assert caught.value.reason == "too-slow"
 
 
+@pytest.mark.slow
 def test_the_commands_open_no_connection(ears, tmp_path, earteach, monkeypatch):
     """The whole life of a teacher with every socket shut, and without the switch that keeps the hub offline."""
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -366,6 +369,7 @@ def test_nothing_that_people_are_told_to_start_listens_to_the_world():
             assert "--bind_all" not in text and "0.0.0.0" not in text, path
 
 
+@pytest.mark.slow
 def test_a_device_is_no_list_of_pictures(run, ears):
     words = [sys.executable, "-m", "ear_teacher_cli", "embed", "/dev/stdin", "x.npy", "--weights", str(run)]
     done = subprocess.run(words, input=b"", capture_output=True, timeout=120)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "ear_teacher_cli"
@@ -21,6 +22,7 @@ FLOORS = {
 }
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     return {p.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(p.read_text()) for p in PACKAGE.rglob("*.py")}
 
@@ -63,6 +65,7 @@ def test_no_import_cycles():
         visit(name, ())
 
 
+@cache
 def calls(tree: ast.Module) -> list[str]:
     return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 

@@ -31,6 +31,7 @@ def recipe(request, manifests, tmp_path_factory):
     return options, train(small_config(manifests, output_dir=str(outputs), **options), QUIET).experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("method", "call", "left"),

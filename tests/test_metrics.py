@@ -192,6 +192,7 @@ def test_the_coarse_bins_agree_with_the_fine_ones():
         assert found.draws[figure.name][0] == pytest.approx(figure.value, abs=2e-3), figure.name
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     def auc_of(seed, people_count, count):
         rows, names = people(people_count, 3, 6, 0.9, seed)
@@ -215,6 +216,7 @@ def test_the_same_seed_gives_the_same_interval_and_0_resamples_none():
     assert np.isnan(metrics.interval(np.array([np.nan, np.nan]))).all()
 
 
+@pytest.mark.slow
 def test_20_000_rows_need_no_matrix_of_all_pairs():
     rows, names = people(4000, 5, 16, 0.5)
     order = arrange(names)

@@ -23,6 +23,7 @@ def test_shapes_from_pixels_to_pixels(size):
     assert model.decoder(embedding).shape == (2, 3, size, size)
 
 
+@pytest.mark.slow
 def test_the_seeds_model_has_768_numbers_and_224_pixels():
     model = TeacherModel(TrainConfig(pretrained=False, embedding_dim=768))
     assert model.embedding_dim == 768

@@ -51,6 +51,7 @@ def test_a_crop_is_the_box_with_its_buffer_or_a_picture_error(size, box, buffer,
     assert np.isclose((corners[1] - corners[0]).max(), 32)
 
 
+@pytest.mark.slow
 @SHARED
 @given(
     rows=st.lists(st.tuples(NAME, st.none() | st.tuples(*[st.floats(-1e6, 1e6)] * 4), NAME), min_size=1, max_size=6),
@@ -74,6 +75,7 @@ def test_a_manifest_written_is_the_manifest_read(tmp_path, rows, data):
     assert [name.strip() for name in back.identities] == [name.strip() for name in manifest.identities]
 
 
+@pytest.mark.slow
 @SHARED
 @given(text=st.text())
 def test_a_cell_is_printable_no_formula_and_comes_back(text):
@@ -91,6 +93,7 @@ WORD = st.sampled_from(
 ) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(SHARED, max_examples=120)
 @given(words=st.lists(WORD, min_size=1, max_size=7))
 def test_any_words_are_understood_or_refused(tmp_path, monkeypatch, earteach, words):
@@ -111,6 +114,7 @@ def alone(script: str, *words) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_short_run_of_the_fuzzer_finds_nothing():
     said = alone("fuzz.py", "--manifests", 1500, "--pictures", 600, "--weights", 40, "--embeddings", 600, "--seed", 1)
     assert said.count(", 0 FAULT") == 4
@@ -122,5 +126,6 @@ def test_the_fuzzer_does_find_what_is_there(capfd, monkeypatch):
     assert capfd.readouterr().out.count("ZeroDivisionError: ") == 2
 
 
+@pytest.mark.slow
 def test_a_short_soak_loses_nothing():
     assert ", 0 lost" in alone("soak.py", "--kills", 5, "--seed", 1)

@@ -99,6 +99,7 @@ def recommended(manifests, tmp_path_factory):
     return train(config, QUIET).experiment
 
 
+@pytest.mark.slow
 def test_the_recommended_recipe_is_exact_on_resume(recommended, manifests, tmp_path):
     copy = shutil.copytree(recommended, tmp_path / recommended.name)
     for path in (copy / "checkpoints").glob("*.ckpt"):
@@ -166,6 +167,7 @@ def test_whitened_training_embeddings_are_white(recommended, ears, tmp_path, ear
     assert np.diag(covariance)[0] == pytest.approx(1, abs=0.2)  # shrinkage leaves the small components below 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("monitor", "pick"), [("val/psnr", max), ("val/retrieval", max), ("val/recon_loss", min)])
 def test_the_monitor_picks_the_best(monitor, pick, manifests, tmp_path):
     folder = train(small_config(manifests, output_dir=str(tmp_path), max_epochs=3, monitor=monitor), QUIET).experiment
@@ -175,6 +177,7 @@ def test_the_monitor_picks_the_best(monitor, pick, manifests, tmp_path):
     assert float(rows[best - 1][monitor]) == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_early_stop_ends_a_run_that_no_longer_improves(manifests, tmp_path):
     options = dict(max_epochs=6, learning_rate=1e-12, monitor="val/retrieval", early_stop=2)
     outcome = train(small_config(manifests, output_dir=str(tmp_path), **options), QUIET)
@@ -233,6 +236,7 @@ def test_separate_sides_share_no_class(sided, ears, tmp_path):
     assert len(by_side) == 2 and not set.intersection(*by_side.values()) and min(labels) == 0
 
 
+@pytest.mark.slow
 def test_mirroring_turns_right_ears_into_left_ones_wherever_the_run_goes(sided, ears, tmp_path, earteach):
     plain, mirrored = (
         EarDataModule(small_config(sided, root_dir=str(ears), side_policy=policy)) for policy in ("as-is", "mirror")
@@ -276,6 +280,7 @@ def test_augmentation_is_a_function_of_the_seed():
     assert torch.equal(before, torch.random.get_rng_state())  # and leaves the global generator alone
 
 
+@pytest.mark.slow
 def test_a_collapse_is_named_and_can_end_the_run(manifests, tmp_path, monkeypatch, earteach):
     from ear_teacher_cli.core import diagnostics
 
@@ -333,6 +338,7 @@ def test_half_of_the_start_is_kept_in_what_is_handed_on(from_pretrained, tmp_pat
     assert moved > 10
 
 
+@pytest.mark.slow
 def test_keeping_half_is_exact_on_resume(from_pretrained, tmp_path):
     copy = shutil.copytree(from_pretrained, tmp_path / "again" / from_pretrained.name)
     for path in (copy / "checkpoints").glob("*.ckpt"):

@@ -96,6 +96,7 @@ def people_of(run: Path) -> set[str]:
     return {row["identity"] for row in read_table(Path(read_checkpoint(best_checkpoint(run)).config.val_metadata))}
 
 
+@pytest.mark.slow
 def test_without_images_there_is_none_and_nobody_is_named(named, tmp_path, earteach):
     said = earteach("report", named, "-o", tmp_path / "r.html", "--no-images")
     text = (tmp_path / "r.html").read_text()
@@ -103,6 +104,7 @@ def test_without_images_there_is_none_and_nobody_is_named(named, tmp_path, earte
     assert not any(person in text for person in people_of(named))
 
 
+@pytest.mark.slow
 def test_a_run_without_images_keeps_none_and_no_name(ears, tmp_path, earteach):
     lists = ["--train-metadata", ears / "train_teacher.npy", "--val-metadata", ears / "eval.csv"]
     words = ["--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--no-images", "--report", "--projector"]
@@ -117,6 +119,7 @@ def test_a_run_without_images_keeps_none_and_no_name(ears, tmp_path, earteach):
         assert not any(person.encode() in content for person in people_of(run)), path
 
 
+@pytest.mark.slow
 def test_the_environment_keeps_pictures_out_of_a_report(run, tmp_path, monkeypatch, earteach):
     monkeypatch.setenv("EARTEACH_IMAGES", "0")
     assert earteach("report", run, "-o", tmp_path / "r.html").code == 0
@@ -128,6 +131,7 @@ def copied(run: Path, folder: Path) -> Path:
     return folder / "copy"
 
 
+@pytest.mark.slow
 def test_the_report_says_why_where_it_cannot_look(ears, manifests, tmp_path, monkeypatch, earteach):
     shutil.copytree(ears, tmp_path / "ears")
     monkeypatch.chdir(tmp_path)
@@ -160,6 +164,7 @@ def test_damaged_metrics_are_one_line_before_anything_is_trained(damage, where, 
         assert said.code == 1 and where in said.err.splitlines()[-1] and "epoch 7/7" not in said.err
 
 
+@pytest.mark.slow
 def test_what_a_damaged_run_still_has_is_reported(run, tmp_path, earteach):
     copy = copied(run, tmp_path)
     best = best_checkpoint(copy)
@@ -177,6 +182,7 @@ def test_what_a_damaged_run_still_has_is_reported(run, tmp_path, earteach):
     )
 
 
+@pytest.mark.slow
 def test_the_report_tells_a_run_that_is_not_over(manifests, tmp_path, earteach):
     words = ["--output-dir", tmp_path, "--max-epochs", "1", *SMALL]
     assert earteach("train", *manifests, *words).code == 0
@@ -237,6 +243,7 @@ def test_what_report_refuses(run, tmp_path, monkeypatch, earteach):
     assert (tmp_path / "there.html").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_strange_names_stay_names(manifests, tmp_path):
     name = "<script>alert(1)<" + "b>&amp;"
     config = small_config(manifests, output_dir=str(tmp_path), experiment_name=name, max_epochs=1, report=True)
@@ -244,6 +251,7 @@ def test_strange_names_stay_names(manifests, tmp_path):
     assert "<script" not in text and html.escape(name.split("<b")[0]) in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [EarTeachError("no room"), OSError(28, "no room"), Stopped(15)])
 def test_a_report_that_fails_does_not_fail_the_run(error, manifests, tmp_path, monkeypatch, earteach):
     from ear_teacher_cli.commands import train as verb
@@ -283,6 +291,7 @@ def test_the_projector_has_a_row_a_label_and_a_thumbnail_of_every_picture(named)
     assert "validation" in (named / "version_0" / "projector_config.pbtxt").read_text()
 
 
+@pytest.mark.slow
 def test_the_start_command_that_we_name_shows_every_collage(run):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     options = re.search(r"tensorboard --logdir \S+ (--samples_per_plugin \S+?)`", readme)[1].split()
@@ -334,6 +343,7 @@ class Told(Logger):
         self.figures |= set(metrics)
 
 
+@pytest.mark.slow
 def test_other_loggers_are_told_figures_and_the_recipe_but_no_path(manifests, tmp_path, monkeypatch, earteach):
     told = Told()
     monkeypatch.setattr(loggers, "require", lambda config: None)

@@ -40,11 +40,13 @@ def copy_back_to(run: Path, epoch: int, into: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_twice_and_with_more_workers(run, manifests, tmp_path):
     again = train(small_config(manifests, output_dir=str(tmp_path), max_epochs=6, num_workers=2), QUIET)
     assert_same_weights(run, again.experiment)
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
     copy = copy_back_to(run, 5, tmp_path)
     outcome = resume(copy, QUIET)
@@ -53,6 +55,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
     assert (copy / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_augmentation_stochastic_depth_and_a_new_round_of_classes(manifests, tmp_path):
     options = dict(augment=True, hflip=0.5, cluster_every=3, max_epochs=7, backbone="test_convnext2")
     whole = train(small_config(manifests, output_dir=str(tmp_path), experiment_name="whole", **options), QUIET)
@@ -73,6 +76,7 @@ def test_a_finished_run_says_so_and_does_nothing(run, earteach):
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_resume_to_more_epochs(run, tmp_path, earteach):
     copy = shutil.copytree(run, tmp_path / "moved")
     said = earteach("resume", copy, "--max-epochs", 7)
@@ -113,6 +117,7 @@ def interrupted(words: list, when: str, patience: float = 120) -> tuple[int, str
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_resume_is_the_uninterrupted_run(run, manifests, tmp_path, earteach):
     words = ["train", *manifests, *SMALL, "--max-epochs", 6, "--output-dir", tmp_path]
     code, said = interrupted(words, "epoch 2/6: train")
@@ -125,6 +130,7 @@ def test_ctrl_c_then_resume_is_the_uninterrupted_run(run, manifests, tmp_path, e
     assert_same_weights(run, folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_epoch_is_done_loses_nothing(run, manifests, tmp_path, earteach):
     words = ["train", *manifests, *SMALL, "--max-epochs", 6, "--output-dir", tmp_path]
     code, said = interrupted(words, "data:")
@@ -137,6 +143,7 @@ def test_ctrl_c_before_the_first_epoch_is_done_loses_nothing(run, manifests, tmp
     assert_same_weights(run, folder)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, tmp_path, earteach):
     """DistributedDataParallel over gloo on the CPU: the code path of several GPUs."""
     words = ["train", *manifests, *SMALL, "--batch-size", 4, "--max-epochs", 1, "--output-dir", tmp_path]
@@ -178,6 +185,7 @@ def test_resume_elsewhere_says_where_the_paths_start(run, tmp_path, monkeypatch,
     assert said.code == 1 and "the folder where it was trained" in said.err
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_on_from_the_same_epoch_on_other_devices(run, tmp_path, manifests):
     """Half the steps an epoch (as on twice the devices): the learning rate follows the epoch, not the step."""
     copy = copy_back_to(run, 5, tmp_path)
@@ -192,6 +200,7 @@ def test_a_schedule_goes_on_from_the_same_epoch_on_other_devices(run, tmp_path, 
     assert whole[-1] == pytest.approx(1e-3 * rate_at(17, 3, 18), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"num_workers": 2}, {"num_workers": 2, "augment": True}])
 def test_resume_is_exact_with_worker_processes(manifests, tmp_path, changes):
     options = dict(max_epochs=7, batch_size=4, **changes)

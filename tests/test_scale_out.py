@@ -66,6 +66,7 @@ def many(ears, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears, run, tmp_path):
     words = ["embed", many, "--root-dir", ears, "--weights", run, "--batch-size", 8, "--num-workers", 0]
 
@@ -93,6 +94,7 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
     assert np.load(tmp_path / "three.npy", allow_pickle=False).shape == (1199, 64)  # noqa: TID251
 
 
+@pytest.mark.slow
 def test_training_by_torchrun_and_from_two_processes_to_one_and_back(manifests, tmp_path):
     words = [*SMALL, "--batch-size", 4, "--accelerator", "cpu", "--output-dir", tmp_path]
     train = ["train", *manifests, *words, "--max-epochs", 2]
@@ -127,6 +129,7 @@ def test_as_many_processes_as_were_started(manifests, tmp_path, earteach, monkey
     assert found.code == 2 and told in found.err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_can_be_resumed(manifests, tmp_path):
     words = [*SMALL, "--batch-size", 4, "--accelerator", "cpu", "--output-dir", tmp_path, "--max-epochs", 40]
     process = start(2, "train", *manifests, *words, "--devices", 2)

@@ -133,6 +133,7 @@ def test_the_teachers_maps_are_standardised_as_the_export_says(folder, ears):
         assert torch.allclose(stage.float().std((0, 2, 3)), torch.ones(stage.shape[1]), atol=0.02)
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_students_maps_to_the_teachers(folder, ears):
     pixels, _ = detector.photos(distillation.read_ears(ears, "train"))
     teacher = distillation.Teacher(folder, (8, 16), pixels)
@@ -149,8 +150,9 @@ def test_distillation_brings_the_students_maps_to_the_teachers(folder, ears):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_the_whole_way_runs_by_one_script(tmp_path):
-    small = "--people 40 --epochs 1 --backbone test_convnext --size 64 --seeds 0 1 --start none"
+    small = "--people 12 --val-people 2 --eval-people 3 --epochs 1 --backbone test_convnext --size 64 --seeds 0 1 --start none"
     options = "--steps 2 --distil-steps 2 --labelled 8 --batch 4"
     command = [sys.executable, ROOT / "examples" / "students.py", "out", *small.split(), *options.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

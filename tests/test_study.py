@@ -42,6 +42,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(study, "in_process", lambda folder: measure.main(str(folder)))
 
 
+@pytest.mark.slow
 def test_a_job_is_done_in_a_process_of_its_own(ears, start, tmp_path, capsys):
     words = [*words_of(ears, start), "--eval", f"drawn={ears / 'eval.csv'}", "--rows", "step0"]
     assert study.main([str(tmp_path / "out"), *words]) == 0, capsys.readouterr().err
@@ -50,6 +51,7 @@ def test_a_job_is_done_in_a_process_of_its_own(ears, start, tmp_path, capsys):
     assert result["difference"] < 1e-4 and result["cpu_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_table(ears, start, tmp_path, capsys, in_this_process):
     words = [
         *words_of(ears, start),
@@ -149,6 +151,7 @@ def test_points_go_where_the_crop_puts_them(pad):
     assert abs(columns.mean() + 0.5 - x) < 0.6 and abs(rows.mean() + 0.5 - y) < 0.6
 
 
+@pytest.mark.slow
 def test_the_probe_is_seeded_and_tests_on_other_people(ears, start):
     from landmark_probe import draw, probe, read_ears
 

@@ -127,6 +127,7 @@ def with_bad_picture(ears: Path, into: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_bad_picture_is_skipped_and_listed(ears, tmp_path):
     copy = with_bad_picture(ears, tmp_path)
     paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val_teacher.npy")]
@@ -156,6 +157,7 @@ def test_an_output_folder_that_cannot_be_made_is_known_before_the_first_epoch(ma
     assert said.code == 1 and "--output-dir" in said.err and "epoch 1" not in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -315,6 +317,7 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
     assert len(model.prototypes) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earteach):
     # classes that no rounding moves (a picture between two clusters may go to either), and small steps: Adam's first
@@ -331,6 +334,7 @@ def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earte
     assert weights[0].keys() == weights[1].keys()
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_one_line(manifests, tmp_path):
     words = ["train", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path, "--compile"]
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
@@ -340,6 +344,7 @@ def test_a_missing_compiler_is_one_line(manifests, tmp_path):
     assert re.search(r"\nearteach: --compile: needs a working compiler[^\n]*\n$", done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_folders_of_identities_give_classes_and_a_monitor(ears, tmp_path, earteach):
     rows = read_table(ears / "eval.csv")
     for number, row in enumerate(rows):

@@ -86,6 +86,7 @@ def test_every_fault_is_found_with_its_row(faults, tmp_path, earteach):
     assert report["errors"] == sum(f["severity"] == "error" for f in report["findings"])
 
 
+@pytest.mark.slow
 def test_several_workers_find_the_same(faults, tmp_path, earteach):
     manifest, _ = faults
     source = read_manifest(manifest)

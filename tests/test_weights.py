@@ -59,6 +59,7 @@ def test_facebooks_convnext_tiny_loads_wholly_with_a_receipt(tiny, tmp_path):
     assert embeds_like(backbone, tiny)
 
 
+@pytest.mark.slow
 def test_torchvisions_convnext_tiny_loads_wholly(tmp_path):
     theirs = torchvision.models.convnext_tiny(num_classes=10).eval()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
@@ -70,6 +71,7 @@ def test_torchvisions_convnext_tiny_loads_wholly(tmp_path):
         assert torch.allclose(backbone(IMAGE), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["model.backbone.", "backbone.", "module."])
 @pytest.mark.parametrize("naming", ["timm", "facebook"])
 def test_lightning_prefixes_over_any_names(tiny, tmp_path, prefix, naming):
