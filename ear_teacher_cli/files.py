@@ -100,7 +100,7 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
     sweep(path.parent, glob.escape(path.name), files)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
-        claimed = _Claim(os.open(temporary / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        claimed = _Claim.of_folder(temporary)
     except OSError as error:
         raise EarTeachError(f"{printable(path)}: cannot be written ({error.strerror})") from error
     aside = temporary.with_suffix(".earlier")
@@ -108,11 +108,10 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
         yield temporary
         for written in temporary.iterdir():
             if written.name != _LOCK:
-                written.chmod(0o666 & ~_umask())
                 _flush_to_disk(written)
+                written.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())
         claimed.before_rename()
-        (temporary / _LOCK).unlink()
         if path.is_dir():
             os.rename(path, aside)
         os.rename(temporary, path)
@@ -128,16 +127,26 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
 
 
 class _Claim:
-    """Shows other processes that a temporary file is being written, and is nobody's leftover."""
+    """Shows other processes that a temporary file or folder is being written, and is nobody's leftover."""
 
-    def __init__(self, handle: int):
+    def __init__(self, handle: int, marker: Path | None = None):
         self._handle: int | None = handle
+        self._marker = marker
         platform.claim(handle)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "_Claim":
+        """By the folder itself, or by a file in it where a folder cannot be opened."""
+        if platform.OPEN_FILES_CAN_BE_REMOVED:
+            return cls(os.open(folder, os.O_RDONLY))
+        return cls(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), folder / _LOCK)
 
     def before_rename(self) -> None:
         """Close it where an open file cannot be renamed or removed."""
         if not platform.OPEN_FILES_CAN_BE_REMOVED:
             self.close()
+            if self._marker is not None:
+                self._marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._handle is not None:
@@ -154,8 +163,10 @@ def sweep(folder: Path, name: str = "*", files: Collection[str] | None = None) -
             continue  # somebody's own
         if files is None:
             platform.remove_unclaimed(stale)
-        elif set(os.listdir(stale)) <= {*files, _LOCK} and platform.remove_unclaimed(stale / _LOCK):
-            shutil.rmtree(stale, ignore_errors=True)
+            continue
+        with suppress(OSError):  # another user's, or another process is removing it
+            if set(os.listdir(stale)) <= {*files, _LOCK}:
+                platform.remove_unclaimed_folder(stale, _LOCK)
 
 
 class Writer:
@@ -190,9 +201,11 @@ def only_writer(folder: Path) -> Iterator[Writer]:
         os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
         yield writer  # the file stays: removing it would let two processes hold two files of one name
     finally:
-        if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:
-            shutil.rmtree(folder)
-        platform.unlock_and_close(handle)
+        try:
+            if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:
+                shutil.rmtree(folder)
+        finally:
+            platform.unlock_and_close(handle)
         if writer.removes and not platform.OPEN_FILES_CAN_BE_REMOVED:
             with suppress(OSError):  # another process has begun to write there
                 shutil.rmtree(folder)
@@ -253,7 +266,7 @@ _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def _flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open(path, "rb+") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
 
 

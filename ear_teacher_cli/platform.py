@@ -7,10 +7,12 @@ that a system lacks is left out there (a time limit on decoders, say), and the d
 import ctypes
 import errno
 import os
+import re
 import shlex
+import shutil
 import signal
 import stat
-import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import shared_memory
@@ -43,10 +45,15 @@ def ignore_stop_signals() -> None:
     handle_stop_signals(signal.SIG_IGN, ignored_too=True)
 
 
+def _in_main_thread() -> bool:
+    """Only there handlers of signals can be set, and are they called."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def child_exits_unnoticed() -> Iterator[None]:
     """Without torch's handler, which raises an error when a DataLoader's worker is killed. Windows has none."""
-    if not hasattr(signal, "SIGCHLD"):
+    if not hasattr(signal, "SIGCHLD") or not _in_main_thread():
         yield
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -60,9 +67,7 @@ def child_exits_unnoticed() -> Iterator[None]:
 def cpu_time_limit(seconds: float, error: Callable[[], BaseException]) -> Iterator[None]:
     """Raise `error()` in the body once it has computed for `seconds`. Only in a main thread; Windows has no such timer,
     and there the body may take any time."""
-    import threading
-
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if not hasattr(signal, "setitimer") or not _in_main_thread():
         yield
         return
 
@@ -82,8 +87,8 @@ def cpu_time_limit(seconds: float, error: Callable[[], BaseException]) -> Iterat
 
 
 def open_own_file(path: str | Path, flags: int = 0, mode: int = 0o600) -> int:
-    """Open for reading and writing (a folder: for reading, where that is possible) without following a link or waiting
-    for a FIFO. Returns a file descriptor. Raises OSError."""
+    """Open a file for reading and writing, without following a link or waiting for a FIFO. Returns a file descriptor.
+    Raises OSError."""
     flags |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
     return os.open(path, flags | os.O_RDWR, mode)
 
@@ -135,8 +140,11 @@ def write_at(handle: int, data: bytes, offset: int) -> None:
 
 
 def quoted(word: str) -> str:
-    """A word as the shell of this system takes it."""
-    return subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)
+    """A word as it can be typed in this system's shell: sh, or on Windows both cmd and PowerShell (where `%NAME%` in a
+    word would still be replaced by cmd)."""
+    if os.name != "nt":
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w.:\\/-]+", word) else f'"{word}"'
 
 
 # Locks -----------------------------------------------------------------------------------------------------------------
@@ -174,22 +182,45 @@ def claim(handle: int) -> None:
 
 
 def remove_unclaimed(path: str | Path) -> bool:
-    """Remove a file unless a process has claimed it, or a link or something else has its name. Returns whether it is
-    gone."""
+    """Remove a file unless a process has claimed it, it is a link, or the file system has no locks that would tell.
+    Returns whether it is gone."""
     try:
         if OPEN_FILES_CAN_BE_REMOVED:
-            handle = open_own_file(path)
-            try:
-                if not lock(handle):
-                    return False
-                os.unlink(path)
-            finally:
-                unlock_and_close(handle)
+            with _nobody_claims(open_own_file(path)) as free:
+                if free:
+                    os.unlink(path)
         else:
             os.unlink(path)
     except OSError:
-        return not os.path.lexists(path)
-    return True
+        pass
+    return not os.path.lexists(path)
+
+
+def remove_unclaimed_folder(path: Path, marker: str) -> None:
+    """Remove a folder unless a process has claimed it (where a folder cannot be opened: the file `marker` in it).
+    Raises OSError."""
+    if OPEN_FILES_CAN_BE_REMOVED:
+        with _nobody_claims(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as free:
+            if free:
+                shutil.rmtree(path, ignore_errors=True)
+    else:
+        (path / marker).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _nobody_claims(handle: int) -> Iterator[bool]:
+    """Whether no other process has claimed an open file, which none does in the body. Closes it."""
+    from filelock import lock_descriptor
+
+    try:
+        try:
+            free = lock_descriptor(handle, blocking=False)
+        except OSError:  # no locks here: it may be in use
+            free = False
+        yield free
+    finally:
+        os.close(handle)
 
 
 def _forget_locks() -> None:
@@ -208,7 +239,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class SharedMemory:
-    """`size` zero bytes that other processes of this run can open by `name`; freed with this object.
+    """`size` zero bytes that other processes of this run can open by `name`, until `close`.
 
     On Linux an anonymous file (memfd), which is bound by free memory alone and not by the size of /dev/shm (64 MB in a
     container); elsewhere a block of multiprocessing.shared_memory.

@@ -4,6 +4,7 @@ python examples/demo.py [FOLDER]        (make demo: FOLDER is demo/)
 """
 
 import argparse
+from pathlib import Path
 
 from steps import EXAMPLES, enter_new_folder, main, run, step
 
@@ -13,7 +14,6 @@ parser.add_argument("--people", type=int, default=60)
 parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--backbone", default="convnext_atto", help="a timm model")
 parser.add_argument("--size", type=int, default=64, help="input side in pixels")
-parser.add_argument("--interrupt-after", type=float, default=40, metavar="SECONDS", help="of training, then Ctrl-C")
 
 TIMM_ALONE = """
 import timm, torch
@@ -34,7 +34,7 @@ def steps() -> None:
     step("The untrained start, as a file, so that it can be measured too.")
     run("python", EXAMPLES / "random_start.py", args.backbone, "start.safetensors")
 
-    step(f"Train without labels; Ctrl-C after {args.interrupt_after:g} seconds.")
+    step("Train without labels; Ctrl-C after the first epoch.")
     run(
         *("earteach", "train", "--train-metadata", "ears/train_teacher.npy", "--val-metadata", "ears/val_teacher.npy"),
         *(
@@ -49,7 +49,7 @@ def steps() -> None:
         ),
         *("--image-size", args.size, "--batch-size", 16, "--learning-rate", 1e-3, "--max-epochs", args.epochs),
         *("--warmup-epochs", 3, "--output-dir", "outputs", "--experiment-name", "first"),
-        interrupt_after=args.interrupt_after,
+        interrupt_when=Path("outputs/first/checkpoints/last.ckpt").exists,
     )
 
     step("Go on; nothing is typed again.")

@@ -5,11 +5,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 EXAMPLES = Path(__file__).resolve().parent
+CTRL_C = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
 NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: Ctrl-Break goes to a group of processes
 
 
@@ -37,39 +39,49 @@ def enter_new_folder(name: str) -> None:
 
 
 def run(
-    *words: object, interrupt_after: float | None = None, tee: str | None = None, keep_errors: bool = False
+    *words: object, interrupt_when: Callable[[], bool] | None = None, tee: str | None = None, keep_errors: bool = False
 ) -> None:
     """Run `earteach ...`, or `python ...`, with this interpreter. Raises StepFailed.
 
-    `interrupt_after`: press Ctrl-C after so many seconds, and take any exit code. `tee`: a file that gets what the command
+    `interrupt_when`: press Ctrl-C as soon as it is true, and take any exit code. `tee`: a file that gets what the command
     prints to stdout, too. `keep_errors`: what it prints to stderr is part of StepFailed.
     """
     shown = [str(word) for word in words]
     print(f"$ {shlex.join(shown)}", file=sys.stderr, flush=True)
     program = {"earteach": [sys.executable, "-m", "ear_teacher_cli"], "python": [sys.executable]}[shown[0]]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.Popen(
+    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = subprocess.Popen(
         [*program, *shown[1:]],
-        env=environment,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
         encoding="utf-8",
         errors="replace",
         stdout=subprocess.PIPE if tee else None,
         stderr=subprocess.PIPE if keep_errors else None,
-        creationflags=NEW_GROUP if interrupt_after else 0,
+        creationflags=NEW_GROUP if interrupt_when else 0,
     )
+    with command as process:
+        try:
+            _follow(process, " ".join(shown[:2]), interrupt_when, tee, keep_errors)
+        except KeyboardInterrupt:  # the terminal sends it to the command, too, unless that is in a group of its own
+            if interrupt_when is not None and NEW_GROUP:
+                process.send_signal(CTRL_C)
+            process.wait()
+            raise
+
+
+def _follow(
+    process: subprocess.Popen, name: str, interrupt_when: Callable[[], bool] | None, tee: str | None, keep_errors: bool
+) -> None:
     errors = ""
     if tee:
         with open(tee, "w", encoding="utf-8") as file:
             _copy(process.stdout, [sys.stdout, file])
     if keep_errors:
         errors = _copy(process.stderr, [sys.stderr])
-    if interrupt_after is not None:
-        _interrupt(process, interrupt_after)
+    if interrupt_when is not None:
+        _interrupt(process, interrupt_when)
     elif process.wait() != 0:
-        raise StepFailed(" ".join(shown[:2]), process.returncode, errors)
+        raise StepFailed(name, process.returncode, errors)
 
 
 def _copy(source: IO[str] | None, targets: Sequence[IO[str]]) -> str:
@@ -84,12 +96,12 @@ def _copy(source: IO[str] | None, targets: Sequence[IO[str]]) -> str:
     return "".join(lines)
 
 
-def _interrupt(process: subprocess.Popen, seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
-        process.wait()
+def _interrupt(process: subprocess.Popen, when: Callable[[], bool]) -> None:
+    while process.poll() is None and not when():
+        time.sleep(0.05)
+    if process.poll() is None:
+        process.send_signal(CTRL_C)
+    if process.wait() != 0:
         print(f"(stopped: exit code {process.returncode})", file=sys.stderr, flush=True)
 
 

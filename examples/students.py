@@ -1,10 +1,11 @@
 """From photographs without labels to better students, on drawn ears: a teacher is trained, exported, and two small models
 learn with and without it.
 
-    python examples/students.py [FOLDER]        (make students: FOLDER is students/)
+    python examples/students.py [FOLDER] [OPTION ...] [-- OPTION OF BOTH STUDENTS ...]     (make students: FOLDER is students/)
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from steps import EXAMPLES, StepFailed, enter_new_folder, main, run, step
@@ -26,7 +27,9 @@ parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of 
 
 
 def steps() -> None:
-    args, options = parser.parse_known_args()  # `options` go to both students: --steps 100, say
+    words = sys.argv[1:]
+    own = words.index("--") if "--" in words else len(words)
+    args, options = parser.parse_args(words[:own]), words[own + 1 :]
     start = args.start if args.start in (None, "none") else Path(args.start).resolve()
     enter_new_folder(args.folder)
 

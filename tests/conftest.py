@@ -54,10 +54,11 @@ SMALL = [
 ]
 
 
-# How far float32 results of one model may be apart, as a share of the largest number, where the memory layout, the
-# process, the number of threads or the processor differs. Measured on embeddings and feature maps of four models
+# How far float32 results of one model may be apart, as a share of the largest number, where the memory layout, the number
+# of threads, the batch size or the processor differs. Measured on embeddings and feature maps of four models
 # (test_convnext, convnext_atto, convnext_tiny, tf_efficientnet_lite0) with ONEDNN_MAX_CPU_ISA from SSE41 to AVX512, both
-# layouts, one and two threads: at most 4e-6. Within one process, layout and thread count results are equal to the bit.
+# layouts, one and two threads: at most 4e-6. On one machine, with the same layout, threads and batches, results are equal
+# to the bit, in other processes too.
 ROUNDING = 1e-5
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -269,7 +270,7 @@ def killed_after(batches: int, words: list, folder: Path, number: int = signal.S
         "Journal.add = counted\n"
         "main()"
     )
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], cwd=folder, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", script, *words], cwd=folder)
     assert done.returncode in (-number, 128 + number) and "Traceback" not in done.stderr, done.stderr
     if number != signal.SIGKILL:
         assert "--resume goes on" in done.stderr

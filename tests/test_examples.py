@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -15,12 +16,18 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
-    small = "--people 20 --epochs 2 --backbone test_convnext --size 64 --interrupt-after 8"
-    command = [sys.executable, ROOT / "examples" / "demo.py", "demo", *small.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    demo = tmp_path / "demo"
+def test_the_demo_runs_from_photographs_to_embeddings(tmp_path, monkeypatch, capfd):
+    import demo
+    import steps
+
+    small = "--people 20 --epochs 4 --backbone test_convnext --size 64"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "demo", *small.split()])
+    monkeypatch.setattr(steps, "subprocess", forked)
+    demo.steps()
+    out, err = capfd.readouterr()
+    assert "(stopped: exit code 130)" in err and "restored: last.ckpt: epoch 1 of 4" in err
+    folder = tmp_path / "demo"
     assert {
         "worst.png",
         "collage.png",
@@ -30,10 +37,15 @@ def test_the_demo_runs_from_photographs_to_embeddings(tmp_path):
         "teacher.npy",
         "teacher.csv",
         "teacher.json",
-    } <= {p.name for p in demo.iterdir()}
-    assert "timm alone: (1, 64)" in done.stdout
-    assert re.search(r"^A: start.npy.*\nB: teacher.npy", done.stdout, re.MULTILINE)
-    assert re.search(r"^rank-1( +[-+]?\d+\.\d){3} +\[", done.stdout, re.MULTILINE)
+    } <= {p.name for p in folder.iterdir()}
+    assert "timm alone: (1, 64)" in out
+    assert re.search(r"^A: start.npy.*\nB: teacher.npy", out, re.MULTILINE)
+    assert re.search(r"^rank-1( +[-+]?\d+\.\d){3} +\[", out, re.MULTILINE)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    steps.run("earteach", "--version", tee="version.txt")  # a process as the user has it
+    assert Path("version.txt").read_text(encoding="utf-8").startswith("earteach ")
+    command = [sys.executable, ROOT / "examples" / "demo.py", "demo"]
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr == "demo: exists already; remove it, or name another folder\n"
 

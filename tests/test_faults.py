@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import SMALL, read_table, small_config
@@ -251,7 +252,7 @@ def test_a_killed_or_hanging_loader_ends_the_run_with_one_line(own_ears, tmp_pat
         command = [sys.executable, "-c", script, "train", "--train-metadata", own_ears / "train_teacher.npy", "--val-metadata",
                    own_ears / "val_teacher.npy", *SMALL, "--num-workers", 2, "--load-timeout", 6, "--output-dir", tmp_path, "--overwrite"]  # fmt: skip
         start = time.monotonic()
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+        done = forked.run(command, timeout=120)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert time.monotonic() - start < 90
 
@@ -260,7 +261,7 @@ def test_a_killed_or_hanging_loader_ends_the_run_with_one_line(own_ears, tmp_pat
 def test_two_runs_in_one_folder_are_refused_and_a_dead_ones_lock_is_nobodys(manifests, tmp_path, earteach):
     words = ["train", *manifests, *SMALL, "--max-epochs", 200, "--output-dir", tmp_path]
     command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
+    with forked.Popen(command, stderr=forked.PIPE, text=True) as other:
         for line in other.stderr:
             if line.startswith("epoch 2/200: train"):  # the first has been saved
                 break
@@ -327,7 +328,7 @@ def test_a_stopped_run_with_workers_says_so_and_nothing_else(manifests, tmp_path
     words = ["train", *manifests, *SMALL, "--num-workers", 2, "--max-epochs", 500, "--output-dir", tmp_path]
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ear_teacher_cli.cli import main; main()"
     command = [sys.executable, "-c", start, *map(str, words)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with forked.Popen(command, stderr=forked.PIPE, text=True, start_new_session=True) as process:
         said, sent = "", False
         for line in process.stderr:
             said += line
@@ -382,7 +383,7 @@ def test_too_much_memory_is_one_line(manifests, tmp_path):
         "main()"
     )
     words = ["train", *manifests, *SMALL, "--image-size", 1024, "--batch-size", 24, "--output-dir", tmp_path]
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=300)
+    done = forked.run([sys.executable, "-c", script, *words])
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"earteach: .*--batch-size", done.stderr), done.stderr
 
@@ -447,7 +448,7 @@ def two_processes(*words, until: str | None = None) -> tuple[int, str]:
     """`earteach` on two devices (DistributedDataParallel over gloo); SIGTERM to the first when `until` is said."""
     command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words), "--devices", "2"]
     text = ""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stderr=forked.PIPE, text=True) as process:
         timer = threading.Timer(240, process.kill)
         timer.start()
         for line in process.stderr:

@@ -2,12 +2,13 @@
 
 import ast
 import ctypes
+import multiprocessing
 import ntpath
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from ear_teacher_cli.config import TrainConfig, read_toml
 from ear_teacher_cli.data import manifest as lists
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError, PictureError
-from ear_teacher_cli.files import has_writer, only_writer, whole_file, whole_folder
+from ear_teacher_cli.files import has_writer, only_writer, sweep, whole_file, whole_folder
 
 ROOT = Path(__file__).parent.parent
 SIMULATION = ROOT / "tests" / "without_posix"
@@ -154,18 +155,20 @@ def test_a_forked_process_does_not_keep_its_dead_parents_lock(tmp_path):
     code = (
         "import os, time\n"
         "with files.only_writer(Path(sys.argv[1])):\n"
-        "    if os.fork() == 0: time.sleep(60); os._exit(0)\n"
-        "    print('ready', flush=True); sys.stdin.read()"
+        "    child = os.fork()\n"
+        "    if child == 0: time.sleep(60); os._exit(0)\n"
+        "    print('ready', flush=True); print(child, flush=True); sys.stdin.read()"
     )
     with in_another_process(code, tmp_path) as parent:
-        assert has_writer(tmp_path)
-        parent.kill()
-        parent.wait()
-        until = time.monotonic() + 5
-        while has_writer(tmp_path) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not has_writer(tmp_path)
-        subprocess.run(["pkill", "-f", str(tmp_path)], check=False)
+        child = int(parent.stdout.readline())
+        try:
+            assert has_writer(tmp_path)
+            parent.kill()
+            parent.wait()
+            assert not has_writer(tmp_path)
+            os.kill(child, 0)  # which is still there
+        finally:
+            os.kill(child, signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -192,6 +195,9 @@ def test_without_locks_files_and_folders_are_written_all_the_same(tmp_path, monk
     monkeypatch.setattr("filelock.lock_descriptor", no_locks)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with only_writer(tmp_path), whole_file(tmp_path / "x.txt") as path:
+        path.write_text("half")
+        with whole_file(tmp_path / "x.txt") as second:  # which does not take the first for a leftover
+            second.write_text("other")
         path.write_text("whole")
     with whole_folder(tmp_path / "y", ["z"]) as folder:
         (folder / "z").write_text("whole")
@@ -240,6 +246,12 @@ def test_bytes_are_read_and_written_at_their_place(tmp_path, monkeypatch, withou
         os.close(handle)
 
 
+def shout(name: str) -> None:
+    shared = platform.SharedBytes(name)
+    shared.write(shared.read(5, 1000).upper(), 2000)
+    shared.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memfd", "block"])
 def test_memory_is_shared_with_other_processes(monkeypatch, kind):
@@ -249,10 +261,11 @@ def test_memory_is_shared_with_other_processes(monkeypatch, kind):
     memory = platform.SharedMemory(4096)
     mine = platform.SharedBytes(memory.name)
     mine.write(b"hello", 1000)
-    code = "other = platform.SharedBytes(sys.argv[1]); other.write(other.read(5, 1000).upper(), 2000); print('ready', flush=True)"
-    with in_another_process(code, memory.name):
-        pass
+    other = multiprocessing.get_context("spawn").Process(target=shout, args=(memory.name,))
+    other.start()
+    other.join()
     assert mine.read(5, 2000) == b"HELLO" and mine.read(3, 0) == b"\0\0\0"
+    platform.SharedBytes(memory.name).close()  # it is there until it is closed
     if kind == "block":
         with pytest.raises(OSError):
             mine.write(b"too far", 10**6)
@@ -276,10 +289,11 @@ def test_free_memory_as_windows_tells_it(monkeypatch):
 
 
 def test_words_are_quoted_as_the_systems_shell_takes_them(monkeypatch):
-    assert platform.quoted("a b") == "'a b'"
+    assert platform.quoted("a b") == "'a b'" and platform.quoted("a/b") == "a/b"
     monkeypatch.setattr(platform.os, "name", "nt")
     try:
-        assert platform.quoted(r"C:\my ears\x") == r'"C:\my ears\x"'
+        assert platform.quoted(r"C:\my ears\x") == r'"C:\my ears\x"' and platform.quoted("R&D") == '"R&D"'
+        assert platform.quoted(r"C:\ears\x_1.npy") == r"C:\ears\x_1.npy"
     finally:
         monkeypatch.undo()
 
@@ -360,3 +374,72 @@ def test_an_output_that_cannot_hold_a_character_is_no_traceback(encoding, tmp_pa
     command = [sys.executable, "-m", "ear_teacher_cli", "validate-data", str(tmp_path / name)]
     done = subprocess.run(command, env=environment, capture_output=True, cwd=ROOT)
     assert done.returncode == 1 and b"Traceback" not in done.stderr and b"missing" in done.stdout, done
+
+
+def test_a_loader_that_hangs_is_killed_and_the_others_end(ears, manifests, monkeypatch):
+    from conftest import small_config
+
+    from ear_teacher_cli.data import datamodule
+
+    data = datamodule.EarDataModule(small_config(manifests, num_workers=2))
+    data.setup()
+    monkeypatch.setattr(datamodule, "_SECONDS_TO_END", 0.5)
+    monkeypatch.setattr("ear_teacher_cli.data.dataset.load_crop", lambda *_: signal.sigwait({signal.SIGUSR1}))
+    data.val_set.cache = None
+    loader = data.val_dataloader()
+    iter(loader)  # its workers hang at their first picture
+    assert len(multiprocessing.active_children()) == 2
+    before = signal.getsignal(signal.SIGCHLD)
+    data.on_exception(KeyboardInterrupt())
+    assert multiprocessing.active_children() == [] and signal.getsignal(signal.SIGCHLD) is before
+
+
+def test_an_error_in_a_thread_is_not_hidden_by_the_end_of_the_loaders(manifests):
+    from conftest import small_config
+
+    from ear_teacher_cli.data.datamodule import EarDataModule
+
+    data = EarDataModule(small_config(manifests))
+    data.setup()
+    iter(data.val_dataloader())
+    raised = []
+
+    def work():
+        try:
+            data.on_exception(KeyboardInterrupt())
+        except ValueError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert raised == []
+
+
+def test_what_another_user_left_does_not_stop_an_export(tmp_path, monkeypatch):
+    left = tmp_path / ".y.abc_0123.part"
+    left.mkdir()
+    listdir = os.listdir
+
+    def refused(path="."):
+        if Path(path) == left:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with whole_folder(tmp_path / "y", ["z"]) as folder:
+        (folder / "z").write_text("whole")
+    assert left.exists() and (tmp_path / "y" / "z").exists()
+
+
+def test_a_folder_that_is_about_to_take_its_name_is_not_swept(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def swept_before(source, target):
+        sweep(tmp_path, "y", ["z"])
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", swept_before)
+    with whole_folder(tmp_path / "y", ["z"]) as folder:
+        (folder / "z").write_text("whole")
+    assert (tmp_path / "y" / "z").read_text() == "whole"

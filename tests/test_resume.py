@@ -3,11 +3,11 @@
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import SMALL, read_epochs, small_config
@@ -102,12 +102,7 @@ def test_resume_refuses_a_changed_manifest(run, ears, tmp_path, earteach):
 def interrupted(words: list, when: str, patience: float = 120) -> tuple[int, str]:
     """Start `earteach`, send Ctrl-C as soon as `when` is said; (exit code, everything said)."""
     said, deadline = "", time.monotonic() + patience
-    with subprocess.Popen(
-        [sys.executable, "-m", "ear_teacher_cli", *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    with forked.Popen([sys.executable, "-m", "ear_teacher_cli", *words], stderr=forked.PIPE, text=True) as process:
         for line in process.stderr:
             said += line
             if re.match(when, line) and process.poll() is None:
@@ -150,7 +145,7 @@ def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, t
     # the whole recipe: two views, averages, whitening on one rank, held-out embeddings gathered from both
     words += ["--devices", 2, "--accelerator", "cpu", "--preset", "recommended", "--ema-decay", 0.9]
     command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked.run(command)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("epoch 1/1: train") == 1
     one, two = (read_checkpoint(p / "checkpoints" / "last.ckpt").content for p in (run, tmp_path / "ear_teacher"))

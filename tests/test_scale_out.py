@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from conftest import SMALL, read_table
@@ -20,10 +21,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # torchrun's choice, and p
 
 def start(processes: int, *words) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "ear_teacher_cli", *words]
-    return subprocess.Popen(
-        list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = list(map(str, [sys.executable, *launch, "-m", "ear_teacher_cli", *words]))
+    popen = subprocess.Popen if launch else forked.Popen
+    return popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def said(process: subprocess.Popen) -> str:

@@ -2,10 +2,10 @@
 
 import ast
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -151,12 +151,16 @@ def test_distillation_brings_the_students_maps_to_the_teachers(folder, ears):
 
 
 @pytest.mark.slow
-def test_the_whole_way_runs_by_one_script(tmp_path):
+def test_the_whole_way_runs_by_one_script(tmp_path, monkeypatch):
+    import steps
+    import students
+
     small = "--people 12 --val-people 2 --eval-people 3 --epochs 1 --backbone test_convnext --size 64 --seeds 0 1 --start none"
-    options = "--steps 2 --distil-steps 2 --labelled 8 --batch 4"
-    command = [sys.executable, ROOT / "examples" / "students.py", "out", *small.split(), *options.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    options = "-- --steps 2 --distil-steps 2 --labelled 8 --batch 4"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["students.py", "out", *small.split(), *options.split()])
+    monkeypatch.setattr(steps, "subprocess", forked)
+    students.steps()
     for name in ("landmarks", "detections"):
         table = (tmp_path / "out" / f"{name}.md").read_text()
         assert "| 8 |" in table and table.count("±") == 3 and "untrained" in table
@@ -164,5 +168,6 @@ def test_the_whole_way_runs_by_one_script(tmp_path):
             assert picture.width > 800 and len(np.unique(np.asarray(picture))) > 100
         runs = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert [run["kind"] for run in runs] == ["without", "untrained", "teacher"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 1 and "exists already" in said.stderr  # what is there stays
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="out: exists already"):  # what is there stays
+        students.steps()

@@ -1,7 +1,7 @@
 """Crops that were cut once and are not decoded again: one file per manifest, in memory or on disk.
 
 Each crop has a place of its own in the file, with a mark of the picture it was cut from (size, times of change, inode) and a
-checksum. A place is written in one call and believed only if all of it fits: several processes may fill one file at
+checksum. A place is written in one call, where the system can, and believed only if all of it fits: several processes may fill one file at
 once, and one that is killed leaves at worst a place that is filled again. What comes out is what was put in, to the
 byte, so a run with a cache learns what it would without. The file's name is a sha256 over all that a crop depends on.
 """

@@ -35,7 +35,7 @@ def read_val_manifest(config: TrainConfig) -> Manifest:
     return named_by_folders(manifest) if asked else manifest
 
 
-_SECONDS_TO_END = 2.0
+_SECONDS_TO_END = 5.0
 
 
 class EarLoader(DataLoader):
@@ -47,26 +47,35 @@ class EarLoader(DataLoader):
         return iterator
 
     def stop_workers(self) -> None:
-        """Tell them to end, and kill those that have not after a moment (one may hang in a decoder)."""
+        """Tell them to end, and kill those that have not after some seconds (one may hang in a decoder)."""
         iterators = [
             i for i in self.__dict__.get("_iterators", ()) if hasattr(i, "_shutdown_workers") and not i._shutdown
         ]
-        workers = [worker for iterator in iterators for worker in iterator._workers]
         for iterator in iterators:
-            iterator._workers_done_event.set()
-            for number, running in enumerate(iterator._workers_status):
-                if running:
-                    iterator._mark_worker_as_unavailable(number, shutdown=True)
-        until = time.monotonic() + _SECONDS_TO_END
-        for worker in workers:
-            worker.join(max(0.0, until - time.monotonic()))
-        with child_exits_unnoticed():
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()
-                    worker.join()
-            for iterator in iterators:
-                iterator._shutdown_workers()  # what is left to do: threads, queues
+            _stop(iterator)
+
+
+def _stop(iterator: Any) -> None:
+    """What torch's own `_shutdown_workers` does, in its order, but for the kill: it sends SIGTERM, which the workers ignore."""
+    until = time.monotonic() + _SECONDS_TO_END
+    pinning = getattr(iterator, "_pin_memory_thread", None)
+    if pinning is not None:  # it reads what the workers write, and must end before they do
+        iterator._pin_memory_thread_done_event.set()
+        iterator._worker_result_queue.put((None, None))
+        pinning.join(_SECONDS_TO_END)
+    iterator._workers_done_event.set()
+    for number, running in enumerate(iterator._workers_status):
+        if running:
+            iterator._mark_worker_as_unavailable(number, shutdown=True)
+    for worker in iterator._workers:
+        worker.join(max(0.0, until - time.monotonic()))
+    with child_exits_unnoticed():
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        if pinning is None or not pinning.is_alive():
+            iterator._shutdown_workers()  # what is left to do: queues, and torch's list of processes
 
 
 class EarDataModule(pl.LightningDataModule):

@@ -6,6 +6,7 @@
 - Processes are spawned, never forked.
 - A file that this process has open or mapped cannot be removed or replaced by the package, a folder with one in it
   cannot be renamed, and os.rename replaces nothing.
+- Only what is open for writing can be flushed to the disk.
 - Files under /proc do not exist.
 
 What cannot be simulated here: drive letters and backslashes as os.path has them, file names without case, the console.
@@ -109,6 +110,20 @@ def refuse_open_files(name: str, replaces: bool) -> None:
     setattr(os, name, guarded)
 
 
+def refuse_to_flush_what_is_read_only() -> None:
+    import fcntl  # noqa: TID251  (before it is taken away)
+
+    fsync, flags = os.fsync, fcntl.fcntl
+
+    def guarded(handle):
+        number = handle if isinstance(handle, int) else handle.fileno()
+        if flags(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "simulated: a file that is open for reading only cannot be flushed")
+        return fsync(handle)
+
+    os.fsync = guarded
+
+
 def no_proc(original):
     def guarded(path, *arguments, **options):
         if isinstance(path, str | os.PathLike) and os.fspath(path).startswith("/proc/") and package_called():
@@ -126,6 +141,7 @@ def package_called() -> bool:
     return frame is not None and PACKAGE in frame.f_code.co_filename
 
 
+refuse_to_flush_what_is_read_only()
 plain_open = builtins.open
 builtins.open = io.open = no_proc(io.open)
 for module_name in MODULES - {"posix"}:
