@@ -97,6 +97,8 @@ class _Forked:
             raise
         for reader in readers:
             reader.join(timeout)
+        for pipe in pipes.values():
+            pipe.close()
         return texts.get(1), texts.get(2)
 
     def __enter__(self):

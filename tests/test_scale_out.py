@@ -57,9 +57,9 @@ def test_ranks_share_whole_batches_without_gap_or_overlap(items, batch, world):
 
 @pytest.fixture
 def many(ears, tmp_path) -> Path:
-    """1,200 rows, one of which names no picture."""
+    """600 rows, one of which names no picture."""
     lines = (ears / "eval.csv").read_text().splitlines()
-    rows = lines[1:] * 100
+    rows = lines[1:] * 50
     rows[77] = "images/nobody.jpg" + "," * lines[0].count(",")
     path = tmp_path / "many.csv"
     path.write_text("\n".join([lines[0], *rows]) + "\n")
@@ -74,24 +74,24 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
         return [(tmp_path / name).with_suffix(suffix).read_bytes() for suffix in (".npy", ".csv", ".json")]
 
     one = start(1, *words[:2], tmp_path / "one.npy", *words[2:])
-    assert said(one).count("1199 rows of 64, 1 skipped") == 1
+    assert said(one).count("599 rows of 64, 1 skipped") == 1
     three = [*words[:2], tmp_path / "three.npy", *words[2:]]
     killed = start(3, *three)
     parts = [tmp_path / f".three.npy.{number}-of-3.unfinished" / "rows.npy" for number in (1, 2, 3)]
     until = time.monotonic() + 120
-    while not any(part.exists() and part.stat().st_size > 9000 for part in parts) and time.monotonic() < until:
+    while not any(part.exists() and part.stat().st_size > 5000 for part in parts) and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(rank_of(killed.pid, 1), signal.SIGKILL)
     said(killed)
     assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and any(part.exists() for part in parts)
     text = said(start(3, *three, "--resume"))
-    assert text.count("1199 rows of 64, 1 skipped") == 1, text
+    assert text.count("599 rows of 64, 1 skipped") == 1, text
     assert output("three") == output("one") and not list(tmp_path.glob(".*"))
     again = start(2, *words[:2], tmp_path / "three.npy", *words[2:], "--resume", "--no-normalize")
     assert "nothing unfinished" in said(again) and again.returncode != 0  # and the finished one is not replaced
     assert output("three") == output("one")
     # plain numpy, as a user would: the rule is for the package's own readers
-    assert np.load(tmp_path / "three.npy", allow_pickle=False).shape == (1199, 64)  # noqa: TID251
+    assert np.load(tmp_path / "three.npy", allow_pickle=False).shape == (599, 64)  # noqa: TID251
 
 
 @pytest.mark.slow

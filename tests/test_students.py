@@ -155,7 +155,7 @@ def test_the_whole_way_runs_by_one_script(tmp_path, monkeypatch):
     import steps
     import students
 
-    small = "--people 12 --val-people 2 --eval-people 3 --epochs 1 --backbone test_convnext --size 64 --seeds 0 1 --start none"
+    small = "--people 8 --val-people 2 --eval-people 2 --epochs 1 --backbone test_convnext --size 64 --seeds 0 1 --start none"
     options = "-- --steps 2 --distil-steps 2 --labelled 8 --batch 4"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["students.py", "out", *small.split(), *options.split()])

@@ -39,7 +39,9 @@ def main(ears: str, out: str, workers: str, cache: str) -> None:
         earteach("verify", "teacher", "--against", "teacher.safetensors")
     else:
         with interrupted(EarTeacherLightningModule, "training_step", 2):
-            earteach(*train, "--max-epochs", "1", "--preset", "seed", "--pad", "--no-report")
+            earteach(
+                *train, "--max-epochs", "1", "--preset", "seed", "--pad", "--pseudo-classes", "fixed", "--no-report"
+            )
         earteach("resume", "outputs/first")
         earteach("export-backbone", "outputs/first", "teacher", "--num-workers", "0")
     with interrupted(Journal, "add", 3):
