@@ -49,8 +49,15 @@ class Events(TensorBoardLogger):
 
 def events(config: TrainConfig, version: str | None, purge_step: int | None) -> Events:
     """`version`: of a run that is gone on with at `purge_step`; later events are taken out of TensorBoard's view."""
+    # flush_secs: a signal that comes while an event is put into its queue may leave the writer asleep until it flushes,
+    # by default for two minutes, and the run would wait for it
     logger = Events(
-        config.output_dir, config.experiment_name, default_hp_metric=False, version=version, purge_step=purge_step
+        config.output_dir,
+        config.experiment_name,
+        default_hp_metric=False,
+        version=version,
+        purge_step=purge_step,
+        flush_secs=5,
     )
     if version is None and is_first_process():
         logger.experiment._get_file_writer().add_summary(custom_scalars(_LAYOUT))
