@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -119,3 +120,10 @@ def test_the_readme_has_a_line_for_every_file():
             found.append(f"{folder}{entry[2]}" if len(entry[1]) == 4 else entry[2])
     files = [p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py")]
     assert sorted(found) == sorted(name for name in files if name.count("/") == 0 or not name.endswith("__init__.py"))
+
+
+def test_a_built_package_has_every_module_and_its_mark_of_types():
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.relative_to(PACKAGE.parent).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    assert set(settings["packages"]) == folders
+    assert settings["package-data"] == {"ear_teacher_cli": ["py.typed"]} and (PACKAGE / "py.typed").exists()
