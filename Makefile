@@ -1,7 +1,7 @@
 # make demo: the whole life of a teacher on drawn ears, a few minutes.
 # make setup: .venv alone, half a minute with a fast line; the others make it when it is not there.
 # make quick: format, lint and the quick tests, under a minute: after every edit.
-# make test: format, lint, types and all tests, as CI runs them, MINUTES.   make check: the same.
+# make test: format, lint, types and all tests, as CI runs them, some 8 minutes.   make check: the same.
 # make lint: format, lint and types alone, half a minute.   make docs: the pages of the commands, from their help.
 # make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
 # make bench: how fast everything is, beside the alternatives and the limits, half an hour.

@@ -138,6 +138,8 @@ def main() -> None:
         meant = None if error.filename else complaint(error)
         found = f"{printable(error.filename or 'output')}: {error.strerror or error}; check the path"
         fail(meant or found)
+    except UnicodeEncodeError as error:  # LC_ALL=C with Python's UTF-8 mode turned off
+        fail(f"{error.object}: the name of a file has no form in this locale ({error.encoding}); set PYTHONUTF8=1")
     except (RuntimeError, MemoryError) as error:
         meant = complaint(error)
         if meant is None:

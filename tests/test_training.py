@@ -319,6 +319,10 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="torch 2.15 writes C++ without its vectors that does not compile",
+)
 def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earteach):
     # classes that no rounding moves (a picture between two clusters may go to either), and small steps: Adam's first
     # ones make much of gradients that are nothing but rounding
