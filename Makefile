@@ -13,7 +13,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
 # bytecode is compiled once, at the start, and not by every process that a test starts
-UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip
+UV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
