@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -219,8 +220,10 @@ def test_weights_that_cannot_be_used_say_what_to_do(name, words, ears, tmp_path,
 
 @pytest.mark.slow
 def test_a_pipe_of_paths_and_a_closed_pipe(run, ears, tmp_path):
-    command = f"{sys.executable} -m ear_teacher_cli embed - - --format csv --weights {run} -q"
-    find = f"find {ears / 'images'} -name '*.jpg' | sort"
+    command = (
+        f"{shlex.quote(sys.executable)} -m ear_teacher_cli embed - - --format csv --weights {shlex.quote(str(run))} -q"
+    )
+    find = f"find {shlex.quote(str(ears / 'images'))} -name '*.jpg' | sort"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {find} | {command} | wc -l"], capture_output=True, text=True
     )

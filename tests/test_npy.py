@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_a_plain_array_reads_back(tmp_path):
 
 def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(tmp_path):
     proof = tmp_path / "proof"
-    np.save(tmp_path / "evil.npy", np.array({"image_paths": Command(f"touch {proof}")}, dtype=object))
+    np.save(tmp_path / "evil.npy", np.array({"image_paths": Command(f"touch {shlex.quote(str(proof))}")}, dtype=object))
     with pytest.raises(ManifestError, match=r"system.*nothing was run"):
         read_npy(tmp_path / "evil.npy")
     assert not proof.exists()

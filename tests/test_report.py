@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -64,7 +65,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(run):
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]*)', text))
     assert not re.findall(r'(?:href|url)\s*[=(]\s*"?(?!#)[a-z]', text)  # SVG's own #names are all there is
     assert text.count("<svg") >= 8 and text.count("<img") >= 10
-    assert f"earteach resume {run}" in text and "earteach export-backbone" in text
+    assert f"earteach resume {shlex.quote(str(run))}" in html.unescape(text) and "earteach export-backbone" in text
     assert "<td>train_metadata</td>" in text and "<td>learning_rate</td><td>0.001</td>" in text
 
 
@@ -191,7 +192,11 @@ def test_the_report_tells_a_run_that_is_not_over(manifests, tmp_path, earteach):
     (run / "config.toml").write_text(config.replace("max_epochs = 1\n", "max_epochs = 40\n"))
     assert earteach("report", run).code == 0
     text = (run / "report.html").read_text()
-    assert "1 of 1" in text and "; of 40, not finished" in text and f"earteach resume {run}\n" in text
+    assert (
+        "1 of 1" in text
+        and "; of 40, not finished" in text
+        and f"earteach resume {shlex.quote(str(run))}\n" in html.unescape(text)
+    )
     holder = f"import time; from pathlib import Path; from ear_teacher_cli.files import only_writer\nwith only_writer(Path({str(run)!r})): print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,7 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(" " in tempfile.gettempdir(), reason="torch's inductor does not compile in a folder with a space")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif(
     os.environ.get("ATEN_CPU_CAPABILITY") == "default",
