@@ -37,7 +37,7 @@ def steps() -> None:
     people = ["--people", args.people, "--val-people", args.val_people, "--eval-people", args.eval_people]
     run("python", EXAMPLES / "make_sample_ears.py", "ears", *people, "--seed", 11)
 
-    step("Train the teacher on the drawn ears; it is told neither who they are nor where their parts are.")
+    step("Train the teacher on the drawn ears, without identities and without landmarks.")
     train_teacher(args, start)
 
     step("Hand it over.")

@@ -1,6 +1,7 @@
 """Stopped and resumed is the uninterrupted run: after Ctrl-C, elsewhere, on other devices."""
 
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -117,7 +118,7 @@ def test_ctrl_c_then_resume_is_the_uninterrupted_run(run, manifests, tmp_path, e
     words = ["train", *manifests, *SMALL, "--max-epochs", 6, "--output-dir", tmp_path]
     code, said = interrupted(words, "epoch 2/6: train")
     assert code == 130, said
-    assert "Traceback" not in said and "earteach resume " in said and str(tmp_path) in said
+    assert "Traceback" not in said and f"earteach resume {shlex.quote(str(tmp_path / 'ear_teacher'))}" in said
     folder = tmp_path / "ear_teacher"
     assert not list(folder.rglob("*.part"))
     said = earteach("resume", folder)

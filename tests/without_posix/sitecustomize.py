@@ -61,15 +61,15 @@ def hide(module: types.ModuleType, names: set[str], instead: dict[str, object]) 
 
 class NoModule(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name in MODULES - {"posix"} and (name == "fcntl" or any_frame_of_package()):
+        if name in MODULES - {"posix"} and (name == "fcntl" or package_asked("importlib")):
             raise ModuleNotFoundError(f"Windows has no {name}", name=name)
         return None
 
 
-def any_frame_of_package() -> bool:
-    """Whether the import statement, below importlib's own frames, is the package's."""
+def package_asked(through: str) -> bool:
+    """Whether the package called what called this, itself or through modules whose file has `through` in its name."""
     frame = sys._getframe(2)
-    while frame and "importlib" in frame.f_code.co_filename:
+    while frame and through in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and PACKAGE in frame.f_code.co_filename
 
@@ -126,19 +126,11 @@ def refuse_to_flush_what_is_read_only() -> None:
 
 def no_proc(original):
     def guarded(path, *arguments, **options):
-        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith("/proc/") and package_called():
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith("/proc/") and package_asked("pathlib"):
             raise FileNotFoundError(2, "simulated: Windows has no /proc", os.fspath(path))
         return original(path, *arguments, **options)
 
     return guarded
-
-
-def package_called() -> bool:
-    """Whether the package asked, itself or through pathlib."""
-    frame = sys._getframe(2)
-    while frame and "pathlib" in frame.f_code.co_filename:
-        frame = frame.f_back
-    return frame is not None and PACKAGE in frame.f_code.co_filename
 
 
 refuse_to_flush_what_is_read_only()
