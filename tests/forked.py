@@ -20,6 +20,8 @@ import types
 import warnings
 from collections.abc import Sequence
 
+import torch
+
 PIPE, DEVNULL, TimeoutExpired = subprocess.PIPE, subprocess.DEVNULL, subprocess.TimeoutExpired
 
 
@@ -153,12 +155,13 @@ def _python(words: list[str], env: dict[str, str] | None, cwd: object) -> int:
     return code
 
 
-Popen = _Forked if hasattr(os, "fork") else subprocess.Popen
+_CAN_FORK = hasattr(os, "fork") and torch.get_num_threads() == 1
+Popen = _Forked if _CAN_FORK else subprocess.Popen
 
 
 def run(command: Sequence[object], *, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     """As subprocess.run(command, capture_output=True, text=True), with a time limit."""
-    if not hasattr(os, "fork"):
+    if not _CAN_FORK:
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, **options)
     with Popen(command, stdout=PIPE, stderr=PIPE, **options) as process:
         out, err = process.communicate(timeout)
