@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import typer
 
 from . import __version__, platform
-from .config import CACHES, ENVIRONMENT, PRESETS, TrainConfig, nearest, read_toml
+from .config import AUTO, BOX_FORMATS, BOX_UNITS, CACHES, ENVIRONMENT, PRESETS, Reading, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
 from .files import printable, shell_word
@@ -53,6 +53,26 @@ RootDir = Annotated[
         show_default=False,
         envvar="EARTEACH_ROOT_DIR",
     ),
+]
+BoxFormat = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(BOX_FORMATS),
+        help="Order of a box's numbers in lists that do not name it; auto: judged by all boxes, or refused.",
+        autocompletion=_from_choices(BOX_FORMATS),
+    ),
+]
+BoxUnits = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(BOX_UNITS),
+        help="Units of boxes in lists that do not name them; auto: relative if no number is above 1.1.",
+        autocompletion=_from_choices(BOX_UNITS),
+    ),
+]
+IdentityColumn = Annotated[
+    str | None,
+    typer.Option(help="Column that says who is on an image. Default: identity, if there is one.", show_default=False),
 ]
 Backbone = Annotated[str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)]
 ImageSize = Annotated[
@@ -219,6 +239,9 @@ def validate_data(
         ),
     ] = None,
     root_dir: RootDir = None,
+    box_format: BoxFormat = AUTO,
+    box_units: BoxUnits = AUTO,
+    identity_column: IdentityColumn = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report as JSON; - for stdout.")] = None,
     contact_sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the worst crops.")] = None,
     write_clean: Annotated[
@@ -245,6 +268,7 @@ def validate_data(
         sources,
         Talk(quiet),
         root_dir=root_dir,
+        reading=Reading(box_format, box_units, identity_column),
         json_file=json,
         contact_sheet=contact_sheet,
         write_clean=write_clean,
@@ -457,6 +481,9 @@ def collage(
         ),
     ] = None,
     root_dir: RootDir = None,
+    box_format: BoxFormat = AUTO,
+    box_units: BoxUnits = AUTO,
+    identity_column: IdentityColumn = None,
     num_samples: Annotated[
         int, typer.Option(help="Pictures to show.", min=1, max=100)
     ] = TrainConfig.num_collage_samples,
@@ -468,7 +495,14 @@ def collage(
     from .commands import collage as verb
 
     made = verb.collage(
-        checkpoint, out, metadata=metadata, root_dir=root_dir, num_samples=num_samples, seed=seed, overwrite=overwrite
+        checkpoint,
+        out,
+        metadata=metadata,
+        root_dir=root_dir,
+        reading=Reading(box_format, box_units, identity_column),
+        num_samples=num_samples,
+        seed=seed,
+        overwrite=overwrite,
     )
     Talk(quiet).say(
         f"{printable(made.path)}: {made.pictures} pictures of {printable(made.metadata)}, mean PSNR {made.psnr:.1f} dB"
@@ -502,6 +536,9 @@ def export_backbone(
         ),
     ] = None,
     root_dir: RootDir = None,
+    box_format: BoxFormat = AUTO,
+    box_units: BoxUnits = AUTO,
+    identity_column: IdentityColumn = None,
     consent: Consent = None,
     license: License = None,
     batch_size: Annotated[int, typer.Option(help="Folder: pictures at a time.", min=1)] = TrainConfig.batch_size,
@@ -522,6 +559,7 @@ def export_backbone(
         ema=ema,
         val_metadata=val_metadata,
         root_dir=root_dir,
+        reading=Reading(box_format, box_units, identity_column),
         consent=consent,
         license=license,
         batch_size=batch_size,
@@ -598,6 +636,9 @@ def embed(
         bool, typer.Option("--whiten/--no-whiten", help="Whitened, where the run fitted a whitening (train --whiten).")
     ] = True,
     root_dir: RootDir = None,
+    box_format: BoxFormat = AUTO,
+    box_units: BoxUnits = AUTO,
+    identity_column: IdentityColumn = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
     load_timeout: Annotated[
@@ -624,6 +665,7 @@ def embed(
         normalize=normalize,
         whiten=whiten,
         root_dir=root_dir,
+        reading=Reading(box_format, box_units, identity_column),
         batch_size=batch_size,
         num_workers=num_workers,
         load_timeout=load_timeout,
@@ -718,6 +760,9 @@ def evaluate(
         typer.Option(metavar="FILE.png", help="Draw the hardest impostor and genuine pairs: where wrong labels show."),
     ] = None,
     root_dir: RootDir = None,
+    box_format: BoxFormat = AUTO,
+    box_units: BoxUnits = AUTO,
+    identity_column: IdentityColumn = None,
     batch_size: Annotated[
         int, typer.Option(help="Pictures at a time, with --weights.", min=1)
     ] = TrainConfig.batch_size,
@@ -761,6 +806,7 @@ def evaluate(
         plots=plots,
         sheet=sheet,
         root_dir=root_dir,
+        reading=Reading(box_format, box_units, identity_column),
         batch_size=batch_size,
         num_workers=num_workers,
         overwrite=overwrite,

@@ -21,6 +21,9 @@ PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
 AUGMENTATIONS = ("mild", "strong")
 STRATEGIES = ("auto", "ddp")
 CACHES = ("auto", "ram", "disk", "off")
+AUTO = "auto"
+BOX_FORMATS = (AUTO, "xyxy", "xywh", "cxcywh")  # data/boxes.py has what they mean
+BOX_UNITS = (AUTO, "pixels", "relative")
 SIDE_POLICIES = ("as-is", "mirror", "separate")
 # What may pick the best checkpoint, and whether less or more of it is better.
 MONITORS = {
@@ -84,6 +87,19 @@ ENVIRONMENT = (
 )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How lists of ears are to be read where they do not say it themselves."""
+
+    box_format: str = AUTO  # one of BOX_FORMATS
+    box_units: str = AUTO  # one of BOX_UNITS
+    identity_column: str | None = None  # the column to take identities from; None: `identity`, if there is one
+
+    def __post_init__(self):
+        _check("box_format", self.box_format, {"choices": BOX_FORMATS})
+        _check("box_units", self.box_units, {"choices": BOX_UNITS})
+
+
 def option(default, panel: str, help: str, **checks) -> Any:
     """A field with its help and checks: `low`, `high` (inclusive), `above` (exclusive), `choices`, `multiple`."""
     return field(default=default, metadata={"panel": panel, "help": help, **checks})
@@ -95,6 +111,10 @@ class TrainConfig:
     train_metadata: str = option("data/preprocessed/train_teacher.npy", "Data", "Manifest (or folder of cropped ears) to learn from.")
     val_metadata: str = option("data/preprocessed/val_teacher.npy", "Data", "Manifest (or folder) to validate on.")
     root_dir: str | None = option(None, "Data", "Folder the manifests' paths start from, and must not leave. Default: the working directory, or the manifest's own folder when the pictures are only there.")
+    box_format: str = option(AUTO, "Data", "Order of a box's numbers in lists that do not name it (.npy, a bbox column): xyxy, xywh (x, y, width, height) or cxcywh (centre first); auto: judged by all boxes and the sizes of their images, or refused.", choices=BOX_FORMATS)
+    box_units: str = option(AUTO, "Data", "Units of boxes in lists that do not name them: pixels, or relative (shares of the image's width and height); auto: relative if no number is above 1.1.", choices=BOX_UNITS)
+    identity_column: str | None = option(None, "Data", "Column of the lists that says who is on an image. Default: identity, if there is one.")
+    allow_overlap: bool = option(False, "Data", "Train although images of the validation list are in the training list, too.")
     batch_size: int = option(32, "Data", "Pictures per step and device.", low=2)
     num_workers: int = option(8, "Data", "Processes that load pictures; at most one per CPU core is used.", low=0)
     load_timeout: int = option(300, "Data", "Seconds that loading a batch in another process may take before the run stops; 0: for ever.", low=0)
@@ -230,6 +250,10 @@ class TrainConfig:
         return self.freeze_statistics and self.pretrained
 
     @property
+    def reading(self) -> Reading:
+        return Reading(self.box_format, self.box_units, self.identity_column)
+
+    @property
     def experiment_dir(self) -> Path:
         return Path(self.output_dir) / self.experiment_name
 
@@ -270,8 +294,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Version 0.1.0 read every unnamed box as corners in pixels, and let lists overlap.
+_BEFORE = {"box_format": "xyxy", "box_units": "pixels", "allow_overlap": True}
+
+
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
-    """A config from a checkpoint's dict; options it has not, as an older version had none, at the seed's values.
+    """A config from a checkpoint's dict; options it has not, as an older version had none, at the values of what that
+    version did.
 
     Raises EarTeachError if names are unknown to this version.
     """
@@ -280,7 +309,7 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
         raise EarTeachError(
             f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
         )
-    return TrainConfig(**PRESETS["seed"] | values)
+    return TrainConfig(**PRESETS["seed"] | _BEFORE | values)
 
 
 def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -156,7 +156,13 @@ def _python(words: list[str], env: dict[str, str] | None, cwd: object) -> int:
 
 
 _CAN_FORK = hasattr(os, "fork") and torch.get_num_threads() == 1
-Popen = _Forked if _CAN_FORK else subprocess.Popen
+
+
+def _start(command: Sequence[object], **options) -> subprocess.Popen:
+    return subprocess.Popen(list(map(str, command)), **options)
+
+
+Popen = _Forked if _CAN_FORK else _start
 
 
 def run(command: Sequence[object], *, timeout: float = 300, **options) -> subprocess.CompletedProcess:

@@ -111,13 +111,13 @@ def test_mean_and_std_have_one_home():
 def test_the_readme_has_a_line_for_every_file():
     readme = (PACKAGE.parent / "README.md").read_text()
     layout = readme[readme.index("\near_teacher_cli/\n") :].split("```")[0]
-    found, folder = [], ""
+    found, folders = [], {}
     for line in layout.splitlines():
         entry = re.match(r"^( +)(\w+\.py|\w+/)(?: +\S.*)?$", line)
         if entry and entry[2].endswith("/"):
-            folder = entry[2]
+            folders[len(entry[1])] = folders.get(len(entry[1]) - 2, "") + entry[2]
         elif entry:
-            found.append(f"{folder}{entry[2]}" if len(entry[1]) == 4 else entry[2])
+            found.append(folders.get(len(entry[1]) - 2, "") + entry[2])
     files = [p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py")]
     assert sorted(found) == sorted(name for name in files if name.count("/") == 0 or not name.endswith("__init__.py"))
 

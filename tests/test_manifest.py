@@ -20,7 +20,8 @@ def root(tmp_path):
 
 
 def save(path, **content):
-    np.save(path, np.array(content, dtype=object))
+    """A list whose few boxes name their order: three boxes are too few to judge it."""
+    np.save(path, np.array({"box_format": "xyxy", **content}, dtype=object))
     return path
 
 
@@ -56,7 +57,10 @@ def test_csv_jsonl_coco_and_folder_agree(root):
         f"{p},{','.join(map(str, b))},{p[:3]},left\n" for p, b in zip(PATHS, BOXES, strict=True)
     )
     (root / "m.csv").write_text(csv)
-    lines = [{"image_path": p, "bbox": b, "identity": p[:3], "side": "left"} for p, b in zip(PATHS, BOXES, strict=True)]
+    lines = [
+        {"image_path": p, "bbox": b, "box_format": "xyxy", "identity": p[:3], "side": "left"}
+        for p, b in zip(PATHS, BOXES, strict=True)
+    ]
     (root / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     coco = {
         "images": [{"id": i, "file_name": p} for i, p in enumerate(PATHS)],
@@ -101,11 +105,11 @@ def test_paths_that_leave_the_root_are_refused(root, path):
     [
         (dict(image_paths=PATHS, bboxes=BOXES[:2]), "3 image_paths, 2 bboxes"),
         (dict(image_paths=PATHS, bboxes=BOXES, identities=["x"]), "1 identities"),
-        (dict(bboxes=BOXES), "no 'image_paths'"),
+        (dict(bboxes=BOXES), "no column of image paths"),
         (dict(image_paths=PATHS, bboxes=[(1, 2, 3)] * 3), "row 0: box"),
         (dict(image_paths=PATHS, bboxes=["x"] * 3), "row 0: box"),
         (dict(image_paths=[1, 2, 3], bboxes=BOXES), "row 0: path"),
-        (dict(image_paths=[], bboxes=[]), "no pictures"),
+        (dict(image_paths=[], bboxes=[]), "no images"),
         (dict(image_paths=5, bboxes=BOXES), "'image_paths' is int"),
     ],
 )
@@ -117,13 +121,13 @@ def test_unreadable_seed_files_say_why(root, content, words):
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("m.csv", "foo,bar\n1,2\n", "no image_path"),
-        ("m.csv", "image_path,x1,y1\na.png,1,2\n", "a box needs"),
+        ("m.csv", "foo,bar\n1,2\n", "no column of image paths"),
+        ("m.csv", "image_path,x1,y1\na.png,1,2\n", "x1, y1, which look like part of a box"),
         ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3\n", "line 2"),
         ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3,four\n", "row 0: box"),
         ("m.jsonl", "{not json}\n", "JSON Lines"),
         ("m.jsonl", "[1]\n", "line 1"),
-        ("m.jsonl", '{"bbox": [1, 2, 3, 4]}\n', "no image_path"),
+        ("m.jsonl", '{"bbox": [1, 2, 3, 4]}\n', "no column of image paths"),
         ("m.json", '{"a": 1}', "COCO"),
         ("m.json", '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}', "image_id 7"),
         ("m.txt", "x", "no manifest"),
@@ -139,14 +143,17 @@ def test_missing_manifest_and_empty_folder(tmp_path):
     with pytest.raises(ManifestError, match="no such file"):
         read_manifest(tmp_path / "nope.npy")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ManifestError, match="no pictures"):
+    with pytest.raises(ManifestError, match="no images"):
         read_manifest(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("kind", ["npy", "csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["npy", "csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("boxes", [BOXES, [BOXES[0], None, BOXES[2]], [None] * 3])
 def test_written_manifests_read_back(root, kind, boxes):
-    lines = [{"image_path": p, "bbox": b, "identity": "i", "side": "left"} for p, b in zip(PATHS, boxes, strict=True)]
+    lines = [
+        {"image_path": p, "bbox": b, "box_format": "xyxy", "identity": "i", "side": "left"}
+        for p, b in zip(PATHS, boxes, strict=True)
+    ]
     (root / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     manifest = read_manifest(root / "in.jsonl")
     write_manifest(manifest, root / f"out.{kind}")

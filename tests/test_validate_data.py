@@ -63,6 +63,7 @@ def faults(tmp_path):
     content = {
         "image_paths": [path for path, _ in rows],
         "bboxes": np.array([box for _, box in rows], dtype=np.float64),
+        "box_format": "xyxy",  # hardly two boxes differ: nothing to judge by
     }
     np.save(manifest, np.array(content, dtype=object))
     return manifest, expected
@@ -93,6 +94,7 @@ def test_several_workers_find_the_same(faults, tmp_path, earteach):
     many = {
         "image_paths": list(source.paths) + [f"good{i % 4}.png" for i in range(200)],
         "bboxes": list(source.boxes) + [(40, 50, 110 - i / 10, 150) for i in range(200)],
+        "box_format": "xyxy",
     }
     np.save(manifest, np.array(many, dtype=object))
     for i in range(150):  # enough photos for two processes

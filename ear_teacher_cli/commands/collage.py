@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import Reading
 from ..core import runs
 from ..core.callbacks import sample_pixels
 from ..core.checkpoint import read_checkpoint, require_fit
@@ -29,6 +30,7 @@ def collage(
     *,
     metadata: str | None = None,
     root_dir: str | None = None,
+    reading: Reading | None = None,
     num_samples: int = 10,
     seed: int = 0,
     overwrite: bool = False,
@@ -40,7 +42,11 @@ def collage(
     checkpoint = read_checkpoint(runs.checkpoint_of(Path(source), best=True))
     config = checkpoint.config
     try:
-        manifest = read_manifest(metadata or config.val_metadata, root_dir or (None if metadata else config.root_dir))
+        manifest = (
+            read_manifest(metadata, root_dir, reading)
+            if metadata
+            else read_manifest(config.val_metadata, root_dir or config.root_dir, config.reading)
+        )
     except ManifestError as error:
         where = (
             ""

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..config import Reading
 from ..core.embedder import Embedder, embed_pictures, load_embedder
 from ..core.ranks import Ranks, joined
 from ..data.dataset import BadPicture
 from ..data.journal import STATE, Journal, folder_of, input_mark, join_journals, put_rows, unfinished
-from ..data.manifest import Manifest, read_input
+from ..data.manifest import Manifest, read_input, tell
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..platform import usable_cores
@@ -55,6 +56,7 @@ def embed(
     normalize: bool = True,
     whiten: bool = True,
     root_dir: str | None = None,
+    reading: Reading | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
     load_timeout: int = 300,
@@ -75,7 +77,7 @@ def embed(
     outputs: list[str | Path] = [out, *sidecars.values()] if out != "-" else []
     for path in outputs:
         refuse_existing(path, overwrite or resume, inputs=(source, weights))
-    manifest = read_input(source, root_dir)
+    manifest = read_input(source, root_dir, reading)
     with joined() as ranks:
         if ranks.world > 1 and (out == "-" or source == "-"):
             raise WordsError("-: cannot be shared by several processes; name files")
@@ -87,6 +89,7 @@ def embed(
         )
         if embedder.whitening:
             talk.say("whitened as the run fitted it (--no-whiten: raw)")
+        tell(manifest, talk)
         dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
         about = _provenance(embedder, manifest, dim, normalize)
         mine = ranks.block(len(manifest), batch_size)
@@ -216,6 +219,7 @@ def _provenance(embedder: Embedder, manifest: Manifest, dim: int, normalize: boo
         "normalized": normalize,
         "whitened": embedder.whitening is not None,
         "input": Path(manifest.source).name,
+        "box_format": manifest.box_format or None,
         "weights": Path(embedder.source).name,
         "weights_sha256": embedder.sha256,
         "fingerprint": embedder.fingerprint,

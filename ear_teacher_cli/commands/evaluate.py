@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import Reading
 from ..core import metrics
 from ..core.evaluation import Evaluation, System, excludes_0, look_alike_sheet, score
 from ..core.whitening import Whitening, centre, fit
 from ..data.embeddings import Embeddings, read_embeddings, read_rows, space_of
-from ..data.manifest import read_input
+from ..data.manifest import read_input, tell
 from ..errors import EarTeachError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..talk import Talk
@@ -41,6 +42,7 @@ def evaluate(
     plots: str | None = None,
     sheet: str | None = None,
     root_dir: str | None = None,
+    reading: Reading | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
     overwrite: bool = False,
@@ -64,8 +66,9 @@ def evaluate(
             raise WordsError("--weights: --compare takes embeddings; embed the pictures with each first")
         from ..core.embedder import embed_manifest, load_embedder
 
-        manifest = read_input(sources[0], root_dir)
+        manifest = read_input(sources[0], root_dir, reading)
         embedder = load_embedder(weights, backbone, image_size, whitened)
+        tell(manifest, talk)
         talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
         files = [embed_manifest(embedder, manifest, batch_size, num_workers, talk, whitened)]
     else:
@@ -82,6 +85,7 @@ def evaluate(
         bootstrap=bootstrap,
         seed=seed,
         root_dir=root_dir,
+        reading=reading,
         talk=talk,
     )
     if len(files) > 1 and files[0].whitened != files[1].whitened and not whiten_on:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from ..config import Reading
 from ..core import runs
 from ..core.checkpoint import Checkpoint, read_checkpoint, write_safetensors
 from ..core.embedder import Embedder, crops_of, embedder_of
@@ -62,6 +63,7 @@ def export_backbone(
     ema: bool = True,
     val_metadata: str | None = None,
     root_dir: str | None = None,
+    reading: Reading | None = None,
     consent: str | None = None,
     license: str | None = None,
     batch_size: int = 32,
@@ -114,7 +116,7 @@ def export_backbone(
         with _with_whitening(out, whitening), whole_file(out) as temporary:
             difference = _write_weights(temporary, state, header, teacher)
     else:
-        manifest = _validation_pictures(checkpoint, val_metadata, root_dir)
+        manifest = _validation_pictures(checkpoint, val_metadata, root_dir, reading)
         maps, pictures = _measured(
             maps_of_teacher, checkpoint, manifest, batch_size, num_workers, talk or Talk(quiet=True)
         )
@@ -290,12 +292,14 @@ def _largest_difference(fresh: nn.Module, own: nn.Module, about: About) -> float
     return max(float((a - b).abs().max()) for a, b in pairs) if sound else float("inf")
 
 
-def _validation_pictures(checkpoint: Checkpoint, val_metadata: str | None, root_dir: str | None) -> Manifest:
+def _validation_pictures(
+    checkpoint: Checkpoint, val_metadata: str | None, root_dir: str | None, reading: Reading | None
+) -> Manifest:
     config = checkpoint.config
     try:
-        return read_manifest(
-            val_metadata or config.val_metadata, root_dir or (None if val_metadata else config.root_dir)
-        )
+        if val_metadata:
+            return read_manifest(val_metadata, root_dir, reading)
+        return read_manifest(config.val_metadata, root_dir or config.root_dir, config.reading)
     except ManifestError as error:
         where = (
             ""

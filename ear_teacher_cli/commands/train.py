@@ -187,6 +187,7 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
         )
     _check_machine(config)
     data = EarDataModule(config)
+    data.talk = talk
     data.setup("fit")
     for line in settled:
         talk.say(line)

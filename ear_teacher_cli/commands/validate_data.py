@@ -19,10 +19,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..config import Reading
+from ..data.box_pictures import Photo as BoxedPhoto
+from ..data.box_pictures import photo_page
+from ..data.boxes import Box
 from ..data.crop import REASONS, cut, read_picture
 from ..data.data_card import data_card
 from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect, near_pairs
-from ..data.manifest import Box, Manifest, read_manifest, write_manifest
+from ..data.manifest import Manifest, keep_rows, read_manifest, tell, write_manifest
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..machine import stated
@@ -90,6 +94,7 @@ def validate_data(
     talk: Talk,
     *,
     root_dir: str | None = None,
+    reading: Reading | None = None,
     json_file: str | None = None,
     contact_sheet: str | None = None,
     write_clean: str | None = None,
@@ -109,7 +114,9 @@ def validate_data(
         raise WordsError(f"{printable(outputs[0])}: two outputs have one name; give each its own")
     if write_clean and len(sources) != 1:
         raise WordsError(f"--write-clean: needs one manifest, not {len(sources)}; clean them one at a time")
-    manifests, findings = _read_all(sources, root_dir)
+    manifests, findings = _read_all(sources, root_dir, reading)
+    for manifest in manifests:
+        tell(manifest, talk)
     report = Report(list(sources), sum(map(len, manifests)), 0, findings)
     seen: dict[tuple[int, int], Seen] = {}
     _look(manifests, report, seen, num_workers, talk)
@@ -138,20 +145,25 @@ def validate_data(
 
 
 def _write_clean(manifest: Manifest, report: Report, path: str) -> int:
-    """Write the ears without an error; how many."""
+    """Write the ears without an error, in the layout of the list where the suffix is the same; returns how many."""
     bad = {finding.ear for finding in report.findings if finding.is_error}
     kept = [i for i in range(len(manifest)) if i not in bad]
     if not kept:
         raise EarTeachError(f"{printable(manifest.source)}: no row is without an error; nothing to write")
-    write_manifest(manifest.subset(kept), path)
+    if Path(path).suffix.lower() == Path(manifest.source).suffix.lower() and Path(manifest.source).is_file():
+        keep_rows(manifest, kept, path)
+    else:
+        write_manifest(manifest.subset(kept), path)
     return len(kept)
 
 
-def _read_all(sources: list[str], root_dir: str | None) -> tuple[list[Manifest], list[Finding]]:
+def _read_all(
+    sources: list[str], root_dir: str | None, reading: Reading | None
+) -> tuple[list[Manifest], list[Finding]]:
     manifests, findings = [], []
     for source in sources:
         try:
-            manifests.append(read_manifest(source, root_dir))
+            manifests.append(read_manifest(source, root_dir, reading))
         except ManifestError as error:
             findings.append(Finding("manifest", source, None, None, "", str(error)))
     return manifests, findings
@@ -177,9 +189,9 @@ def _jobs(number: int, manifest: Manifest) -> Iterator[Photo]:
     for indices in rows.values():
         ears = [(i, manifest.boxes[i]) for i in indices]
         try:
-            yield Photo(number, manifest.file(indices[0]), ears)
+            yield Photo(number, manifest.file(indices[0]), ears, manifest.box_format or "xyxy")
         except PictureError as error:
-            yield Photo(number, None, ears, (error.reason, error.detail))
+            yield Photo(number, None, ears, error=(error.reason, error.detail))
 
 
 def _in_parallel(jobs: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
@@ -252,13 +264,63 @@ def _finding(reason: str, manifest: Manifest, index: int, detail: str, other: st
     return Finding(reason, manifest.source, manifest.rows[index], index, manifest.paths[index], detail, other)
 
 
-def _draw_sheet(
-    manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], Seen], path: str, most: int = 60
-) -> None:
-    """The worst crops: smallest first, then the blurriest, each with its row and size."""
+def _draw_sheet(manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], Seen], path: str) -> None:
+    """Photos with their boxes, which show whether the list is read as it was meant, above the worst crops."""
+    pages = [page for page in (_photos(manifests, report), _worst_crops(manifests, seen)) if page is not None]
+    if not pages:
+        raise EarTeachError(f"{printable(path)}: not one crop could be made; no contact sheet was written")
+    sheet = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), (250, 250, 248))
+    top = 0
+    for page in pages:
+        sheet.paste(page, (0, top))
+        top += page.height
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+_RIGHT, _WRONG = (0, 140, 70), (214, 40, 40)
+
+
+def _photos(manifests: list[Manifest], report: Report, most: int = 10) -> Image.Image | None:
+    """Up to ten photos with all their boxes, up to half of them with a wrong one; None if no row has a box."""
+    wrong = {(f.manifest, f.ear) for f in report.findings if f.reason.startswith("box-") and f.is_error}
+    boxed: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for number, manifest in enumerate(manifests):
+        for index, box in enumerate(manifest.boxes):
+            if box is not None:
+                boxed[number, manifest.paths[index]].append(index)
+    bad = [key for key, rows in boxed.items() if any((manifests[key[0]].source, i) in wrong for i in rows)]
+    good = [key for key in boxed if key not in set(bad)]
+    first = _spread(bad, max(most // 2, most - len(good)))
+    shown: list[BoxedPhoto] = []
+    for number, name in first + _spread(good, most - len(first)):
+        manifest, rows = manifests[number], boxed[number, name]
+        try:
+            photo = read_picture(manifest.file(rows[0])).image
+        except PictureError:
+            continue
+        colours = [_WRONG if (manifest.source, i) in wrong else _RIGHT for i in rows]
+        boxes = [(manifest.boxes[i], colour) for i, colour in zip(rows, colours, strict=True)]
+        place = f"{printable(Path(manifest.source).stem)[:16]} {manifest.rows[rows[0]]}"
+        shown.append((photo, boxes, f"{place}: {photo.width} x {photo.height}"))
+    legend = [("box", _RIGHT), *([("wrong box", _WRONG)] if bad else [])]
+    return (
+        photo_page(shown, f"{len(shown)} of {len(boxed)} photos with boxes, as they were read", legend)
+        if shown
+        else None
+    )
+
+
+def _spread(keys: list, most: int) -> list:
+    """At most `most` of the keys, evenly spread."""
+    return keys if len(keys) <= most else [keys[i * len(keys) // most] for i in range(most)]
+
+
+def _worst_crops(manifests: list[Manifest], seen: dict[tuple[int, int], Seen], most: int = 60) -> Image.Image | None:
+    """The smallest crops, then the blurriest, each with its row and size; None if no crop could be made."""
     worst = sorted(seen, key=lambda key: (min(seen[key].size, SMALL), seen[key].sharpness))[:most]
     if not worst:
-        raise EarTeachError(f"{printable(path)}: not one crop could be made; no contact sheet was written")
+        return None
     side, gap, foot, head, columns = 120, 8, 34, 34, min(10, len(worst))
     rows = -(-len(worst) // columns)
     page = Image.new(
@@ -276,5 +338,4 @@ def _draw_sheet(
             f"{Path(manifest.source).stem[:16]} {manifest.rows[index]}\n{look.size:.0f} px, sharp {look.sharpness:.0f}"
         )
         draw.text((x, y + side + 2), label, fill=(90, 96, 108), font=ImageFont.load_default(11))
-    with whole_file(path) as temporary:
-        page.save(temporary, format="PNG")
+    return page

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..config import Reading
 from ..data.embeddings import Embeddings
 from ..data.labels import common_rows, distinct_rows, labelled_rows, labels_of
 from ..data.manifest import Manifest
@@ -87,6 +88,7 @@ def score(
     bootstrap: int = 1000,
     seed: int = 0,
     root_dir: str | None = None,
+    reading: Reading | None = None,
     talk: Talk,
 ) -> Evaluation:
     """Scores of one file's rows, or of two on the pictures both have, and their difference.
@@ -97,7 +99,7 @@ def score(
     """
     left_out: dict[str, int] = {}
     rows = common_rows(files, left_out, talk)
-    people, sides, root = labels_of(files, rows, labels, root_dir, talk)
+    people, sides, root = labels_of(files, rows, labels, root_dir, reading, talk)
     rows, people, sides = labelled_rows(rows, people, sides if by_sides else None, left_out, talk)
     rows, people, sides = distinct_rows(files, rows, people, sides, left_out, talk)
     order = pairs.arrange(people, sides, seed)

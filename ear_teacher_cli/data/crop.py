@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,8 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from .. import platform
 from ..errors import PictureError
 from ..files import brief
+from .boxes import Box
+from .image_suffixes import can_read_heic
 from .jpeg import TURNED, UPRIGHT, part_of
-from .manifest import Box
 from .pixels import Preprocessing
 
 # Reasons a PictureError can have, in the words of validate-data's report.
@@ -41,6 +43,7 @@ REASONS = {
 _ORIENTATION = 0x0112
 # Decoders of photographs only: others (EPS, say) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 CUT = 1  # to be raised whenever the same picture and box give another crop: kept ones are of the old kind
 _MAX_FILE_BYTES = 2**30
 _DECODE_SECONDS = 60  # the largest picture that PIL's limit lets through takes a few
@@ -60,20 +63,44 @@ def read_picture(path: str) -> Picture:
     """Decode a whole picture to upright RGB. Raises PictureError (missing, unreadable, not-a-picture, ...)."""
     data = _read_bytes(path)
     with _decoding():
-        image, orientation = _opened(data)
+        image, orientation = _opened(io.BytesIO(data), data[:16])
         mode = image.mode
         image.load()
         image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
     return Picture(image, mode, orientation, data)
 
 
-def _opened(data: bytes) -> tuple[Image.Image, int]:
-    """(the picture as it is stored, not yet decoded, its EXIF orientation)."""
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) of an image once it is upright, from its header alone. Raises PictureError."""
+    with _file(path) as file:
+        try:
+            image, orientation = _opened(file, file.peek(16)[:16])
+            return (image.height, image.width) if orientation in TURNED else image.size
+        except UnidentifiedImageError as error:
+            raise PictureError("not-a-picture", "the file is no picture") from error
+        except (Image.DecompressionBombError, *_DECODER_ERRORS) as error:
+            raise PictureError("truncated", f"cut short or damaged ({brief(error)})") from error
+
+
+def _opened(file: IO[bytes], head: bytes) -> tuple[Image.Image, int]:
+    """(the picture as it is stored, not yet decoded, its EXIF orientation). `head`: its first 16 bytes."""
+    image = Image.open(file, formats=_formats(head))
     if image.format == "TIFF":  # turns itself upright when it is decoded, and forgets that it was not
         image.load()
     orientation = image.getexif().get(_ORIENTATION, 1)
     return image, orientation if isinstance(orientation, int) else 1
+
+
+def _formats(head: bytes) -> tuple[str, ...]:
+    """The decoders that may be tried. Raises PictureError for HEIC where pillow-heif is not installed."""
+    if head[4:8] != b"ftyp" or head[8:12] not in _HEIC_BRANDS:
+        return _FORMATS
+    if not can_read_heic():
+        raise PictureError("not-a-picture", "is HEIC; pip install 'ear-teacher-cli[heic]' to read it")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
 
 
 @contextmanager
@@ -183,7 +210,7 @@ def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.nd
     """
     data = _read_bytes(path)
     with _decoding():
-        image, orientation = _opened(data)
+        image, orientation = _opened(io.BytesIO(data), data[:16])
         size = (image.height, image.width) if orientation in TURNED else image.size
         region, inner, corner = _placement(size, box, preprocessing)
         scale = (region[2] - region[0]) / inner[0], (region[3] - region[1]) / inner[1]
@@ -217,6 +244,16 @@ _DECODER_ERRORS = (
 
 
 def _read_bytes(path: str) -> bytes:
+    with _file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
+
+
+@contextmanager
+def _file(path: str) -> Iterator[io.BufferedReader]:
+    """A photograph's file, open for reading. Raises PictureError if it cannot be one."""
     try:
         handle = platform.open_photograph(path)
     except FileNotFoundError as error:
@@ -224,7 +261,10 @@ def _read_bytes(path: str) -> bytes:
     except (OSError, ValueError) as error:
         raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
     try:
-        status = os.fstat(handle)
+        try:
+            status = os.fstat(handle)
+        except OSError as error:
+            raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
         if not stat.S_ISREG(status.st_mode):
             raise PictureError("unreadable", "is a folder or a device, not a file")
         if status.st_size > _MAX_FILE_BYTES:
@@ -232,9 +272,7 @@ def _read_bytes(path: str) -> bytes:
         if status.st_size == 0:
             raise PictureError("truncated", "the file is empty")
         with open(handle, "rb", closefd=False) as file:
-            return file.read()
-    except OSError as error:
-        raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
+            yield file
     finally:
         os.close(handle)
 

@@ -3,6 +3,7 @@
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ from ..talk import Talk
 from .augment import Augment
 from .crop_cache import FOLDER, CropCaches
 from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
-from .manifest import Manifest, has_drive, named_by_folders, read_manifest
+from .manifest import Manifest, has_drive, named_by_folders, read_manifest, tell
 from .pixels import preprocessing_for
 
 
 def read_train_manifest(config: TrainConfig) -> Manifest:
     """A folder is named by its folders where classes are to be identities. Raises ManifestError."""
-    manifest = read_manifest(config.train_metadata, config.root_dir)
+    manifest = read_manifest(config.train_metadata, config.root_dir, config.reading)
     return named_by_folders(manifest) if config.pseudo_classes == "identity" else manifest
 
 
 def read_val_manifest(config: TrainConfig) -> Manifest:
     """A folder is named by its folders where identities are classes, or what `monitor` needs. Raises ManifestError."""
-    manifest = read_manifest(config.val_metadata, config.root_dir)
+    manifest = read_manifest(config.val_metadata, config.root_dir, config.reading)
     asked = config.pseudo_classes == "identity" or config.monitor in ("val/rank1", "val/eer")
     return named_by_folders(manifest) if asked else manifest
 
@@ -133,6 +134,9 @@ class EarDataModule(pl.LightningDataModule):
         train, val = read_train_manifest(config), read_val_manifest(config)
         for manifest in (train, val):
             _refuse_wrong_root(manifest)
+            tell(manifest, self.talk)
+        if not config.allow_overlap:
+            _refuse_overlap(train, val)
         if len(train) < 2:
             raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
         if len(val) < 2:
@@ -222,6 +226,23 @@ def _require_sides(manifest: Manifest, policy: str) -> None:
             f"{manifest.where(unknown[0])}: has no side, nor have {len(unknown) - 1} other rows, and --side-policy {policy} "
             "needs one; fill in the column (left or right), or leave sides as-is"
         )
+
+
+def _refuse_overlap(train: Manifest, val: Manifest) -> None:
+    """Validation on images that are trained on says nothing."""
+    learned = set(_images(train))
+    shared = [i for i, image in enumerate(_images(val)) if image in learned]
+    if shared:
+        raise ManifestError(
+            f"{val.where(shared[0])}: is in the training list, too, as are {len(shared) - 1} other of {len(val)} rows; "
+            "remove them (earteach prepare splits without leaks), or add --allow-overlap"
+        )
+
+
+def _images(manifest: Manifest) -> Iterator[str]:
+    """One form of each path, whatever the list's root is."""
+    root = os.path.abspath(manifest.root)
+    return (os.path.normcase(os.path.normpath(os.path.join(root, path))) for path in manifest.paths)
 
 
 def _refuse_wrong_root(manifest: Manifest) -> None:

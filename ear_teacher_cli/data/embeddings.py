@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import ManifestError
 from ..files import brief, printable, uncell
-from .manifest import Box
+from .boxes import Box
 from .npy import map_npy, read_npz
 
 EMBEDDING_SUFFIXES = (".npy", ".npz", ".csv")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import Reading
 from ..errors import EarTeachError, ManifestError
 from ..files import printable
 from ..talk import Talk
+from .boxes import Box
 from .embeddings import Embeddings
-from .manifest import Box, Manifest, folder_name, read_manifest, side_of
+from .manifest import Manifest, folder_name, read_manifest, side_of, tell
 
 _BLOCK = 4096
 
@@ -42,12 +44,18 @@ def common_rows(files: Sequence[Embeddings], left_out: dict[str, int], talk: Tal
 
 
 def labels_of(
-    files: Sequence[Embeddings], rows: Sequence[list[int]], labels: str | None, root_dir: str | None, talk: Talk
+    files: Sequence[Embeddings],
+    rows: Sequence[list[int]],
+    labels: str | None,
+    root_dir: str | None,
+    reading: Reading | None,
+    talk: Talk,
 ) -> tuple[list[str], list[str] | None, Path | None]:
     """Person ('' where unknown) and side of each common row, and the folder the list's pictures are in."""
     file, own = files[0], rows[0]
     if labels is not None:
-        manifest = read_manifest(labels, root_dir)
+        manifest = read_manifest(labels, root_dir, reading)
+        tell(manifest, talk)
         if manifest.identities is None:
             raise ManifestError(f"{printable(labels)}: has no identities; give a list with a column 'identity'")
         return *_matched(file, own, manifest), manifest.root

@@ -1,0 +1,102 @@
+"""Photos with boxes drawn on them, so that a person sees whether a list is read as it was meant."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import PictureError
+from ..files import printable
+from .boxes import BOX_FORMATS, Box, scaled, to_corners, units_of
+from .crop import read_picture
+
+_SIDE, _GAP, _FOOT = 220, 10, 20
+# Orders are told apart by colour and by line: red, green and blue are not alike in grey, and corners are solid.
+_COLOURS = {"xyxy": (214, 40, 40), "xywh": (0, 140, 70), "cxcywh": (30, 80, 200)}
+Colour = tuple[int, int, int]
+Photo = tuple[Image.Image, list[tuple[Box, Colour]], str]  # with boxes and a caption
+_PAPER, _INK = (250, 250, 248), (24, 28, 36)
+
+
+def draw_readings(
+    rows: Sequence[tuple[str | None, Box, tuple[float, float]]], orders: Sequence[str], most: int = 10
+) -> str | None:
+    """Draw up to ten photos with one box in each of `orders`; returns the file, None if none could be drawn.
+
+    `rows`: path, box as it stands in the list, size. The file is a new one in the folder for temporary files.
+    """
+    shown: list[Photo] = []
+    seen: set[str] = set()
+    for path, box, size in rows:
+        if path is None or path in seen or len(shown) >= most:
+            continue
+        try:
+            photo = read_picture(path).image
+        except PictureError:
+            continue
+        seen.add(path)
+        boxes = [(_corners(box, size, order), _COLOURS[order]) for order in orders]
+        shown.append((photo, boxes, printable(os.path.basename(path))))
+    if not shown:
+        return None
+    legend = [(f"as {BOX_FORMATS[order]}", _COLOURS[order]) for order in orders]
+    try:
+        handle, name = tempfile.mkstemp(prefix="earteach-boxes-", suffix=".png")
+        with open(handle, "wb") as file:
+            photo_page(shown, "which boxes are right?", legend).save(file, format="PNG")
+    except OSError:
+        return None
+    return name
+
+
+def _corners(box: Box, size: tuple[float, float], order: str) -> Box:
+    numbers = np.array([box], dtype=np.float64)
+    x1, y1, x2, y2 = to_corners(scaled(numbers, np.array([size]), units_of(numbers)), order)[0]
+    return float(x1), float(y1), float(x2), float(y2)
+
+
+def photo_page(
+    photos: Sequence[Photo],
+    title: str,
+    legend: Sequence[tuple[str, Colour]] = (),
+    columns: int = 5,
+) -> Image.Image:
+    """A page of photos, each with coloured boxes and a caption."""
+    columns = min(columns, len(photos))
+    rows = -(-len(photos) // columns)
+    head = 34 + 18 * bool(legend)
+    page = Image.new("RGB", (max(560, columns * (_SIDE + _GAP) + _GAP), head + rows * (_SIDE + _FOOT + _GAP)), _PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((_GAP, 8), title, fill=_INK, font=ImageFont.load_default(16))
+    x = _GAP
+    for words, colour in legend:
+        draw.rectangle((x, 37, x + 10, 47), outline=colour, width=2)
+        draw.text((x + 16, 34), words, fill=_INK, font=ImageFont.load_default(12))
+        x += 40 + int(draw.textlength(words, font=ImageFont.load_default(12)))
+    for place, (photo, boxes, caption) in enumerate(photos):
+        left = _GAP + place % columns * (_SIDE + _GAP)
+        top = head + place // columns * (_SIDE + _FOOT + _GAP)
+        page.paste(_with_boxes(photo, boxes), (left, top))
+        draw.text((left, top + _SIDE + 2), caption[:34], fill=(90, 96, 108), font=ImageFont.load_default(11))
+    return page
+
+
+def _with_boxes(photo: Image.Image, boxes: Sequence[tuple[Box, Colour]]) -> Image.Image:
+    """The photo in a square of _SIDE; boxes that leave it are drawn as far as the square goes, on a margin of a tenth."""
+    tile = Image.new("RGB", (_SIDE, _SIDE), (226, 226, 222))
+    scale = 0.82 * _SIDE / max(photo.size)
+    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+    corner = (_SIDE - size[0]) // 2, (_SIDE - size[1]) // 2
+    tile.paste(photo.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST), corner)
+    draw = ImageDraw.Draw(tile)
+    for box, colour in boxes:
+        try:
+            x1, y1, x2, y2 = (round(corner[i % 2] + value * scale) for i, value in enumerate(box))
+        except (ValueError, OverflowError):  # NaN, infinity
+            continue
+        x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
+        limits = [max(-2, min(_SIDE + 1, value)) for value in (x1, y1, x2, y2)]
+        draw.rectangle(limits, outline=colour, width=2)
+    return tile

@@ -1,0 +1,245 @@
+"""Column names: which of a list's names hold the path, the box, the identity; and which nobody knows.
+
+Names are compared without case, spaces, underscores and hyphens. The one table of accepted names for CSV, JSON Lines,
+Parquet and the original package's `.npy`; the page "formats" is checked against it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import ManifestError
+from ...files import printable
+from ..boxes import Box, box_around
+from .rows import boxes_of, four_numbers, order_named, path_text, points_of
+
+PATH = (
+    "image_path",
+    "image_paths",
+    "path",
+    "paths",
+    "file_name",
+    "filename",
+    "file_path",
+    "file",
+    "image",
+    "image_name",
+)
+# Four columns that name their order. Names as `compare` leaves them, with or without "bbox" or "box" before.
+CORNERS = (
+    ("x1", "y1", "x2", "y2"),
+    ("x0", "y0", "x1", "y1"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("minx", "miny", "maxx", "maxy"),
+    ("left", "top", "right", "bottom"),
+)
+SIZES = (
+    ("x", "y", "w", "h"),
+    ("x", "y", "width", "height"),
+    ("left", "top", "w", "h"),
+    ("left", "top", "width", "height"),
+    ("xmin", "ymin", "width", "height"),
+    ("xmin", "ymin", "w", "h"),
+    ("x1", "y1", "w", "h"),
+    ("x1", "y1", "width", "height"),
+)
+CENTRES = (
+    ("cx", "cy", "w", "h"),
+    ("cx", "cy", "width", "height"),
+    ("xc", "yc", "w", "h"),
+    ("xcenter", "ycenter", "width", "height"),
+    ("xcentre", "ycentre", "width", "height"),
+    ("centerx", "centery", "width", "height"),
+    ("centrex", "centrey", "width", "height"),
+)
+GROUPS = {"xyxy": CORNERS, "xywh": SIZES, "cxcywh": CENTRES}
+# One column with all four numbers. Without an order in its name they are judged.
+BOX = ("bbox", "bboxes", "box", "boxes")
+BOX_ORDER = ("box_format", "bbox_format", "bbox_mode")
+KEYPOINTS = ("keypoints", "landmarks")
+IDENTITY = ("identity", "identities")
+SIDE = ("side", "sides", "ear_side")
+# May be who is on the image, or a category ("ear"): used only when --identity-column names it.
+OFFERED = ("label", "labels", "person", "persons", "person_id", "subject", "subject_id", "class", "name", "pid")
+# Known, and not needed: the size of the image, ids, what detectors add.
+IGNORED = frozenset(
+    "width height imagewidth imageheight imgwidth imgheight imgw imgh row index id imageid annotationid status "
+    "confidence score iscrowd area category categoryid split".split()
+)
+_BOX_LIKE = re.compile(
+    r".*(bbox|box|roi|rect).*|(x|y|cx|cy|w|h|xc|yc|left|top|right|bottom)\d?|[xy](min|max|center|centre|tl|br)|"
+    r"(min|max|center|centre|tl|br)[xy]|(top|bottom)(left|right)[xy]"
+)
+
+
+def compare(name: object) -> str:
+    """A name as it is compared: `Image Path`, `image_path` and ` imagepath` are one."""
+    return re.sub(r"[\s_\-.]", "", str(name).casefold())
+
+
+def _without_prefix(name: str) -> str:
+    return re.sub(r"^b?box(?=.)", "", name)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which name of a list holds what; None where nothing does."""
+
+    path: str
+    order: str | None  # of `four` always, of `box` where its name says it
+    four: tuple[str, ...] = ()
+    box: str | None = None
+    box_order: str | None = None  # the column in which each row names its order
+    keypoints: str | None = None
+    identity: str | None = None
+    side: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def named_by(self) -> str:
+        """What names the order of the boxes, for messages."""
+        names = self.four or ((self.box,) if self.order else (self.keypoints,) if self.keypoints else ())
+        return f"column{'s' if len(names) > 1 else ''} {printable(', '.join(names))}" if names else ""
+
+
+def find_columns(names: Iterable[str], where: str, identity_column: str | None = None) -> Columns:
+    """Assign the names of a list.
+
+    Raises ManifestError where no name holds a path, where a name looks like part of a box but makes none, where two
+    boxes are named, or where `identity_column` is not among them.
+    """
+    names = [name for name in names if name is not None]
+    known: dict[str, str] = {}
+    for name in names:
+        if compare(name) in known and compare(name):
+            raise ManifestError(f"{where}: has the column {printable(name)!r} twice; rename or remove one")
+        known[compare(name)] = name
+    unused = dict(known)
+
+    def take(candidates: Iterable[str]) -> str | None:
+        found = next((compare(c) for c in candidates if compare(c) in unused), None)
+        return unused.pop(found) if found is not None else None
+
+    path = take(PATH)
+    if path is None:
+        raise ManifestError(
+            f"{where}: has no column of image paths (found: {names_of(names)}); name it image_path or filename"
+        )
+    identity = _identity_column(identity_column, known, where) if identity_column else take(IDENTITY)
+    unused.pop(compare(identity), None)
+    side, box_order = take(SIDE), take(BOX_ORDER)
+    order, four = _four_columns(unused, where)
+    box, order = (None, order) if four else _box_column(unused, order)
+    keypoints = None if four or box else take(KEYPOINTS)
+    for name in (*four, box):
+        unused.pop(compare(name), None)
+    warnings = _unused(unused, where, bool(four or box or keypoints), identity is not None)
+    return Columns(path, order, four, box, box_order, keypoints, identity, side, warnings)
+
+
+def _identity_column(wanted: str, known: Mapping[str, str], where: str) -> str:
+    if compare(wanted) not in known:
+        raise ManifestError(
+            f"{where}: has no column {printable(wanted)!r} (found: {names_of(known.values())}); "
+            "give --identity-column one of these"
+        )
+    return known[compare(wanted)]
+
+
+def _four_columns(unused: Mapping[str, str], where: str) -> tuple[str | None, tuple[str, ...]]:
+    """(order, the four names) of the group of columns that makes a box. Raises ManifestError where two groups do."""
+    plain = {_without_prefix(key): name for key, name in unused.items()} | dict(unused)
+    found = [
+        (order, tuple(plain[key] for key in group))
+        for order, groups in GROUPS.items()
+        for group in groups
+        if all(key in plain for key in group)
+    ]
+    # `xmin, ymin, xmax, ymax` beside `width, height`: those are the image's, as in Roboflow's and TensorFlow's CSV
+    corners = [entry for entry in found if entry[0] == "xyxy"]
+    found = corners or found
+    if len({frozenset(four) for _, four in found}) > 1:
+        several = " and ".join(printable(", ".join(four)) for _, four in found[:2])
+        raise ManifestError(f"{where}: has two boxes, {several}; remove or rename one")
+    return found[0] if found else (None, ())
+
+
+def _box_column(unused: Mapping[str, str], order: str | None) -> tuple[str | None, str | None]:
+    for key, name in unused.items():
+        for candidate in BOX:
+            if key == candidate:
+                return name, None
+            if key.removeprefix(candidate) in GROUPS and key.startswith(candidate):
+                return name, key.removeprefix(candidate)
+    return None, order
+
+
+def _unused(unused: Mapping[str, str], where: str, has_box: bool, has_identity: bool) -> list[str]:
+    """Warnings about names that are not used. Raises ManifestError where one looks like part of a box."""
+    keys = [key for key in unused if key not in IGNORED or (key in ("width", "height") and not has_box)]
+    wrong = [unused[key] for key in keys if _BOX_LIKE.fullmatch(key)]
+    if wrong and not (has_box and all(compare(name) in ("w", "h", "width", "height") for name in wrong)):
+        raise ManifestError(
+            f"{where}: cannot read the column{'s' if len(wrong) > 1 else ''} {names_of(wrong)}, which look like "
+            f"{'another box' if has_box else 'part of a box'}; a box needs four columns (x1, y1, x2, y2; x, y, width, "
+            "height; ...; see the page formats): rename or remove them"
+        )
+    warnings = []
+    offered = [unused[key] for key in keys if key in map(compare, OFFERED)]
+    if offered and not has_identity:
+        warnings.append(
+            f"{where}: column {names_of(offered)} is not used; if it says who is on the image, add "
+            f"--identity-column {printable(offered[0])}"
+        )
+    other = [unused[key] for key in keys if unused[key] not in (*offered, *wrong) and key not in ("width", "height")]
+    if other:
+        warnings.append(f"{where}: column{'s' if len(other) > 1 else ''} {names_of(other)}: not used")
+    return warnings
+
+
+def read_row(
+    columns: Columns, row: Mapping[str, Any], where: str, number: int, order: str | None
+) -> tuple[str, list[Box | None], str | None]:
+    """(path, boxes as they stand in the list, their order where it is named) of one row. Raises ManifestError."""
+    path = path_text(row.get(columns.path), where, number)
+    if columns.four:
+        cells = [row.get(name) for name in columns.four]
+        empty = [_is_empty(value) for value in cells]
+        if any(empty) and not all(empty):
+            raise ManifestError(f"{where} row {number}: its box has empty cells; fill in all four, or none")
+        return path, [None] if all(empty) else [four_numbers(cells, where, number)], columns.order
+    if columns.keypoints:
+        points = _value(row.get(columns.keypoints))
+        return path, [None] if _is_empty(points) else [box_around(points_of(points, where, number))], "xyxy"
+    if columns.box:
+        value = _value(row.get(columns.box))
+        boxes: list[Box | None] = [None] if _is_empty(value) else boxes_of(value, where, number)
+        named = order_named(row.get(columns.box_order), f"{where} row {number}") if columns.box_order else None
+        if named and columns.order and named != columns.order:
+            raise ManifestError(f"{where} row {number}: {columns.box} and {columns.box_order} disagree; mend one")
+        return path, boxes, columns.order or named
+    return path, [None], order
+
+
+def _value(value: Any) -> Any:
+    """A cell of text that holds numbers, `[1, 2, 3, 4]` or `1 2 3 4`, as a list."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        parts = re.split(r"[\s,;]+", value.strip("[]() \t"))
+        return parts if parts != [""] else ""
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None
+
+
+def names_of(names: Iterable[object]) -> str:
+    """At most 120 characters of names, for messages."""
+    return printable(", ".join(sorted(map(str, names)))[:120]) or "nothing"

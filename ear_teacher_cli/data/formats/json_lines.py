@@ -1,0 +1,84 @@
+"""`.jsonl`: an object per line, with the names of CSV columns or one `bbox` of four numbers (or a list of such)."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import ManifestError
+from ...files import brief
+from ..boxes import Box
+from .columns import Columns, find_columns, read_row
+from .rows import Rows
+
+
+def read(path: Path, where: str, identity_column: str | None) -> Rows:
+    """Raise ManifestError if a line is no object, or its names are not understood."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return read_objects(_objects(file, where), where, identity_column)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"{where}: not readable as JSON Lines ({brief(error)}); one object a line, UTF-8"
+        ) from error
+
+
+def read_objects(objects: Iterable[tuple[int, Mapping[str, Any]]], where: str, identity_column: str | None) -> Rows:
+    """(row, object) of one list; lines may have different names, but boxes in one order. Raises ManifestError."""
+    rows, first = Rows(), True
+    known: dict[tuple[str, ...], Columns] = {}
+    for number, line in objects:
+        names = tuple(line)
+        if names not in known:
+            known[names] = find_columns(names, f"{where} line {number + 1}", identity_column)
+            rows.warnings += known[names].warnings if len(known) == 1 else []
+        columns = known[names]
+        name, boxes, order = read_row(columns, line, where, number, rows.order)
+        if any(box is not None for box in boxes):
+            if not first and (order != rows.order or bool(columns.keypoints) != rows.from_points):
+                raise ManifestError(
+                    f"{where} line {number + 1}: its box is in another order than those before; write all alike"
+                )
+            first, rows.order, rows.named_by = False, order, columns.named_by or rows.named_by
+            rows.from_points = bool(columns.keypoints)
+        for box in boxes:
+            rows.add(number, name, box, line.get(columns.identity), line.get(columns.side))
+    return rows
+
+
+def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
+    """Write (path, corners, identity, side), a line each, with the order of the box."""
+    with open(path, "w", encoding="utf-8") as file:
+        for name, box, identity, side in rows:
+            line: dict[str, Any] = {"image_path": name}
+            if box is not None:
+                line |= {"bbox": list(box), "box_format": "xyxy"}
+            line |= {key: value for key, value in (("identity", identity), ("side", side)) if value}
+            file.write(json.dumps(line) + "\n")
+
+
+def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
+    """Copy the lines of which anything is `kept`, (row, which of its boxes)."""
+    by_row: dict[int, list[int]] = {}
+    for row, place in kept:
+        by_row.setdefault(row, []).append(place)
+    with open(source, encoding="utf-8-sig") as file, open(out, "w", encoding="utf-8") as written:
+        for number, text in enumerate(file):
+            if number not in by_row:
+                continue
+            line = json.loads(text)
+            box = find_columns(line, str(source)).box
+            if box and isinstance(line[box], list) and line[box] and isinstance(line[box][0], list):
+                line[box] = [line[box][place] for place in by_row[number]]
+                text = json.dumps(line) + "\n"
+            written.write(text if text.endswith("\n") else text + "\n")
+
+
+def _objects(lines: Iterable[str], where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, text in enumerate(lines):
+        if not text.strip():
+            continue
+        line = json.loads(text)
+        if not isinstance(line, dict):
+            raise ManifestError(f'{where} line {number + 1}: is no object; write {{"image_path": ...}}')
+        yield number, line
