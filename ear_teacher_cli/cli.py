@@ -103,6 +103,7 @@ _OTHER_VARIABLES = ("quiet", "weights", "consent", "license")
 _GUIDE = """\
 The life of a teacher, from photographs to numbers (RUN: what train wrote):
 
+  earteach prepare photos/ data                     split without leaks
   earteach validate-data train.npy val.npy          look at pictures and boxes
   earteach train                                    learn, without labels
   earteach resume RUN                               after Ctrl-C or a crash
@@ -206,7 +207,7 @@ def earteach(
 ) -> None:
     """Learn ear features from unlabelled photographs, and hand them on.
 
-    validate-data -> train (resume) -> report, collage -> export-backbone (verify) -> embed -> evaluate
+    prepare -> validate-data -> train (resume) -> report, collage -> export-backbone (verify) -> embed -> evaluate
     """
     if is_first_process():
         _warn_of_strange_variables()
@@ -224,6 +225,63 @@ def _warn_of_strange_variables() -> None:
                 or "`earteach --help` and the commands' help have those that there are"
             )
             Talk().warn(f"{name}: earteach knows no such variable of the environment; {hint.strip()}")
+
+
+@app.command("prepare", epilog="Example: `earteach prepare photos/ data --folder-identities`")
+def prepare(
+    raw: Annotated[
+        str, typer.Argument(metavar="RAW", help="A folder of images and their annotations, of any sources; or a list.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the lists and prepare.json, the report.")],
+    val_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of the ears to validate on, above 0 and below 1, of every source (every entry of RAW)."
+        ),
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Which groups are for validation.", min=0)] = 0,
+    format: Annotated[
+        str,
+        typer.Option(metavar="npy|csv", help="Format of the lists.", autocompletion=_from_choices(("npy", "csv"))),
+    ] = "npy",
+    box_format: BoxFormat = AUTO,
+    box_units: BoxUnits = AUTO,
+    identity_column: IdentityColumn = None,
+    folder_identities: Annotated[
+        bool,
+        typer.Option(
+            "--folder-identities",
+            help=(
+                "Folders are people, where lists name nobody: RAW/source/p017/left.jpg, or RAW/p017/left.jpg if no image "
+                "lies deeper."
+            ),
+        ),
+    ] = False,
+    num_workers: Workers = TrainConfig.num_workers,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and say everything, write nothing.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a training and a validation list of a folder of mixed sources, with no person, photo or duplicate in both.
+
+    RAW may hold crops, COCO (*.coco.json), CSV (*_annotations.csv), .pts and YOLO labels. Images are not copied: paths in
+    the lists start from the working directory if RAW is below it, else from RAW, and other commands need --root-dir RAW.
+    """
+    from .commands import prepare as verb
+
+    verb.prepare(
+        raw,
+        out,
+        Talk(quiet),
+        val_share=val_share,
+        seed=seed,
+        format=format,
+        reading=Reading(box_format, box_units, identity_column),
+        folder_identities=folder_identities,
+        num_workers=num_workers,
+        dry_run=dry_run,
+        overwrite=overwrite,
+    )
 
 
 @app.command("validate-data", epilog="Example: `earteach validate-data train.npy val.npy --contact-sheet worst.png`")

@@ -122,27 +122,19 @@ def outcome(corners, sizes, order: str) -> str:
 
 
 def test_of_2_000_made_lists_none_is_read_wrongly():
-    found = {
-        (world, order): [outcome(*made_list(world, seed), order) for seed in range(100)]
-        for world in WORLDS
-        for order in ("xyxy", "xywh")
-    }
-    wrong = [key for key, outcomes in found.items() if "wrong" in outcomes]
-    assert not wrong
-    # what most users have is decided, not refused
+    lists = {world: [made_list(world, seed) for seed in range(100)] for world in WORLDS}
+    found = {(w, o): [outcome(*made, o) for made in lists[w]] for w in WORLDS for o in ("xyxy", "xywh")}
+    assert not [key for key, outcomes in found.items() if "wrong" in outcomes]
+
+    def decided(world, order) -> float:
+        """The share of lists of 20 rows and more that are read, not refused."""
+        long = [o for o, (corners, _) in zip(found[world, order], lists[world], strict=True) if len(corners) >= 20]
+        return long.count("right") / len(long)
+
     for world in (small_in_large, portraits, at_borders):
-        for order in ("xyxy", "xywh"):
-            assert found[world, order].count("right") >= 80, (world, order)
+        assert min(decided(world, "xyxy"), decided(world, "xywh")) > 0.95, world
     for world in (ear_centred, square_crops, crops_of_one_size):
-        assert found[world, "xyxy"].count("right") >= 80
-
-
-@pytest.mark.parametrize("order", ["xyxy", "xywh"])
-@pytest.mark.parametrize("world", [square_crops, crops_of_one_size])
-def test_ear_centred_photos_are_decided_by_what_varies_together(world, order):
-    """No box is impossible as corners; from a hundred rows on most lists are decided all the same."""
-    outcomes = [outcome(*made_list(world, seed), order) for seed in range(200) if len(made_list(world, seed)[0]) >= 100]
-    assert "wrong" not in outcomes and outcomes.count("right") > len(outcomes) / 2
+        assert decided(world, "xyxy") > 0.9 and decided(world, "xywh") > 0.5, world
 
 
 @pytest.mark.parametrize("count, bad", [(400, 3), (60, 2), (1, 1)])

@@ -15,7 +15,18 @@ from ear_teacher_cli.cli import _train
 from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, read_toml
 from ear_teacher_cli.errors import ConfigError
 
-COMMANDS = ["validate-data", "train", "resume", "report", "collage", "export-backbone", "verify", "embed", "evaluate"]
+COMMANDS = [
+    "prepare",
+    "validate-data",
+    "train",
+    "resume",
+    "report",
+    "collage",
+    "export-backbone",
+    "verify",
+    "embed",
+    "evaluate",
+]
 # As the seed prints it in "Custom Configuration", with its underscores.
 SEED_COMMAND = """--batch_size 64 --learning_rate 1e-3 --max_epochs 200 --reconstruction_weight 1.0 --metric_weight 0.1
     --metric_loss arcface --num_pseudo_classes 512 --arcface_margin 0.5 --precision bf16-mixed --devices 1
@@ -115,7 +126,7 @@ def test_validate_data_loads_no_torch(ears):
 def test_without_words_it_shows_the_way(earteach):
     said = earteach()
     lines = said.out.decode().splitlines()
-    assert said.code == 0 and said.err == "" and len(lines) <= 12 and max(map(len, lines)) <= 80
+    assert said.code == 0 and said.err == "" and len(lines) <= 13 and max(map(len, lines)) <= 80
     named = re.findall(r"^  earteach ([a-z-]+)", said.out.decode(), re.MULTILINE)
     assert named == [command for command in COMMANDS if command != "verify"] and "verify" in said.out.decode()
 

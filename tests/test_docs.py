@@ -273,6 +273,33 @@ def test_every_figure_of_a_run_is_explained(run):
 # Formats
 
 
+def test_the_names_of_columns_on_the_page_are_those_that_are_understood():
+    from ear_teacher_cli.data.formats import columns
+
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    rows = dict(
+        re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Names that are understood")[1], re.MULTILINE)
+    )
+    named = {
+        key: re.findall(r"`([^`]+)`", value.split(":")[0].split(" and the like")[0]) for key, value in rows.items()
+    }
+    for key, groups in (
+        ("box as corners", columns.CORNERS),
+        ("box as corner and size", columns.SIZES),
+        ("box as centre and size", columns.CENTRES),
+    ):
+        assert named[key] == [", ".join(group) for group in groups]
+    for key, names in (
+        ("path of the image (required)", columns.PATH),
+        ("box in one column", columns.BOX),
+        ("order of that column", columns.BOX_ORDER),
+        ("keypoints", columns.KEYPOINTS),
+        ("side", columns.SIDE),
+    ):
+        assert tuple(named[key]) == names, key
+    assert tuple(named["identity"][: len(columns.IDENTITY)]) == columns.IDENTITY
+
+
 def test_the_manifests_on_the_page_are_one_list(tmp_path, monkeypatch):
     from ear_teacher_cli.data.manifest import read_manifest
 

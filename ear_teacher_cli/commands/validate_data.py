@@ -6,13 +6,9 @@ within a manifest and between manifests.
 """
 
 import json
-import multiprocessing
 import os
-import signal
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +21,11 @@ from ..data.box_pictures import photo_page
 from ..data.boxes import Box
 from ..data.crop import REASONS, cut, read_picture
 from ..data.data_card import data_card
-from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect, near_pairs
+from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect_all, near_pairs
 from ..data.manifest import Manifest, keep_rows, read_manifest, tell, write_manifest
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
 from ..machine import stated
-from ..platform import usable_cores
 from ..talk import Talk
 
 ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
@@ -174,7 +169,7 @@ def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: in
     jobs = [job for number, manifest in enumerate(manifests) for job in _jobs(number, manifest)]
     report.pictures = len(jobs)
     with talk.progress("looking at", len(jobs), "pictures") as steps:
-        for job, (findings, looks) in zip(jobs, _in_parallel(jobs, num_workers), strict=True):
+        for job, (findings, looks) in zip(jobs, inspect_all(jobs, num_workers), strict=True):
             manifest = manifests[job.manifest]
             for index, reason, detail in findings:
                 report.findings.append(_finding(reason, manifest, index, detail))
@@ -192,27 +187,6 @@ def _jobs(number: int, manifest: Manifest) -> Iterator[Photo]:
             yield Photo(number, manifest.file(indices[0]), ears, manifest.box_format or "xyxy")
         except PictureError as error:
             yield Photo(number, None, ears, error=(error.reason, error.detail))
-
-
-def _in_parallel(jobs: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
-    workers = min(num_workers, usable_cores(), len(jobs) // 64)
-    if workers < 2:
-        yield from map(inspect, jobs)
-        return
-    chunk = max(1, min(64, len(jobs) // (workers * 4)))
-    # spawn, not fork: a progress bar's thread is running here
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt) as pool:
-        try:
-            yield from pool.map(inspect, jobs, chunksize=chunk)
-        except BrokenProcessPool as error:
-            raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C is for the parent, which ends its workers; they need not each say so."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:

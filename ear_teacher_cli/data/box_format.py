@@ -24,13 +24,15 @@ from .boxes import BOX_FORMATS, to_corners
 
 # Boxes beyond the image by more than a pixel are impossible, as in crop.check_box_inside.
 _MARGIN = 1.0
-_FEWEST = 3  # impossible boxes that decide
+_FEWEST = 5  # impossible boxes that decide
 _MANY = 10  # impossible boxes that decide whatever the second kind of evidence says
 _SHARE = 0.2  # share of impossible boxes in the wrong order at least, and of the right order at most a tenth of it
 _FEWEST_TIED = 20  # distinct boxes from which a correlation says anything
 _NATS = 4.0  # log-likelihood ratio on each axis at least; e^8 for both axes together
 _MOST_TIED = 0.35  # correlation of centre and size at most, in the order that is taken,
-_LEAST_TIED = 0.7  # and at least, in the other
+_LEAST_TIED = 0.7  # and at least, in the other; less is asked where boxes of the order that is taken lie in the middle
+# of their images along both axes, and those of the other do not: medians, as shares of the image's side.
+_LEAST_TIED_CENTRED, _CENTRED = 0.25, 0.025
 _ASPECTS = (1.1, 2.6)  # median height / width that boxes of ears may have
 # Sizes read as corners are possible throughout only where boxes fill their images, which are then crops around an ear:
 # how far the median centre may be from the image's, as a share of its side.
@@ -108,7 +110,10 @@ def _tied(numbers: np.ndarray, sizes: np.ndarray, orders: Sequence[str]) -> tupl
     if chosen != "xyxy" and np.abs(found[chosen].centre - 0.5).max() > _OFF_CENTRE:
         return None
     correlations = {order: ties.correlation for order, ties in found.items()}
-    if correlations[chosen].max() > _MOST_TIED or correlations[other].min() < _LEAST_TIED:
+    off = {order: np.abs(ties.centre - 0.5) for order, ties in found.items()}
+    centred = off[chosen].max() <= _CENTRED and off[other].min() >= 2 * _CENTRED
+    least = _LEAST_TIED_CENTRED if centred else _LEAST_TIED
+    if correlations[chosen].max() > _MOST_TIED or correlations[other].min() < least:
         return None
     return chosen, (
         f"over {count} boxes the position depends on the size as {BOX_FORMATS[other]} (correlations "

@@ -6,7 +6,7 @@ look like lists but are not read are found, so that nothing is left out without 
 
 import os
 import posixpath
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,8 +57,10 @@ def read_mixed(raw: str, reading: Reading, leave_out: Collection[Path] = ()) -> 
     if not Path(raw).is_dir():
         listed = read_manifest(raw, reading=reading)
         name = Path(raw).name
-        rows = zip(listed.paths, listed.boxes, *_names(listed), [name] * len(listed), listed.rows, strict=True)
-        found = _assembled(raw, listed.root, rows, {name: listed.how}, {name: listed.box_format})
+        nobody = [""] * len(listed)
+        names = listed.identities or nobody, listed.sides or nobody
+        listing = zip(listed.paths, listed.boxes, *names, [name] * len(listed), listed.rows, strict=True)
+        found = _assembled(raw, listed.root, listing, {name: listed.how}, {name: listed.box_format})
         found.warnings += listed.warnings
         return found
     os.listdir(raw)  # os.walk says nothing of a folder that it may not read
@@ -81,12 +83,7 @@ def read_mixed(raw: str, reading: Reading, leave_out: Collection[Path] = ()) -> 
     return found
 
 
-def _names(manifest: Manifest) -> tuple:
-    nobody = [""] * len(manifest)
-    return manifest.identities or nobody, manifest.sides or nobody
-
-
-def _assembled(raw: str, root: Path, rows, how: dict[str, str], orders: dict[str, str]) -> Mixed:
+def _assembled(raw: str, root: Path, rows: Iterable[tuple], how: dict[str, str], orders: dict[str, str]) -> Mixed:
     """Sort rows (path, box, identity, side, part, row) by path; ears of one image stay in their order."""
     texts: dict[str, str] = {}  # equal texts are one object: a pickle's bytes depend on it
 
@@ -95,19 +92,14 @@ def _assembled(raw: str, root: Path, rows, how: dict[str, str], orders: dict[str
 
     real_root = os.path.realpath(root)
     entries = sorted(((_plain(row[0], real_root), *row[1:]) for row in rows), key=lambda entry: entry[0])
-    boxes, numbers = Boxes(), []
-    paths, identities, sides, parts = [], [], [], []
-    for path, box, identity, side, part, number in entries:
-        boxes.append(box)
-        numbers.append(int(number))
-        for column, text in ((paths, path), (identities, identity), (sides, side), (parts, part)):
-            column.append(one(str(text)))
+    boxes = Boxes(entry[1] for entry in entries)
+    paths, identities, sides, parts = ([one(str(entry[column])) for entry in entries] for column in (0, 2, 3, 4))
     ears = Manifest(
         source=raw,
         root=root,
         paths=paths,
         boxes=boxes,
-        rows=numbers,
+        rows=[int(entry[5]) for entry in entries],
         identities=identities if any(identities) else None,
         sides=sides if any(sides) else None,
         box_format="xyxy",
@@ -129,7 +121,7 @@ def _look_around(found: Mixed, raw: Path, leave_out: Collection[Path]) -> None:
     known = set(found.ears.paths)
     left = {os.path.realpath(path) for path in leave_out}
     stems = {posixpath.splitext(path)[0] for path in known}
-    for path, is_link in _walk(raw, found.warnings):
+    for path, is_link in sorted(_walk(raw, found.warnings)):
         stem, suffix = posixpath.splitext(path)
         suffix = suffix.lower()
         if is_link:
@@ -145,15 +137,15 @@ def _look_around(found: Mixed, raw: Path, leave_out: Collection[Path]) -> None:
 
 
 def _walk(raw: Path, warnings: list[str]) -> Iterator[tuple[str, bool]]:
-    """(path from `raw`, whether it is a link to a folder) of all files that are not hidden, sorted within folders."""
+    """(path from `raw`, whether it is a link to a folder) of all files that are not hidden."""
 
     def unreadable(error: OSError) -> None:
         warnings.append(f"{printable(error.filename)}: cannot be read ({error.strerror}), and is left out")
 
     for directory, names, files in os.walk(raw, onerror=unreadable):
-        names[:] = sorted(name for name in names if not name.startswith("."))
+        names[:] = sorted(name for name in names if not name.startswith("."))  # errors come in order
         below = os.path.relpath(directory, raw).replace(os.sep, "/")
-        for name in (*(n for n in names if os.path.islink(os.path.join(directory, n))), *sorted(files)):
+        for name in (*(n for n in names if os.path.islink(os.path.join(directory, n))), *files):
             if not name.startswith("."):
                 yield (name if below == "." else f"{below}/{name}"), name in names
 
