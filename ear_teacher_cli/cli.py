@@ -162,6 +162,8 @@ def main() -> None:
     except UnicodeEncodeError as error:  # LC_ALL=C with Python's UTF-8 mode turned off
         fail(f"{error.object}: the name of a file has no form in this locale ({error.encoding}); set PYTHONUTF8=1")
     except (RuntimeError, MemoryError) as error:
+        if told:  # what broke was on its way out: a loader that the signal reached, too
+            sys.exit(128 + told[0])
         meant = complaint(error)
         if meant is None:
             raise

@@ -170,7 +170,8 @@ def weights_corpus(folder: Path) -> list[tuple[str, bytes]]:
         )
     ears = str(folder / "ears")
     config = TrainConfig(train_metadata=ears, val_metadata=ears, backbone="test_convnext", pretrained=False, image_size=32,
-                         batch_size=4, num_workers=0, max_epochs=1, output_dir=str(folder), experiment_name="run")  # fmt: skip
+                         batch_size=4, num_workers=0, max_epochs=1, output_dir=str(folder), experiment_name="run",
+                         allow_overlap=True)  # fmt: skip
     train(config, Talk(quiet=True))
     whole = folder / "run" / "checkpoints" / "last.ckpt"
     export_backbone(whole, folder / "export.safetensors")

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from conftest import small_config
+from conftest import SMALL, small_config
 from test_resume import assert_same_weights
 
 from ear_teacher_cli.commands.train import resume, train
@@ -71,3 +71,34 @@ def test_a_signal_saves_and_resume_is_the_uninterrupted_run(
     assert resume(outcome.experiment, QUIET).epochs == 3
     assert_same_weights(whole, outcome.experiment)
     assert (outcome.experiment / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="loaders are forked where they are to inherit the patch")
+@pytest.mark.parametrize("fatal", [1, 3])  # the first training loader is the clustering's, the third the first epoch's
+def test_a_loader_that_dies_of_the_same_signal_does_not_make_a_stop_an_error(manifests, tmp_path, monkeypatch, fatal):
+    """torch lets a loader die of SIGTERM until its worker_init_fn is called."""
+    from ear_teacher_cli.data import datamodule
+
+    started = multiprocessing.Value("i", 0)
+    original = datamodule.leave_stopping_to_the_parent
+
+    def killed(worker: int) -> None:
+        with started.get_lock():
+            started.value += 1
+            number = started.value
+        if number == fatal:
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(worker)
+
+    monkeypatch.setattr(datamodule, "leave_stopping_to_the_parent", killed)
+    words = ["train", *manifests, *SMALL, "--num-workers", "1", "--max-epochs", "1", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["earteach", *words])
+    from ear_teacher_cli.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert started.value >= fatal and stopped.value.code == 128 + signal.SIGTERM
+    assert multiprocessing.active_children() == []

@@ -282,18 +282,22 @@ def _fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        stopped = False
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            if checkpoint is None or save_on_stop.begun or complaint(error):
+            if isinstance(error, RuntimeError) and save_on_stop.is_stop(trainer, error):
+                stopped = True
+            elif checkpoint is None or save_on_stop.begun or complaint(error):
                 raise
-            raise WeightsError(
-                f"{printable(checkpoint)}: cannot be gone on with ({brief(error)}); use another checkpoint"
-            ) from error
+            else:
+                raise WeightsError(
+                    f"{printable(checkpoint)}: cannot be gone on with ({brief(error)}); use another checkpoint"
+                ) from error
         except SystemExit:  # how Lightning ends a run after Ctrl-C
             if trainer.state.status is not TrainerStatus.INTERRUPTED:
                 raise
-    interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
+    interrupted = stopped or trainer.state.status is TrainerStatus.INTERRUPTED
     code = save_on_stop.exit_code if interrupted else 0
     report = None if interrupted or not is_first_process() else _look_back(config, logger, talk)
     best = runs.best_checkpoint(folder)

@@ -69,6 +69,23 @@ class SaveOnStop(Checkpoint):
         if isinstance(exception, KeyboardInterrupt):
             self.exit_code = getattr(exception, "exit_code", 130)
 
+    def is_stop(self, trainer: pl.Trainer, error: RuntimeError) -> bool:
+        """Whether an error stands for a stop; if so, save what there is to save.
+
+        A signal to the whole process group also kills a loader that was just started, which torch lets die of SIGTERM
+        until it begins to work. torch's complaint about it then takes the place of Stopped.
+        """
+        number = self.told
+        stop: BaseException | None = error
+        while number is None and (stop := stop.__context__) is not None:
+            number = stop.exit_code - 128 if isinstance(stop, Stopped) else None
+        if number is None or "DataLoader worker" not in str(error):
+            return False
+        if not self.saved:
+            self._save(trainer)
+        self.exit_code = 128 + number
+        return True
+
     def _tell(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:  # a loader just forked, which has not yet learned to leave this to its parent
             return

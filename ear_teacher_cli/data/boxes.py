@@ -69,7 +69,7 @@ def to_corners(numbers: np.ndarray, order: str) -> np.ndarray:
 def units_of(numbers: np.ndarray) -> str:
     """ "relative" if all numbers of the boxes [N, 4] can be shares of an image, else "pixels"."""
     finite = numbers[np.isfinite(numbers)]
-    return "relative" if len(finite) and np.abs(finite).max() <= _LARGEST_SHARE else "pixels"
+    return "relative" if len(finite) and 0 < np.abs(finite).max() <= _LARGEST_SHARE else "pixels"
 
 
 def scaled(numbers: np.ndarray, sizes: np.ndarray, units: str) -> np.ndarray:

@@ -69,9 +69,10 @@ def to_pixels(rows: Rows, files: "Files", reading: Reading, where: str) -> Corne
         result.how += f"{', ' if result.how else ''}as shares of the image"
     if units == "relative" or rows.from_points:
         sizes = np.array([files.size(int(place)) for place in files.read(places)])
-        corners = to_corners(scaled(numbers, sizes, units), result.order)
+        known = ~np.isnan(sizes).any(axis=1, keepdims=True)
+        corners = to_corners(np.where(known, scaled(numbers, sizes, units), numbers), result.order)
         if rows.from_points:
-            corners = np.where(np.isnan(np.tile(sizes, 2)), corners, np.clip(corners, 0, np.tile(sizes, 2)))
+            corners = np.where(~known, corners, np.clip(corners, 0, np.tile(sizes, 2)))
     elif result.order == "xyxy":
         return result
     else:
