@@ -104,7 +104,13 @@ def manifest_corpus(folder: Path) -> list[tuple[str, bytes]]:
     lines = "".join(json.dumps({"image_path": p, "bbox": b, "identity": "x"}) + "\n" for p, b in rows)
     coco = {"images": [{"id": i, "file_name": p} for i, p in enumerate(paths)],
             "annotations": [{"image_id": i, "bbox": b} for i, (_, b) in enumerate(rows)]}  # fmt: skip
-    texts = [(".csv", table), (".jsonl", lines), (".json", json.dumps(coco))]
+    keypoints = np.array([[[1, 2, 2], [30, 40, 2], [0, 0, 0]]] * 3, np.float32)
+    file = io.BytesIO()
+    np.save(file, np.array({"image_paths": paths, "keypoints": keypoints, "box_format": "xyxy"}, object))
+    found.append((".npy", file.getvalue()))
+    sizes = "filename;X;Y;Width;Height;label\n" + "".join(f"{p};{';'.join(map(str, b))};ear\n" for p, b in rows)
+    shares = "".join(json.dumps({"file_name": p, "cx": 0.5, "cy": 0.5, "w": 0.1, "h": 0.2}) + "\n" for p, _ in rows)
+    texts = [(".csv", sizes), (".jsonl", shares), (".csv", table), (".jsonl", lines), (".json", json.dumps(coco))]
     return found + [(suffix, text.encode()) for suffix, text in texts]
 
 
