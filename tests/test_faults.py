@@ -487,17 +487,13 @@ def test_bad_pictures_of_one_process_do_not_hang_the_others(own_ears, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_the_step_of_both(manifests, tmp_path, earteach):
+def test_sigterm_to_one_of_two_processes_saves_the_step_of_both(manifests, tmp_path):
     words = ["train", *manifests, *SMALL, "--batch-size", 2, "--max-epochs", 3, "--accelerator", "cpu"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert two_processes(*words, "--output-dir", whole)[0] == 0
     code, said = two_processes(*words, "--output-dir", stopped, until="epoch 1/3: train")
     assert code == 143 and "Traceback" not in said and "interrupted" in said, said
     folder = stopped / "ear_teacher"
-    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
-    if checkpoint.steps_done:
-        said = earteach("resume", folder, "--devices", 1)
-        assert said.code == 2 and "in the middle of an epoch" in said.err
     code, said = two_processes("resume", folder)
     assert code == 0, said
     assert_same_weights(whole / "ear_teacher", folder)

@@ -5,12 +5,14 @@ import os
 import signal
 
 import pytest
-from conftest import SMALL, small_config
+import torch
+from conftest import SMALL, read_table, small_config
 from test_resume import assert_same_weights
 
 from ear_teacher_cli.commands.train import resume, train
 from ear_teacher_cli.core.checkpoint import read_checkpoint
 from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.talk import Talk
 
 QUIET = Talk(quiet=True)
@@ -71,6 +73,49 @@ def test_a_signal_saves_and_resume_is_the_uninterrupted_run(
     assert resume(outcome.experiment, QUIET).epochs == 3
     assert_same_weights(whole, outcome.experiment)
     assert (outcome.experiment / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_an_epoch_of_two_processes_is_gone_on_with_by_one(manifests, tmp_path, monkeypatch):
+    """The rest of the epoch is what two processes would have had left, not a row twice and none left out."""
+    original, calls = EarTeacherLightningModule.training_step, []
+
+    def with_signal(self, *arguments):
+        calls.append(1)
+        if len(calls) == 16:  # 12 steps an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EarTeacherLightningModule, "training_step", with_signal)
+        config = small_config(manifests, output_dir=str(tmp_path), max_epochs=3, batch_size=2)
+        folder = train(config, QUIET).experiment
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.epoch, checkpoint.steps_done) == (1, 4)
+    # the same file, as if each step had been that of two processes
+    checkpoint.content["hyper_parameters"]["devices"] = 2
+    torch.save(checkpoint.content, path)
+    drawn, draws = [], EpochSampler.__iter__
+
+    def recorded(sampler):
+        for draw in draws(sampler):
+            if sampler.shuffle and sampler.epoch == 1:
+                drawn.append(draw)
+            yield draw
+
+    monkeypatch.setattr(EpochSampler, "__iter__", recorded)
+    talk = Talk()
+    said = []
+    monkeypatch.setattr(talk, "say", said.append)
+    assert resume(folder, talk, devices=1).epochs == 3
+    assert any("within an epoch by 2 process(es); the rest of the epoch is divided among 1" in line for line in said)
+    order = EpochSampler(24, config.seed, shuffle=True)
+    order.set_epoch(1)
+    whole_epoch = list(draws(order))
+    assert [whole_epoch.index(draw) for draw in drawn] == list(range(4 * 2 * 2, 24))  # steps, processes, batch size
+    steps = [int(row["step"]) for row in read_table(folder / "metrics.csv")]
+    assert steps == [0, 12, 12 + 4 + len(drawn) // 2, 12 + 4 + len(drawn) // 2 + 12]
 
 
 @pytest.mark.slow

@@ -112,9 +112,9 @@ def _go_on(checkpoint: Checkpoint, folder: Path, changes: dict, talk: Talk) -> O
     if max_epochs is not None and max_epochs < checkpoint.epoch:
         raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
     if checkpoint.steps_done and config.processes != checkpoint.config.processes:
-        raise WordsError(
-            f"--devices {config.processes}: {printable(checkpoint.path)} was saved in the middle of an epoch, of which "
-            f"{checkpoint.config.processes} device(s) had their share; resume with as many, or give an earlier checkpoint"
+        talk.say(
+            f"{printable(checkpoint.path)} was saved within an epoch by {checkpoint.config.processes} process(es); the rest "
+            f"of the epoch is divided among {config.processes}, with other batches than it would have had"
         )
     if checkpoint.epoch >= config.max_epochs:
         talk.say(f"{where}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")

@@ -116,7 +116,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         # Resumed on another number of devices an epoch has other steps: go on from the same epoch, not the same step.
         shift, per_epoch = 0, self.trainer.num_training_batches
         if self._restored and self._restored["steps_per_epoch"] != per_epoch:
-            shift = self._restored["epochs_completed"] * per_epoch - self._restored["global_step"]
+            done = self._restored["epochs_completed"] * per_epoch + self._restored.get("steps_done", 0)
+            shift = done - self._restored["global_step"]
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_at(max(0, step + shift), warmup, total)
         )
@@ -349,6 +350,8 @@ class EarTeacherLightningModule(pl.LightningModule):
             checkpoint["pseudo_classes"] = {**self.classes.as_dict(), "nmi": self.nmi}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and checkpoint["earteach"].get("steps_done"):
+            self._divide_epoch(checkpoint)
         self._restored = {**checkpoint["earteach"], "global_step": checkpoint["global_step"]}
         self.start = dict(checkpoint["earteach"].get("start", {}))
         self._sums = {name: total.clone() for name, total in checkpoint.get("training_sums", {}).items()}
@@ -360,6 +363,25 @@ class EarTeacherLightningModule(pl.LightningModule):
         expected = self._fingerprint() if self._trainer is not None else None
         self.classes = classes.PseudoClasses.from_dict(state, expected)
         self.nmi = state.get("nmi")
+
+    def _divide_epoch(self, checkpoint: dict[str, Any]) -> None:
+        """Count the steps of an epoch under way as this run's processes would have done them.
+
+        Each step of P processes takes P batches of the epoch's one order, so S steps of P are S P / P' of P'. Rounded
+        down: less than a step is done again. Changes the loaded checkpoint, of which Lightning then restores its loops.
+        """
+        options, about = checkpoint["hyper_parameters"], checkpoint["earteach"]
+        before, now = options["devices"] * options.get("num_nodes", 1), self.trainer.world_size
+        if before == now:
+            return
+        steps = about["steps_done"] * before // now
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        for name in progress:
+            progress[name] += steps - about["steps_done"]
+        about["steps_done"] = steps
+        checkpoint[type(self.trainer.datamodule).__qualname__]["steps_done"] = steps  # restored after the model
+        for total in checkpoint.get("training_sums", {}).values():
+            total *= before / now  # each process has an equal part of what all have
 
     def _metric_loss(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Of the heads' output VB,D' of V views of the B training pictures `index`."""
