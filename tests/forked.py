@@ -1,6 +1,6 @@
 """Python processes forked from this one, which has imported torch already: half a second instead of six.
 
-`Popen` and `run` take a Python command line and stand for `subprocess.Popen` and `subprocess.run`: a process of its own,
+`Popen`, `run` and `ranks` take a Python command line and stand for `subprocess.Popen` and `subprocess.run`: a process of its own,
 with its own signals, environment, folder and exit code. What they do not show is how Python starts and imports; tests of
 that use subprocess. Where processes cannot be forked, subprocess is what they are.
 """
@@ -11,6 +11,7 @@ import multiprocessing.util
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -172,3 +173,27 @@ def run(command: Sequence[object], *, timeout: float = 300, **options) -> subpro
     with Popen(command, stdout=PIPE, stderr=PIPE, **options) as process:
         out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ranks(command: Sequence[object], world: int, *, timeout: float = 300) -> tuple[int, str]:
+    """Run it in `world` processes that know of each other as torchrun tells them. (the worst exit code, stderr of all)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in map(str, range(world)):
+        mine = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(world),
+            "TORCHELASTIC_RUN_ID": "x",
+        }
+        environment = {**os.environ, **address, **mine, "LOCAL_WORLD_SIZE": str(world)}
+        started.append(Popen(command, env=environment, stderr=PIPE, text=True))
+    try:
+        texts = [process.communicate(timeout=timeout)[1] or "" for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return max(abs(process.wait()) for process in started), "".join(texts)

@@ -455,9 +455,9 @@ def test_rubbish_of_a_killed_run_goes_with_the_next(run, tmp_path, earteach, ear
     assert not [path for path in rubbish if path.exists()]
 
 
-def two_processes(*words, until: str | None = None) -> tuple[int, str]:
-    """`earteach` on two devices (DistributedDataParallel over gloo); SIGTERM to the first when `until` is said."""
-    command = [sys.executable, "-m", "ear_teacher_cli", *map(str, words), "--devices", "2"]
+def stopped_pair(*command, until: str) -> tuple[int, str]:
+    """Two processes (DistributedDataParallel over gloo), the second started by Lightning; SIGTERM to the first when
+    `until` is said."""
     text = ""
     with forked.Popen(command, stderr=forked.PIPE, text=True) as process:
         timer = threading.Timer(240, process.kill)
@@ -466,7 +466,7 @@ def two_processes(*words, until: str | None = None) -> tuple[int, str]:
             text += line
             if until and line.startswith(until):
                 process.terminate()
-                until = None
+                until = ""
         timer.cancel()
     return process.returncode, text
 
@@ -478,11 +478,12 @@ def test_bad_pictures_of_one_process_do_not_hang_the_others(own_ears, tmp_path):
         Path(manifest.file(row)).unlink()
     words = ["train", "--train-metadata", own_ears / "train_teacher.npy", "--val-metadata", own_ears / "val_teacher.npy", *SMALL,
              "--batch-size", 2, "--max-epochs", 2, "--accelerator", "cpu", "--output-dir", tmp_path]  # fmt: skip
-    code, said = two_processes(*words, "--max-bad", 0.2)
+    command = [sys.executable, "-m", "ear_teacher_cli", *words, "--devices", 2]
+    code, said = forked.ranks([*command, "--max-bad", 0.2], 2)
     assert code == 0 and "Traceback" not in said, said
     bad = read_table(tmp_path / "ear_teacher" / "bad_images.csv")
     assert [int(row["row"]) for row in bad] == [1, 4, 5, 16]
-    code, said = two_processes(*words, "--max-bad", 0.1, "--pseudo-classes", "fixed", "--overwrite")
+    code, said = forked.ranks([*command, "--max-bad", 0.1, "--pseudo-classes", "fixed", "--overwrite"], 2)
     assert code == 1 and "more than --max-bad 0.1" in said and "Traceback" not in said, said
 
 
@@ -490,10 +491,11 @@ def test_bad_pictures_of_one_process_do_not_hang_the_others(own_ears, tmp_path):
 def test_sigterm_to_one_of_two_processes_saves_the_step_of_both(manifests, tmp_path):
     words = ["train", *manifests, *SMALL, "--batch-size", 2, "--max-epochs", 3, "--accelerator", "cpu"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert two_processes(*words, "--output-dir", whole)[0] == 0
-    code, said = two_processes(*words, "--output-dir", stopped, until="epoch 1/3: train")
+    command = [sys.executable, "-m", "ear_teacher_cli", *words, "--devices", 2]
+    assert forked.ranks([*command, "--output-dir", whole], 2)[0] == 0
+    code, said = stopped_pair(*command, "--output-dir", stopped, until="epoch 1/3: train")
     assert code == 143 and "Traceback" not in said and "interrupted" in said, said
     folder = stopped / "ear_teacher"
-    code, said = two_processes("resume", folder)
+    code, said = forked.ranks([*command[:3], "resume", folder], 2)
     assert code == 0, said
     assert_same_weights(whole / "ear_teacher", folder)

@@ -84,11 +84,12 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
     os.kill(rank_of(killed.pid, 1), signal.SIGKILL)
     said(killed)
     assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and any(part.exists() for part in parts)
-    text = said(start(3, *three, "--resume"))
-    assert text.count("599 rows of 64, 1 skipped") == 1, text
+    code, text = forked.ranks([sys.executable, "-m", "ear_teacher_cli", *three, "--resume"], 3)
+    assert code == 0 and text.count("599 rows of 64, 1 skipped") == 1, text
     assert output("three") == output("one") and not list(tmp_path.glob(".*"))
-    again = start(2, *words[:2], tmp_path / "three.npy", *words[2:], "--resume", "--no-normalize")
-    assert "nothing unfinished" in said(again) and again.returncode != 0  # and the finished one is not replaced
+    again = [sys.executable, "-m", "ear_teacher_cli", *three, "--resume", "--no-normalize"]
+    code, text = forked.ranks(again, 2)
+    assert "nothing unfinished" in text and code == 2  # and the finished one is not replaced
     assert output("three") == output("one")
     # plain numpy, as a user would: the rule is for the package's own readers
     assert np.load(tmp_path / "three.npy", allow_pickle=False).shape == (599, 64)  # noqa: TID251
@@ -108,8 +109,9 @@ def test_training_by_torchrun_and_from_two_processes_to_one_and_back(manifests, 
         if before[0][name]:
             assert float(before[0][name]) == pytest.approx(float(before[1][name]), rel=1e-4), name
     assert "3 epochs" in said(start(1, "resume", tmp_path / "two", "--devices", 1, "--max-epochs", 3))
-    text = said(start(2, "resume", tmp_path / "two", "--devices", 2, "--max-epochs", 4))
-    assert text.count("done: 4 epochs") == 1, text
+    back = [sys.executable, "-m", "ear_teacher_cli", "resume", tmp_path / "two", "--devices", 2, "--max-epochs", 4]
+    code, text = forked.ranks(back, 2)
+    assert code == 0 and text.count("done: 4 epochs") == 1, text
     assert [row["epoch"] for row in read_table(tmp_path / "two" / "metrics.csv")] == list("01234")
 
 
