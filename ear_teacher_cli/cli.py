@@ -249,6 +249,7 @@ def prepare(
     box_format: BoxFormat = AUTO,
     box_units: BoxUnits = AUTO,
     identity_column: IdentityColumn = None,
+    root_dir: RootDir = None,
     folder_identities: Annotated[
         bool,
         typer.Option(
@@ -266,7 +267,7 @@ def prepare(
 ) -> None:
     """Make a training and a validation list of a folder of mixed sources, with no person, photo or duplicate in both.
 
-    RAW may hold crops, COCO (*.coco.json), CSV (*_annotations.csv), .pts and YOLO labels. Images are not copied: paths in
+    RAW may hold crops, COCO (.json), CSV (*_annotations.csv), .pts and YOLO labels. Images are not copied: paths in
     the lists start from the working directory if RAW is below it, else from RAW, and other commands need --root-dir RAW.
     """
     from .commands import prepare as verb
@@ -279,6 +280,7 @@ def prepare(
         seed=seed,
         format=format,
         reading=Reading(box_format, box_units, identity_column),
+        root_dir=root_dir,
         folder_identities=folder_identities,
         num_workers=num_workers,
         dry_run=dry_run,

@@ -85,15 +85,15 @@ class Talk:
         self._live.print(Text("  ").join(Text(cell.text.rjust(_width(cell)), style=cell.style) for cell in kept))
 
     @contextmanager
-    def progress(self, doing: str, total: int | None, unit: str) -> Iterator["Steps"]:
-        """`with talk.progress('embedding', 5400, 'pictures') as steps: steps.advance(32)`."""
+    def progress(self, doing: str, total: int | None, unit: str, done: int = 0) -> Iterator["Steps"]:
+        """`with talk.progress('embedding', 5400, 'images') as steps: steps.advance(32)`. `done`: before it begins."""
         if not self.in_terminal:
-            steps = _PlainSteps(self, doing, total, unit)
+            steps = _PlainSteps(self, doing, total, unit, done)
             yield steps
             steps.end()
             return
         if self._bar is not None:  # one live display at a time: a second progress is a second line of it
-            task = self._bar.add_task(doing, total=total)
+            task = self._bar.add_task(doing, total=total, completed=done)
             yield _BarSteps(self._bar, task)
             self._bar.remove_task(task)
             return
@@ -107,7 +107,7 @@ class Talk:
         with Progress(*columns, console=self.console, transient=True) as bar:
             self._bar = bar
             try:
-                yield _BarSteps(bar, bar.add_task(doing, total=total))
+                yield _BarSteps(bar, bar.add_task(doing, total=total, completed=done))
             finally:
                 self._bar = None
 
@@ -153,9 +153,9 @@ class _BarSteps:
 
 
 class _PlainSteps:
-    def __init__(self, talk: Talk, doing: str, total: int | None, unit: str):
+    def __init__(self, talk: Talk, doing: str, total: int | None, unit: str, done: int):
         self.talk, self.doing, self.total, self.unit = talk, doing, total, unit
-        self.done, self.start, self.spoken = 0, time.monotonic(), False
+        self.before, self.done, self.start, self.spoken = done, done, time.monotonic(), False
         self.due = self.start + FIRST_LINE_S
 
     def advance(self, count: int = 1) -> None:
@@ -173,7 +173,7 @@ class _PlainSteps:
 
     def _line(self) -> None:
         self.spoken = True
-        rate = self.done / max(1e-9, time.monotonic() - self.start)
+        rate = (self.done - self.before) / max(1e-9, time.monotonic() - self.start)
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate else ""
         of = f"/{self.total}" if self.total else ""
         self.talk.say(f"{self.doing}: {self.done}{of} {self.unit}, {rate:.1f}/s{left}")

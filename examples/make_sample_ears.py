@@ -157,13 +157,16 @@ def draw_photo(seed, person, photo):
 def write_tables(out, rows):
     for split in ("train", "val"):
         chosen = [row for row in rows if row["split"] == split]
-        np.save(
-            out / f"{split}_teacher.npy",
-            {
-                "image_paths": np.array([row["image_path"] for row in chosen], dtype=str),
-                "bboxes": np.array([row["bbox"] for row in chosen], np.float32).reshape(-1, 4),
-            },
-        )
+        content = {
+            "image_paths": np.array([row["image_path"] for row in chosen], dtype=str),
+            "bboxes": np.array([row["bbox"] for row in chosen], np.float32).reshape(-1, 4),
+        }
+        if split == "val":  # training needs no names; validation measures rank-1 and EER where it has them
+            content |= {
+                name: np.array([row[key] for row in chosen])
+                for name, key in (("identities", "identity"), ("sides", "side"))
+            }
+        np.save(out / f"{split}_teacher.npy", content)
     with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image_path", "identity", "side", "x1", "y1", "x2", "y2"])

@@ -179,7 +179,8 @@ def test_the_decision_is_said_with_its_numbers(tmp_path, earteach):
     assert said.code == 0, said.out
     assert re.search(
         r"list.npy: 40 with boxes \(x,y,width,height by their numbers \(as x1,y1,x2,y2 \d+ of 40 boxes are impossible; "
-        r"as x,y,width,height 0 of 40 boxes are impossible\)\), 0 whole images, 0 identities",
+        r"as x,y,width,height 0 of 40 boxes are impossible\); not told apart from centres in pixels, "
+        r"which are --box-format cxcywh\), 0 whole images, 0 identities",
         said.err,
     )
 
@@ -212,11 +213,11 @@ def test_what_cannot_be_told_is_refused_with_a_picture(tmp_path, monkeypatch, ea
     source = save(tmp_path / "list.npy", numbers)
     said = earteach("validate-data", source)
     assert said.code == 1 and b"its boxes can be x1,y1,x2,y2 or x,y,width,height" in said.out
-    assert b"give --box-format xyxy or xywh" in said.out
+    assert b"give --box-format (xyxy, xywh, cxcywh)" in said.out
     picture = re.search(r"look at (\S+earteach-boxes-\S+.png)", said.out.decode())[1]
     with Image.open(picture) as drawn:
         colours = {colour for _, colour in drawn.convert("RGB").getcolors(1 << 24)}
-    assert {(214, 40, 40), (0, 140, 70)} <= colours
+    assert {(214, 40, 40), (0, 140, 70), (30, 80, 200)} <= colours
     assert earteach("embed", source, tmp_path / "x.npy").code == 1 and not (tmp_path / "x.npy").exists()
 
 
@@ -248,3 +249,24 @@ def test_of_many_images_a_sample_is_opened(tmp_path, monkeypatch):
     manifest = read_manifest(save(tmp_path / "list.npy", as_sizes(np.round(numbers))))
     assert len(opened) == len(set(opened)) == 400
     assert "judged from 400 of 5000 boxes" in manifest.how and manifest.box_format == "xywh"
+
+
+def test_boxes_that_would_be_wider_than_high_are_not_taken(tmp_path):
+    """y1,x1,y2,x2, which no column and no option says."""
+    corners, _ = photos(tmp_path)
+    with pytest.raises(ManifestError, match="give --box-format"):
+        read_manifest(save(tmp_path / "list.npy", corners[:, [1, 0, 3, 2]]))
+
+
+def test_centres_in_pixels_are_not_taken_for_corners_where_the_numbers_show_it(tmp_path):
+    draw = np.random.default_rng(4)
+    sizes = np.full((60, 2), 400.0)
+    size = ears_of(draw.uniform(60, 160, 60), draw)
+    centres = size / 2 + draw.random((60, 2)) * (sizes - size)
+    for i in range(60):
+        Image.new("RGB", (400, 400)).save(tmp_path / f"{i:03}.png")
+    source = save(tmp_path / "list.npy", np.concatenate([centres, size], axis=1))
+    with pytest.raises(ManifestError, match="or centre x,centre y,width,height"):
+        read_manifest(source)
+    manifest = read_manifest(source, reading=Reading("cxcywh"))
+    assert np.allclose(list(manifest.boxes), np.concatenate([centres - size / 2, centres + size / 2], axis=1))

@@ -142,7 +142,7 @@ def test_unusual_modes_become_rgb(tmp_path, mode, colour, expected):
 def test_a_box_off_the_edge_is_a_picture_error_never_a_strip(box):
     with pytest.raises(PictureError) as caught:
         cut(Image.new("RGB", (200, 100)), box, PLAIN)
-    assert caught.value.reason == "box-outside"
+    assert caught.value.reason in ("box-outside", "box-tiny")
 
 
 def test_a_malformed_exif_does_not_cost_the_picture(tmp_path):

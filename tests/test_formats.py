@@ -9,7 +9,7 @@ import pytest
 from conftest import apart
 from PIL import Image
 
-from ear_teacher_cli.config import BOX_FORMATS, BOX_UNITS, Reading
+from ear_teacher_cli.config import BOX_FORMATS, Reading
 from ear_teacher_cli.data import boxes
 from ear_teacher_cli.data.boxes import from_corners, to_corners
 from ear_teacher_cli.data.crop import image_size
@@ -254,10 +254,10 @@ def test_keypoints_at_the_border_are_clamped_to_the_image(tmp_path):
 @pytest.mark.parametrize(
     "header, words",
     [
-        ("image_path,xmin,ymin", "xmin, ymin, which look like part of a box"),
+        ("image_path,xmin,ymin", "xmin, ymin, named like part of a box"),
         ("image_path,x1,y1,x2", "x1, x2, y1"),
         ("image_path,roi", "roi"),
-        ("image_path,x1,y1,x2,y2,bbox", "bbox, which look like another box"),
+        ("image_path,x1,y1,x2,y2,bbox", "bbox, named like another box"),
         ("image_path,x1,y1,x2,y2,xmin,ymin,xmax,ymax", "two boxes"),
         ("image_path,bounding_box_left", "bounding_box_left"),
         ("image_path,top,left,bottom", "bottom, left, top"),
@@ -376,7 +376,7 @@ def test_of_several_boxes_of_a_row_one_is_dropped(tmp_path):
 
 
 def test_orders_are_undone_and_named_everywhere():
-    assert BOX_FORMATS[1:] == tuple(boxes.BOX_FORMATS) and BOX_UNITS[1:] == boxes.BOX_UNITS
+    assert BOX_FORMATS[1:] == tuple(boxes.BOX_FORMATS)
     box = (3.0, 4.0, 30.0, 50.0)
     for order in boxes.BOX_FORMATS:
         assert np.allclose(to_corners(np.array([from_corners(box, order)]), order), [box])
@@ -385,3 +385,139 @@ def test_orders_are_undone_and_named_everywhere():
 def test_image_sizes_beside_corners_are_no_second_box():
     columns = find_columns(["filename", "width", "height", "xmin", "ymin", "xmax", "ymax"], "x.csv")
     assert columns.four == ("xmin", "ymin", "xmax", "ymax") and columns.order == "xyxy" and not columns.warnings
+
+
+def image(folder, name="a.png", size=(480, 360)) -> str:
+    Image.new("RGB", size, (200, 190, 180)).save(folder / name)
+    return name
+
+
+@pytest.mark.parametrize(
+    "name, row, words",
+    [
+        ("annotation", {"image": "a.png", "annotation": [51, 46, 84, 161]}, "annotation holds what may be a box"),
+        ("objects", {"image": "a.png", "objects": {"bbox": [[1, 2, 30, 40]]}}, "objects holds what may be a box"),
+        ("shape", {"image": "a.png", "shape": {"x": 1, "y": 2, "w": 3}}, "shape holds what may be a box"),
+        ("lx", {"image": "a.png", "lx": 1, "ly": 2, "rx": 30, "ry": 40}, "lx, ly, rx, ry may be a box"),
+        ("b1", {"image": "a.png", "b1": 1, "b2": 2, "b3": 30, "b4": 40}, "b1, b2, b3, b4 may be a box"),
+        ("two", {"image": "a.png", "bbox": [1, 2, 30, 40], "identity": ["x", "y"]}, "is not one text per ear"),
+    ],
+)
+def test_a_box_under_a_name_that_nobody_knows_is_refused(tmp_path, name, row, words):
+    image(tmp_path)
+    with pytest.raises(ManifestError, match=words):
+        read_manifest(lines(tmp_path, [row]))
+
+
+@pytest.mark.parametrize(
+    "name", ["directory", "direction", "is_correct", "boxer", "inbox", "heroine", "Unnamed: 0", ""]
+)
+def test_names_that_hold_a_word_of_a_box_are_none(tmp_path, name):
+    image(tmp_path)
+    manifest = read_manifest(table(tmp_path, f"image_path,x1,y1,x2,y2,{name}", [("a.png", 1, 2, 30, 40, "q")]))
+    assert manifest.boxes[0] == (1, 2, 30, 40)
+
+
+def test_two_ears_of_a_row_have_each_their_name(tmp_path, earteach):
+    image(tmp_path)
+    row = {"image": "a.png", "boxes": [[1, 2, 30, 40], [50, 60, 90, 99]], "box_format": "xyxy"}
+    manifest = read_manifest(lines(tmp_path, [row | {"identity": ["p", "q"], "side": "left"}]))
+    assert list(manifest.identities) == ["p", "q"] and list(manifest.sides) == ["left", "left"]
+    wrong = [[1, 2, 30, 40], [50, 60, 40, 99]]
+    content = {"image_paths": ["a.png"], "bboxes": [wrong], "box_format": "xyxy", "person": [["p", "q"]]}
+    for source in (save(tmp_path, **content), lines(tmp_path, [row | {"boxes": wrong, "person": ["p", "q"]}])):
+        clean = tmp_path / f"clean{source.suffix}"
+        earteach("validate-data", source, "--identity-column", "person", "--write-clean", clean, "--overwrite")
+        kept = read_manifest(clean, reading=Reading(identity_column="person"))
+        assert list(kept.identities) == ["p"] and list(kept.boxes) == [(1, 2, 30, 40)]
+
+
+def test_a_csv_row_without_a_box_does_not_change_the_order_of_the_others(tmp_path):
+    image(tmp_path)
+    box, other = ("a.png", "[10, 20, 30, 40]", "xywh"), ("a.png", "[10, 20, 40, 60]", "xyxy")
+    for rows in ([box, ("a.png", "", "xyxy")], [("a.png", "", ""), box]):
+        manifest = read_manifest(table(tmp_path, "image;bbox;box_format", rows, ";"))
+        assert (10, 20, 40, 60) in list(manifest.boxes) and None in list(manifest.boxes)
+        assert "1 of 2 rows have no box" in manifest.warnings[-1]
+    with pytest.raises(ManifestError, match="in another order than those before"):
+        read_manifest(table(tmp_path, "image;bbox;box_format", [box, ("a.png", "", "xyxy"), other], ";"))
+
+
+@pytest.mark.parametrize(
+    "header, row",
+    [
+        ("image,x1,y1,x2,y2,box_format", "a.png,1,2,30,40,xywh"),
+        ("image,bbox_xyxy,box_format", 'a.png,"[1,2,3,4]",xywh'),
+    ],
+)
+def test_an_order_that_contradicts_the_names_is_refused(tmp_path, header, row):
+    image(tmp_path)
+    (tmp_path / "list.csv").write_text(f"{header}\n{row}\n")
+    with pytest.raises(ManifestError, match="correct one"):
+        read_manifest(tmp_path / "list.csv")
+
+
+def test_sizes_that_the_list_states_are_those_of_the_files(tmp_path):
+    image(tmp_path)
+    with pytest.raises(ManifestError, match="is 960 x 720, but the file is 480 x 360"):
+        read_manifest(table(tmp_path, "filename,width,height,xmin,ymin,xmax,ymax", [("a.png", 960, 720, 9, 9, 90, 99)]))
+    for width, height in ((480, 360), (0, 0), (81, 90)):  # right, a placeholder, the box's own
+        rows = [("a.png", width, height, 9, 9, 90, 99)]
+        assert read_manifest(table(tmp_path, "filename,width,height,left,top,right,bottom", rows)).boxes[0] == (
+            9,
+            9,
+            90,
+            99,
+        )
+    content = {"images": [{"id": "0", "file_name": "a.png", "width": 240, "height": 180}]}
+    content["annotations"] = [{"image_id": 0, "bbox": [1, 2, 30, 40]}]
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match="240 x 180"):
+        read_manifest(tmp_path / "list.json")
+
+
+def test_coco_files_that_were_joined_without_new_ids_are_refused(tmp_path):
+    content = {"images": [{"id": 0, "file_name": "a.png"}, {"id": 0, "file_name": "b.png"}], "annotations": []}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match="the image id 0 is that of two images"):
+        read_manifest(tmp_path / "list.json")
+
+
+def test_units_are_of_the_whole_list(tmp_path):
+    image(tmp_path)
+    shares = [("a.png", 0.1, 0.2, 0.5, 0.6)] * 20
+    header = "image,x1,y1,x2,y2"
+    assert read_manifest(table(tmp_path, header, shares)).boxes[0] == pytest.approx((48, 72, 240, 216))
+    beyond = [*shares, ("a.png", 0.1, 0.2, 1.15, 0.6)]  # of a detector
+    assert read_manifest(table(tmp_path, header, beyond)).boxes[0] == pytest.approx((48, 72, 240, 216))
+    with pytest.raises(ManifestError, match="20 of 30 boxes have no number above 1.1"):
+        read_manifest(table(tmp_path, header, shares + [("a.png", 10, 20, 50, 60)] * 10))
+    with pytest.raises(ManifestError, match="can be x,y,width,height or centre x,centre y,width,height"):
+        read_manifest(table(tmp_path, "image,x,y,w,h", [("a.png", 0.4, 0.5, 0.1, 0.2)] * 20))
+    found = read_manifest(
+        table(tmp_path, "image,x,y,w,h", [("a.png", 0.4, 0.5, 0.1, 0.2)] * 20), reading=Reading("cxcywh")
+    )
+    assert found.boxes[0] == pytest.approx((168, 144, 216, 216))
+
+
+def test_a_box_of_under_two_pixels_is_an_error(tmp_path, earteach):
+    image(tmp_path)
+    rows = [("a.png", 9, 9, 90, 99)] * 20 + [("a.png", 0.1, 0.2, 0.5, 0.6)]
+    said = earteach("validate-data", table(tmp_path, "image,x1,y1,x2,y2", rows))
+    assert said.code == 1 and b"box-tiny: 1" in said.out and b"is it in other units?" in said.out
+
+
+def test_a_cleaned_csv_keeps_byte_order_mark_quotes_and_line_ends(tmp_path, earteach):
+    image(tmp_path)
+    text = '\ufeff"Image";"x1";"y1";"x2";"y2";"note"\r\n"a.png";1;2;30;40;"two\r\nlines"\r\n"a.png";9;9;1;1;"bad"\r\n'
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8", newline="")
+    earteach("validate-data", tmp_path / "list.csv", "--write-clean", tmp_path / "clean.csv")
+    assert (tmp_path / "clean.csv").read_bytes().decode() == text[: text.index('"a.png";9')]
+
+
+def test_what_spreadsheets_add_is_read_and_decimal_commas_are_named(tmp_path):
+    image(tmp_path)
+    (tmp_path / "list.csv").write_text("sep=;\nimage;x1;y1;x2;y2\na.png;1;2;30;40\n;;;;\n")
+    assert list(read_manifest(tmp_path / "list.csv").boxes) == [(1, 2, 30, 40)]
+    with pytest.raises(ManifestError, match="decimal commas"):
+        read_manifest(table(tmp_path, "image;x1;y1;x2;y2", [("a.png", "1,5", "2,5", "30,5", "40,5")], ";"))

@@ -73,6 +73,8 @@ def test_csv_jsonl_coco_and_folder_agree(root):
         assert list(manifest.paths) == PATHS and list(manifest.boxes) == BOXES
     assert list(from_csv.identities) == list(from_jsonl.identities) == ["s01", "s01", "s02"]
     assert list(from_csv.sides) == ["left"] * 3
+    for kind in ("csv", "jsonl", "json"):
+        (root / f"m.{kind}").unlink()
     folder = read_manifest(root)
     assert list(folder.paths) == PATHS and list(folder.boxes) == [None] * 3
 
@@ -122,7 +124,7 @@ def test_unreadable_seed_files_say_why(root, content, words):
     "name, text, words",
     [
         ("m.csv", "foo,bar\n1,2\n", "no column of image paths"),
-        ("m.csv", "image_path,x1,y1\na.png,1,2\n", "x1, y1, which look like part of a box"),
+        ("m.csv", "image_path,x1,y1\na.png,1,2\n", "x1, y1, named like part of a box"),
         ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3\n", "line 2"),
         ("m.csv", "image_path,x1,y1,x2,y2\na.png,1,2,3,four\n", "row 0: box"),
         ("m.jsonl", "{not json}\n", "JSON Lines"),

@@ -295,7 +295,8 @@ def test_a_collapse_is_named_and_can_end_the_run(manifests, tmp_path, monkeypatc
 
 
 def test_a_monitor_that_cannot_be_measured_is_refused_before_training(manifests, tmp_path, earteach):
-    said = earteach("train", *manifests, *SMALL, "--monitor", "val/rank1", "--output-dir", tmp_path)
+    lists = [manifests[0], manifests[3], manifests[2], manifests[1]]  # the training list names nobody
+    said = earteach("train", *lists, *SMALL, "--monitor", "val/rank1", "--output-dir", tmp_path)
     assert (
         said.code == 2
         and "--monitor: val/rank1 needs identities with several pictures" in said.err

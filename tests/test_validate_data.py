@@ -100,7 +100,8 @@ def test_several_workers_find_the_same(faults, tmp_path, earteach):
     for i in range(150):  # enough photos for two processes
         scene(100 + i, (64, 64)).save(manifest.parent / f"more{i}.png")
     reports = []
-    for workers, source in ((1, manifest), (2, manifest), (1, manifest.parent), (2, manifest.parent)):
+    crops = shutil.copytree(manifest.parent, tmp_path / "crops", ignore=shutil.ignore_patterns("*.npy", "fifo*"))
+    for workers, source in ((1, manifest), (2, manifest), (1, crops), (2, crops)):
         earteach("validate-data", source, "--json", tmp_path / f"{len(reports)}.json", "--num-workers", workers)
         reports.append(json.loads((tmp_path / f"{len(reports)}.json").read_text()))
     assert reports[0] == reports[1] and reports[2] == reports[3] and reports[3]["pictures"] > 150
@@ -190,13 +191,13 @@ def test_a_clean_manifest_elsewhere_says_how_to_read_it(ears, tmp_path, earteach
 
 
 def test_the_data_card_says_what_is_there_and_names_nobody(ears, tmp_path, monkeypatch, earteach):
-    lists = [ears / "eval.csv", ears / "val_teacher.npy"]
+    lists = [ears / "eval.csv", ears / "train_teacher.npy"]
     words = ["validate-data", *lists, "--card", tmp_path / "card.md"]
     assert earteach(*words, "--consent", "drawn | nobody").code == 0
     text = (tmp_path / "card.md").read_text()
     rows = read_table(ears / "eval.csv")
     people, sides = {row["identity"] for row in rows}, [row["side"] for row in rows]
-    assert f"| ears | {len(rows)} | 8 |" in text and f"| people, where named | {len(people)} | not named |" in text
+    assert f"| ears | {len(rows)} | 24 |" in text and f"| people, where named | {len(people)} | not named |" in text
     assert f"| {sides.count('left')}, {sides.count('right')}, 0 |" in text and "is not known: not all name them" in text
     assert "| consent of those photographed | drawn \\| nobody |" in text and "| licence | not stated |" in text
     assert not any(person in text for person in people) and str(tmp_path) not in text and str(ears) not in text

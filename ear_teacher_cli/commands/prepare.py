@@ -23,13 +23,14 @@ from ..data.corners import Files
 from ..data.duplicates import (
     REASONS,
     Dropped,
-    Looks,
+    Examined,
     Merged,
     drop_repeated_rows,
+    examine,
     link_groups,
-    look,
     merge_copies,
     near_duplicates,
+    same_photo,
 )
 from ..data.formats import FORMATS as LISTS
 from ..data.mixed import Mixed, name_by_folders, read_mixed
@@ -40,7 +41,7 @@ from ..talk import Talk, counted
 
 FORMATS = ("npy", "csv")
 REPORT = "prepare.json"
-SIDES = ("train", "val")
+SPLITS = ("train", "val")
 _MANY = 12  # sources, lists and reasons that are named one by one
 _FEW = 3  # paths that are named of many
 _OFF = 0.05  # share of validation that may differ from the wanted one without a warning
@@ -51,16 +52,18 @@ class Prepared:
     """What is written, and how it came about."""
 
     found: Mixed
-    looks: Looks
+    examined: Examined
     merged: list[Merged]
     near: list[list[str]]  # paths of images that are near duplicates of each other
+    altered: list[list[str]]  # paths of images that Roboflow made of one photo
     groups: list[list[int]]  # ears that stay together
     validation: set[int]  # ears
     root_dir: str | None  # where the lists' paths start; None: the working directory
     warnings: list[str]
 
-    def side(self, name: str) -> list[int]:
-        return [index for index in self.looks.kept if (index in self.validation) == (name == "val")]
+    def split(self, name: str) -> list[int]:
+        """Ears of one of SPLITS."""
+        return [index for index in self.examined.kept if (index in self.validation) == (name == "val")]
 
 
 def prepare(
@@ -72,6 +75,7 @@ def prepare(
     seed: int = 0,
     format: str = "npy",
     reading: Reading | None = None,
+    root_dir: str | None = None,
     folder_identities: bool = False,
     num_workers: int = 8,
     dry_run: bool = False,
@@ -79,16 +83,17 @@ def prepare(
 ) -> Prepared:
     """Read RAW and write OUT/train_teacher.*, OUT/val_teacher.* and OUT/prepare.json (nothing with `dry_run`).
 
-    `val_share`: share of the ears to validate on, above 0 and below 1. Raises EarTeachError.
+    `val_share`: share of the ears to validate on, above 0 and below 1. `root_dir`: where the paths of RAW start from, if it
+    is a list. Raises EarTeachError.
     """
     if not 0 < val_share < 1:
         raise ConfigError("val_share", f"{val_share:g} is no share of the ears", "give a number between 0 and 1")
     if format not in FORMATS:
         raise WordsError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
-    lists = [Path(out) / f"{side}_teacher.{format}" for side in SIDES]
+    lists = [Path(out) / f"{split}_teacher.{format}" for split in SPLITS]
     if not dry_run:
         _refuse_outputs(raw, Path(out), [*lists, Path(out) / REPORT], overwrite)
-    found = read_mixed(raw, reading or Reading(), _own_files(Path(out)))
+    found = read_mixed(raw, root_dir, reading or Reading())
     if folder_identities:
         name_by_folders(found)
     prepared = _prepared(found, val_share, seed, num_workers, talk)
@@ -106,7 +111,7 @@ def prepare(
 
 
 def _own_files(out: Path) -> list[Path]:
-    return [out / REPORT, *(out / f"{side}_teacher.{format}" for side in SIDES for format in FORMATS)]
+    return [out / REPORT, *(out / f"{split}_teacher.{format}" for split in SPLITS for format in FORMATS)]
 
 
 def _refuse_outputs(raw: str, out: Path, paths: list[Path], overwrite: bool) -> None:
@@ -121,32 +126,33 @@ def _refuse_outputs(raw: str, out: Path, paths: list[Path], overwrite: bool) -> 
 
 
 def _prepared(found: Mixed, share: float, seed: int, num_workers: int, talk: Talk) -> Prepared:
-    looks = look(found, num_workers, talk)
-    drop_repeated_rows(found, looks)
-    merged = merge_copies(found, looks)
+    examined = examine(found, num_workers, talk)
+    drop_repeated_rows(found, examined)
+    merged = merge_copies(found, examined)
     where, paths = printable(found.ears.source), found.ears.paths
-    if not looks.kept:
-        raise EarTeachError(f"{where}: no ear can be used ({_reasons(looks)}); `earteach validate-data` names each")
-    near = near_duplicates(found, looks)
-    links = link_groups(found, looks, merged, near)
+    if not examined.kept:
+        raise EarTeachError(f"{where}: no ear can be used ({_reasons(examined)}); `earteach validate-data` names each")
+    near = near_duplicates(found, examined)
+    links = link_groups(found, examined, merged, near)
     by_group: dict[Any, list[int]] = defaultdict(list)
-    for index in looks.kept:
+    for index in examined.kept:
         by_group[links.find(paths[index])].append(index)
     groups = list(by_group.values())
     if len(groups) == 1:
         raise EarTeachError(
-            f"{where}: all {counted(len(looks.kept), 'ear')} that can be used belong to one group (one person, one photo, "
-            f"or near duplicates of each other), which cannot be split (dropped: {_reasons(looks) or 'none'}); add images "
+            f"{where}: all {counted(len(examined.kept), 'ear')} that can be used belong to one group (one person, one photo, "
+            f"or near duplicates of each other), which cannot be split (dropped: {_reasons(examined) or 'none'}); add images "
             "of other people"
         )
     sized = [Group(paths[group[0]], Counter(map(found.source, group))) for group in groups]
     chosen = choose_validation(sized, share, seed)
-    alike = [group for group in near.groups(dict.fromkeys(paths[i] for i in looks.kept)) if len(group) > 1]
+    alike = [group for group in near.groups(dict.fromkeys(paths[i] for i in examined.kept)) if len(group) > 1]
     prepared = Prepared(
         found,
-        looks,
+        examined,
         merged,
         alike,
+        same_photo(found, examined),
         groups,
         {index for place in chosen for index in groups[place]},
         None if _start(found.ears.root) is not None else str(found.ears.root),
@@ -156,20 +162,15 @@ def _prepared(found: Mixed, share: float, seed: int, num_workers: int, talk: Tal
     return prepared
 
 
-def _reasons(looks: Looks) -> str:
+def _reasons(examined: Examined) -> str:
     """`3 missing, 1 truncated`."""
-    return ", ".join(f"{len(group)} {reason}" for reason, group in _by_reason(looks.dropped).items())
+    return ", ".join(f"{len(group)} {reason}" for reason, group in _by_reason(examined.dropped).items())
 
 
 def _warnings(prepared: Prepared, links: Links, share: float) -> list[str]:
     """What the user has to know of the lists, a sentence each."""
-    found, kept, where = prepared.found, prepared.looks.kept, printable(prepared.found.ears.source)
+    found, kept, where = prepared.found, prepared.examined.kept, printable(prepared.found.ears.source)
     warnings = _warnings_of_people(prepared, links)
-    if found.unread:
-        warnings.append(
-            f"{where}: {counted(len(found.unread), 'file')} that may be a list of ears {_was(found.unread)} not read "
-            f"({_some(found.unread, 5)}); in a folder only _annotations.csv and .coco.json are: rename, or prepare by itself"
-        )
     largest = max(prepared.groups, key=len)
     if len(largest) > len(kept) / 2:
         warnings.append(
@@ -187,7 +188,7 @@ def _warnings(prepared: Prepared, links: Links, share: float) -> list[str]:
 
 
 def _warnings_of_people(prepared: Prepared, links: Links) -> list[str]:
-    found, kept, where = prepared.found, prepared.looks.kept, printable(prepared.found.ears.source)
+    found, kept, where = prepared.found, prepared.examined.kept, printable(prepared.found.ears.source)
     warnings = []
     sources: dict[str, set[str]] = defaultdict(set)
     for index in kept:
@@ -233,12 +234,12 @@ def _start(root: Path) -> str | None:
 
 def _report(prepared: Prepared) -> dict[str, Any]:
     """prepare.json: no time, no machine, so that the same inputs give the same bytes."""
-    found, looks = prepared.found, prepared.looks
+    found, examined = prepared.found, prepared.examined
     every, start = range(len(found.ears)), "the working directory" if prepared.root_dir is None else "--root-dir"
     by_source: dict[str, list[int]] = defaultdict(list)
     for index in every:
         by_source[found.source(index)].append(index)
-    kept, in_part = set(looks.kept), Counter(found.parts)
+    kept, in_part = set(examined.kept), Counter(found.parts)
     return {
         "paths_start_from": start,
         "found": _counts(found, every),
@@ -247,11 +248,12 @@ def _report(prepared: Prepared) -> dict[str, Any]:
             source: _counts(found, indices) | {"written": _written(prepared, [i for i in indices if i in kept])}
             for source, indices in sorted(by_source.items())
         },
-        "written": _written(prepared, looks.kept) | {"groups": len(prepared.groups)},
+        "written": _written(prepared, examined.kept) | {"groups": len(prepared.groups)},
         "near_duplicates": prepared.near,
+        "altered_copies": prepared.altered,
         "merged": [asdict(one) for one in prepared.merged],
-        "dropped_by_reason": {reason: len(group) for reason, group in _by_reason(looks.dropped).items()},
-        "dropped": [asdict(one) for group in _by_reason(looks.dropped).values() for one in group],
+        "dropped_by_reason": {reason: len(group) for reason, group in _by_reason(examined.dropped).items()},
+        "dropped": [asdict(one) for group in _by_reason(examined.dropped).values() for one in group],
         "not_read": found.unread,
         "warnings": prepared.warnings,
     }
@@ -280,9 +282,10 @@ def _by_reason(dropped: list[Dropped]) -> dict[str, list[Dropped]]:
 
 
 def _write(prepared: Prepared, report: dict[str, Any], lists: list[Path], report_path: Path) -> None:
-    """Write all three whole before any gets its name: a new list beside an old one could share images with it."""
+    """Write all three beside their places, then give each its name, the validation list first, the report last. If writing
+    fails, the old ones stay; only if renaming does, a new list may be beside an old one."""
     report_path.parent.mkdir(exist_ok=True)
-    train, val = (_rows(prepared, prepared.side(name)) for name in SIDES)
+    train, val = (_rows(prepared, prepared.split(name)) for name in SPLITS)
     write = LISTS[lists[0].suffix].write
     assert write is not None
     with whole_file(report_path) as told, whole_file(lists[0]) as first, whole_file(lists[1]) as second:
@@ -318,7 +321,7 @@ def _say(prepared: Prepared, report: dict[str, Any], talk: Talk) -> None:
     )
     boxes = [f"{printable(part)}: {one['boxes']}" for part, one in report["read"].items() if one["boxes"]]
     facts += _named("boxes", boxes)
-    dropped = _by_reason(prepared.looks.dropped)
+    dropped = _by_reason(prepared.examined.dropped)
     facts += _named(
         "dropped",
         [f"{len(g)} {reason} ({REASONS[reason]}): {_some([one.path for one in g])}" for reason, g in dropped.items()],
@@ -331,6 +334,11 @@ def _say(prepared: Prepared, report: dict[str, Any], talk: Talk) -> None:
     if prepared.near:
         alike = [" ~ ".join(paths[:_FEW]) for paths in prepared.near]
         facts.append(("alike", f"{counted(len(alike), 'group')} of near duplicates, each on one side: {_some(alike)}"))
+    if prepared.altered:
+        alike = [" ~ ".join(paths[:_FEW]) for paths in prepared.altered]
+        facts.append(
+            ("altered", f"{counted(len(alike), 'photo')} in several versions (.rf.), each on one side: {_some(alike)}")
+        )
     facts += _named("sources", [_source_line(name, one) for name, one in report["sources"].items()])
     facts.append(
         ("split", f"{_shares(report['written'])}, by {report['written']['groups']} groups, seed {report['seed']}")

@@ -8,7 +8,6 @@ within a manifest and between manifests.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ..data.box_pictures import photo_page
 from ..data.boxes import Box
 from ..data.crop import REASONS, cut, read_picture
 from ..data.data_card import data_card
-from ..data.inspect import PREVIEW, SMALL, WARNINGS, Photo, Seen, inspect_all, near_pairs
+from ..data.inspect import PREVIEW, SMALL, WARNINGS, CropStats, inspect_all, near_pairs, photos_of
 from ..data.manifest import Manifest, keep_rows, read_manifest, tell, write_manifest
 from ..errors import EarTeachError, ManifestError, PictureError, WordsError
 from ..files import printable, refuse_existing, whole_file
@@ -113,7 +112,7 @@ def validate_data(
     for manifest in manifests:
         tell(manifest, talk)
     report = Report(list(sources), sum(map(len, manifests)), 0, findings)
-    seen: dict[tuple[int, int], Seen] = {}
+    seen: dict[tuple[int, int], CropStats] = {}
     _look(manifests, report, seen, num_workers, talk)
     report.findings += _duplicate_rows(manifests) + _duplicates(manifests, seen)
     order = {m.source: i for i, m in enumerate(manifests)}
@@ -122,7 +121,7 @@ def validate_data(
         with whole_file(json_file) as temporary:
             temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if contact_sheet:
-        _draw_sheet(manifests, report, seen, contact_sheet)
+        _draw_sheet(manifests, report, seen, contact_sheet, talk)
     if card:
         counts = {reason: (len(group), _MEANINGS[reason]) for reason, group in report.by_reason().items()}
         sizes = {place: look.size for place, look in seen.items()}
@@ -132,21 +131,21 @@ def validate_data(
                 encoding="utf-8",
             )
     if write_clean and manifests:
-        kept = _write_clean(manifests[0], report, write_clean)
+        kept = _write_clean(manifests[0], report, write_clean, reading)
         talk.say(
             f"{printable(write_clean)}: {kept} of {len(manifests[0])} rows; read it with --root-dir {printable(manifests[0].root)}"
         )
     return report
 
 
-def _write_clean(manifest: Manifest, report: Report, path: str) -> int:
+def _write_clean(manifest: Manifest, report: Report, path: str, reading: Reading | None) -> int:
     """Write the ears without an error, in the layout of the list where the suffix is the same; returns how many."""
     bad = {finding.ear for finding in report.findings if finding.is_error}
     kept = [i for i in range(len(manifest)) if i not in bad]
     if not kept:
         raise EarTeachError(f"{printable(manifest.source)}: no row is without an error; nothing to write")
     if Path(path).suffix.lower() == Path(manifest.source).suffix.lower() and Path(manifest.source).is_file():
-        keep_rows(manifest, kept, path)
+        keep_rows(manifest, kept, path, reading.identity_column if reading else None)
     else:
         write_manifest(manifest.subset(kept), path)
     return len(kept)
@@ -166,7 +165,7 @@ def _read_all(
 
 def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: int, talk: Talk) -> None:
     """Decode every photo once, in parallel, and collect findings and what each ear looks like."""
-    jobs = [job for number, manifest in enumerate(manifests) for job in _jobs(number, manifest)]
+    jobs = [job for number, manifest in enumerate(manifests) for job in photos_of(manifest, number)]
     report.pictures = len(jobs)
     with talk.progress("looking at", len(jobs), "pictures") as steps:
         for job, (findings, looks) in zip(jobs, inspect_all(jobs, num_workers), strict=True):
@@ -175,18 +174,6 @@ def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: in
                 report.findings.append(_finding(reason, manifest, index, detail))
             seen.update({(job.manifest, index): look for index, look in looks})
             steps.advance()
-
-
-def _jobs(number: int, manifest: Manifest) -> Iterator[Photo]:
-    rows = defaultdict(list)
-    for index, path in enumerate(manifest.paths):
-        rows[path].append(index)
-    for indices in rows.values():
-        ears = [(i, manifest.boxes[i]) for i in indices]
-        try:
-            yield Photo(number, manifest.file(indices[0]), ears, manifest.box_format or "xyxy")
-        except PictureError as error:
-            yield Photo(number, None, ears, error=(error.reason, error.detail))
 
 
 def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
@@ -203,7 +190,7 @@ def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
     return findings
 
 
-def _duplicates(manifests: list[Manifest], seen: dict[tuple[int, int], Seen]) -> list[Finding]:
+def _duplicates(manifests: list[Manifest], seen: dict[tuple[int, int], CropStats]) -> list[Finding]:
     """Same file content, and near-same crops; each row is named once, against the first it repeats."""
     keys = sorted(seen)
     findings, named = [], set()
@@ -238,11 +225,14 @@ def _finding(reason: str, manifest: Manifest, index: int, detail: str, other: st
     return Finding(reason, manifest.source, manifest.rows[index], index, manifest.paths[index], detail, other)
 
 
-def _draw_sheet(manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], Seen], path: str) -> None:
+def _draw_sheet(
+    manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], CropStats], path: str, talk: Talk
+) -> None:
     """Photos with their boxes, which show whether the list is read as it was meant, above the worst crops."""
     pages = [page for page in (_photos(manifests, report), _worst_crops(manifests, seen)) if page is not None]
     if not pages:
-        raise EarTeachError(f"{printable(path)}: not one crop could be made; no contact sheet was written")
+        talk.warn(f"{printable(path)}: not one crop could be made; no contact sheet was written")
+        return
     sheet = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), (250, 250, 248))
     top = 0
     for page in pages:
@@ -290,7 +280,9 @@ def _spread(keys: list, most: int) -> list:
     return keys if len(keys) <= most else [keys[i * len(keys) // most] for i in range(most)]
 
 
-def _worst_crops(manifests: list[Manifest], seen: dict[tuple[int, int], Seen], most: int = 60) -> Image.Image | None:
+def _worst_crops(
+    manifests: list[Manifest], seen: dict[tuple[int, int], CropStats], most: int = 60
+) -> Image.Image | None:
     """The smallest crops, then the blurriest, each with its row and size; None if no crop could be made."""
     worst = sorted(seen, key=lambda key: (min(seen[key].size, SMALL), seen[key].sharpness))[:most]
     if not worst:

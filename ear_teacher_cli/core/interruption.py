@@ -22,8 +22,8 @@ from ..platform import handle_stop_signals
 class SaveOnStop(Checkpoint):
     """Writes `path` when told to stop, and raises Stopped. A second signal stops at once, without saving.
 
-    `begun`: whether training was; `saved`: whether the file was written; `exit_code` of what stopped the run. A Checkpoint, as Lightning calls those
-    after all other callbacks.
+    `begun`: whether training was; `saved`: whether the file was written; `exit_code` of what stopped the run. It is a
+    Checkpoint because Lightning calls those after all other callbacks.
     """
 
     def __init__(self, path: Path):

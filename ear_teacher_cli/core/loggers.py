@@ -39,7 +39,15 @@ _LAYOUT = {
 _OUTCOME = (*MONITORS, "val/spread", "val/effective_rank")
 
 
-class Events(TensorBoardLogger):
+class _StepsDone:
+    """Count steps as metrics.csv does, those that are done: Lightning gives the metrics of an epoch its last step, counted
+    from 0. What earteach logs itself (without an epoch among the metrics) stays as it is."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics(metrics, step if step is None or "epoch" not in metrics else step + 1)  # type: ignore[misc]
+
+
+class Events(_StepsDone, TensorBoardLogger):
     """TensorBoard's events alone. Lightning's hparams.yaml would say what config.toml does, and is not written whole."""
 
     @rank_zero_only
@@ -47,8 +55,16 @@ class Events(TensorBoardLogger):
         self.experiment.flush()
 
 
+class _Wandb(_StepsDone, WandbLogger):
+    pass
+
+
+class _MLFlow(_StepsDone, MLFlowLogger):
+    pass
+
+
 def events(config: TrainConfig, version: str | None, purge_step: int | None) -> Events:
-    """`version`: of a run that is gone on with at `purge_step`; later events are taken out of TensorBoard's view."""
+    """`version`: of a run that is resumed after `purge_step` steps; later events are taken out of TensorBoard's view."""
     # flush_secs: a signal that comes while an event is put into its queue may leave the writer asleep until it flushes,
     # by default for two minutes, and the run would wait for it
     logger = Events(
@@ -56,7 +72,7 @@ def events(config: TrainConfig, version: str | None, purge_step: int | None) -> 
         config.experiment_name,
         default_hp_metric=False,
         version=version,
-        purge_step=purge_step,
+        purge_step=None if purge_step is None else purge_step + 1,
         flush_secs=5,
     )
     if version is None and is_first_process():
@@ -97,10 +113,10 @@ def _by_name(config: TrainConfig, known: str | None) -> tuple[Logger, str]:
         where = str(config.experiment_dir)
         # what is printed names paths, and the code is not W&B's matter
         quiet = {"console": "off", "disable_git": True, "save_code": False}
-        logger = WandbLogger(name=name, save_dir=where, project=PROJECT, id=known, resume="allow", settings=quiet)
+        logger = _Wandb(name=name, save_dir=where, project=PROJECT, id=known, resume="allow", settings=quiet)
         return logger, known
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.experiment_dir.absolute()}/mlflow.db"
-    logger = MLFlowLogger(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
+    logger = _MLFlow(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
     return logger, str(logger.run_id) if is_first_process() else str(known)
 
 

@@ -111,6 +111,8 @@ def _panel(title: str, lines: Mapping[str, str], rows: Sequence[Mapping[str, str
     axis.set_title(title, fontsize=10, color=_INK, loc="left")
     axis.set_xlabel("epoch", color=_INK, fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
+    if axis.get_xlim()[1] - axis.get_xlim()[0] < 1:  # one epoch
+        axis.set_xlim(best - 0.5, best + 0.5)
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
         figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8, labelcolor=_INK)

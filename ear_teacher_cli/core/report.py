@@ -26,6 +26,7 @@ from .evaluation import FEW_PEOPLE, Evaluation, excludes_0, look_alike_sheet, sc
 from .look import Look, look_at
 from .metrics import can_be_scored
 from .pictures import read_own_picture
+from .reporter import UNITS, of_other_weights
 
 QUERIES, NEIGHBOURS = 6, 5
 COLLAGES_SHOWN = 4
@@ -152,6 +153,7 @@ def _top(story: Story) -> list[str]:
     monitored, before = row.get(config.monitor, ""), story.row(0).get(config.monitor, "")
     pictures = int(story.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints do not say
     state, why = judge(_figures(row), _figures(story.row(0)), pictures)
+    unit = UNITS.get(config.monitor, "")
     kind = (
         f"best epoch, by {config.monitor}" if story.is_best else "epoch of the checkpoint that is left: no best one is"
     )
@@ -161,8 +163,8 @@ def _top(story: Story) -> list[str]:
     facts = [
         (f"{story.epoch} of {story.last}", kind + ahead, ""),
         (
-            f"{float(monitored):.4g}" if monitored else "unknown",
-            f"{config.monitor} there" + (f"; {float(before):.4g} before training" if before else ""),
+            f"{float(monitored):.4g}{unit}" if monitored else "unknown",
+            f"{config.monitor} there" + (f"; {float(before):.4g}{unit} before training" if before else ""),
             "",
         ),
         *([(f"{float(row['val/psnr']):.1f} dB", "PSNR of reconstructions there", "")] if row.get("val/psnr") else []),
@@ -208,6 +210,7 @@ def _while_it_trained(story: Story) -> list[str]:
             "pictures like those of training; none sees another camera.",
             "faint",
         ),
+        *([page.element("p", of_other_weights(story.config), "faint")] if of_other_weights(story.config) else []),
     ]
 
 

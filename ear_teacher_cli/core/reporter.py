@@ -27,6 +27,7 @@ _QUALITY = {
     "spread": ("spread", "spread {:.2f}", 5),
     "effective_rank": ("eff. rank", "effective rank {:.0f}", 5),
 }
+UNITS = {"val/retrieval": " %", "val/rank1": " %", "val/eer": " %", "val/psnr": " dB"}  # losses have none
 _CLASSES = {"in_use": "in use {:.2f}", "entropy": "entropy {:.2f}", "nmi": "NMI {:.2f}"}
 
 
@@ -62,8 +63,9 @@ class Reporter(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.steps is None:
-            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch) - batch_idx
-            self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps"))
+            total = trainer.num_training_batches * trainer.max_epochs
+            done = trainer.num_training_batches * trainer.current_epoch + batch_idx
+            self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps", done))
         if self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch
             self.epoch_start, self.pictures = time.monotonic(), 0
@@ -210,6 +212,7 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
             f"{config.learning_rate:g} (heads x {config.head_rate:g}), warm-up {config.warmup:g}; "
             f"{config.precision}; best by {config.monitor}",
         ),
+        *([("note", note)] if (note := of_other_weights(config)) else []),
         ("options", f"set otherwise: {' '.join(changed)}" if changed else "all others as by default"),
     ]
 
@@ -219,6 +222,16 @@ _SHOWN = {
     "train_metadata", "val_metadata", "output_dir", "experiment_name", "backbone", "image_size", "pretrained",
     "max_epochs", "batch_size", "learning_rate", "precision",
 }  # fmt: skip
+
+
+def of_other_weights(config: TrainConfig) -> str:
+    """Why validation reconstructs worse than training, where it does for a known reason; else ''."""
+    if not config.kept_share or not config.reconstruction_weight:
+        return ""
+    return (
+        f"val recon and PSNR are computed with the backbone that is kept, moved back by --keep-start {config.keep_start:g}, "
+        "to which the decoder is not trained: they are worse than train recon"
+    )
 
 
 def why_best(folder: Path, best: Path | None, monitor: str) -> str:
@@ -232,8 +245,9 @@ def why_best(folder: Path, best: Path | None, monitor: str) -> str:
         return ""
     choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
     rank = f"the {word} so far" if scored[epoch] == choose(scored.values()) else f"the {word} of those that are kept"
-    before = f"; {start:.4g} before training" if start is not None else ""
-    return f"{monitor} {scored[epoch]:.4g}, {rank} (epoch {epoch} of {max(scored)}{before})"
+    unit = UNITS.get(monitor, "")
+    before = f"; {start:.4g}{unit} before training" if start is not None else ""
+    return f"{monitor} {scored[epoch]:.4g}{unit}, {rank} (epoch {epoch} of {max(scored)}{before})"
 
 
 def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: int) -> str:

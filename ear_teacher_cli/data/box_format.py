@@ -33,7 +33,8 @@ _MOST_TIED = 0.35  # correlation of centre and size at most, in the order that i
 _LEAST_TIED = 0.7  # and at least, in the other; less is asked where boxes of the order that is taken lie in the middle
 # of their images along both axes, and those of the other do not: medians, as shares of the image's side.
 _LEAST_TIED_CENTRED, _CENTRED = 0.25, 0.025
-_ASPECTS = (1.1, 2.6)  # median height / width that boxes of ears may have
+_ASPECTS = (1.1, 2.6)  # median height / width that boxes of ears may have where little else tells the order,
+_WIDEST, _HIGHEST = 0.85, 4.0  # and where the numbers of impossible boxes do
 # Sizes read as corners are possible throughout only where boxes fill their images, which are then crops around an ear:
 # how far the median centre may be from the image's, as a share of its side.
 _OFF_CENTRE = 0.08
@@ -73,19 +74,51 @@ def judge(numbers: np.ndarray, sizes: np.ndarray, orders: Sequence[str] = ("xyxy
     numbers, sizes = numbers[differ], sizes[differ]
     count = len(numbers)
     bad = {order: int(impossible(numbers, sizes, order).sum()) for order in orders}
+    # a row that is written several times is one
+    different = np.unique(np.concatenate([numbers, sizes], axis=1), axis=0)
+    decided, found = _decided(different[:, :4], different[:, 4:], orders)
+    if not found:
+        shown = sorted(orders, key=lambda order: -bad[order])
+        found = "; ".join(f"as {BOX_FORMATS[o]} {bad[o]} of {count} boxes are impossible" for o in shown)
+    return Judgement(decided, found, count, bad)
+
+
+def _decided(numbers: np.ndarray, sizes: np.ndarray, orders: Sequence[str]) -> tuple[str | None, str]:
+    """(the order, or None; why, '' where the numbers of impossible boxes say it)."""
+    count = len(numbers)
+    bad = {order: int(impossible(numbers, sizes, order).sum()) for order in orders}
     best = min(orders, key=lambda order: bad[order])
-    others = [order for order in orders if order != best]
-    least = min(bad[order] for order in others)
-    found = "; ".join(f"as {BOX_FORMATS[o]} {bad[o]} of {count} boxes are impossible" for o in (*others, best))
+    least = min(bad[order] for order in orders if order != best)
     by_tie = _tied(numbers, sizes, orders) if len(orders) == 2 else None
-    clear = bad[best] <= least / 10 and least >= _FEWEST
-    if clear and least >= _SHARE * count:
+    if bad[best] <= least / 10 and least >= max(_FEWEST, _SHARE * count):
         if by_tie is not None and by_tie[0] != best and least < _MANY:
-            return Judgement(None, f"{found}; but {by_tie[1]}", count, bad)
-        return Judgement(best, found, count, bad)
+            return None, ""
+        return (best, "") if _like_ears(numbers, sizes, best) else (None, "")
     if by_tie is not None and max(bad.values()) <= _SHARE * count and bad[by_tie[0]] <= max(1, bad[best]):
-        return Judgement(by_tie[0], by_tie[1], count, bad)
-    return Judgement(None, found, count, bad)
+        return by_tie
+    return None, ""
+
+
+def could_be_centres(numbers: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether boxes that fit x,y,width,height are better explained as centre x,centre y,width,height.
+
+    Mostly neither can be excluded: the two differ by half a box. Few lists have centres in pixels, so that they are only
+    considered where x,y,width,height is contradicted.
+    """
+    finite = np.isfinite(numbers).all(axis=1)
+    numbers, sizes = numbers[finite], sizes[finite]
+    corner, centre = (int(impossible(numbers, sizes, order).sum()) for order in ("xywh", "cxcywh"))
+    tied = _tied(numbers, sizes, ("xywh", "cxcywh")) if len(numbers) else None
+    return (corner >= _FEWEST and centre <= corner / 10) or (tied is not None and tied[0] == "cxcywh")
+
+
+def _like_ears(numbers: np.ndarray, sizes: np.ndarray, order: str) -> bool:
+    """Whether the boxes are mostly higher than wide, as those of ears are; others are of another order, or no ears."""
+    corners = to_corners(numbers[~impossible(numbers, sizes, order)], order)
+    if not len(corners):
+        return False
+    aspects = (corners[:, 3] - corners[:, 1]) / (corners[:, 2] - corners[:, 0])
+    return bool(_WIDEST <= np.median(aspects) <= _HIGHEST)
 
 
 def _tied(numbers: np.ndarray, sizes: np.ndarray, orders: Sequence[str]) -> tuple[str, str] | None:

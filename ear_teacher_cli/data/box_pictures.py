@@ -1,5 +1,6 @@
 """Photos with boxes drawn on them, so that a person sees whether a list is read as it was meant."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -7,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import PictureError
-from ..files import printable
-from .boxes import BOX_FORMATS, Box, scaled, to_corners, units_of
+from ..errors import EarTeachError, PictureError
+from ..files import printable, whole_file
+from .boxes import BOX_FORMATS, Box, to_corners
 from .crop import read_picture
 
 _SIDE, _GAP, _FOOT = 220, 10, 20
@@ -21,15 +22,16 @@ _PAPER, _INK = (250, 250, 248), (24, 28, 36)
 
 
 def draw_readings(
-    rows: Sequence[tuple[str | None, Box, tuple[float, float]]], orders: Sequence[str], most: int = 10
+    where: str, rows: Sequence[tuple[str | None, Box]], orders: Sequence[str], most: int = 10
 ) -> str | None:
     """Draw up to ten photos with one box in each of `orders`; returns the file, None if none could be drawn.
 
-    `rows`: path, box as it stands in the list, size. The file is a new one in the folder for temporary files.
+    `rows`: path, and the box's numbers in pixels as they stand in the list `where`. The file is in the folder for
+    temporary files, one for each list.
     """
     shown: list[Photo] = []
     seen: set[str] = set()
-    for path, box, size in rows:
+    for path, box in rows:
         if path is None or path in seen or len(shown) >= most:
             continue
         try:
@@ -37,23 +39,23 @@ def draw_readings(
         except PictureError:
             continue
         seen.add(path)
-        boxes = [(_corners(box, size, order), _COLOURS[order]) for order in orders]
+        boxes = [(_corners(box, order), _COLOURS[order]) for order in orders]
         shown.append((photo, boxes, printable(os.path.basename(path))))
     if not shown:
         return None
     legend = [(f"as {BOX_FORMATS[order]}", _COLOURS[order]) for order in orders]
+    mark = hashlib.sha256(os.path.abspath(where).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    name = os.path.join(tempfile.gettempdir(), f"earteach-boxes-{mark}.png")
     try:
-        handle, name = tempfile.mkstemp(prefix="earteach-boxes-", suffix=".png")
-        with open(handle, "wb") as file:
-            photo_page(shown, "which boxes are right?", legend).save(file, format="PNG")
-    except OSError:
+        with whole_file(name) as temporary:
+            photo_page(shown, "Which boxes are around the ears?", legend).save(temporary, format="PNG")
+    except (OSError, EarTeachError):
         return None
     return name
 
 
-def _corners(box: Box, size: tuple[float, float], order: str) -> Box:
-    numbers = np.array([box], dtype=np.float64)
-    x1, y1, x2, y2 = to_corners(scaled(numbers, np.array([size]), units_of(numbers)), order)[0]
+def _corners(box: Box, order: str) -> Box:
+    x1, y1, x2, y2 = to_corners(np.array(box, dtype=np.float64), order)
     return float(x1), float(y1), float(x2), float(y2)
 
 

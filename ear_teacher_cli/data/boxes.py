@@ -13,10 +13,11 @@ BOX_FORMATS = {
     "xywh": "x,y,width,height",
     "cxcywh": "centre x,centre y,width,height",
 }
-BOX_UNITS = ("pixels", "relative")  # relative: a share of the image's width (x) and height (y), 0 to 1
+# Units are pixels, or relative: a share of the image's width (x) and height (y), 0 to 1.
 
 # Numbers up to here are shares of the image: no ear is a pixel wide. Boxes of detectors reach a little beyond 1.
-_LARGEST_SHARE = 1.1
+_LARGEST_SHARE, _LARGEST_OUTLIER = 1.1, 2.0
+_FEW = 0.1  # share of boxes that may be otherwise: damaged rows
 
 
 class Boxes(Sequence):
@@ -67,9 +68,15 @@ def to_corners(numbers: np.ndarray, order: str) -> np.ndarray:
 
 
 def units_of(numbers: np.ndarray) -> str:
-    """ "relative" if all numbers of the boxes [N, 4] can be shares of an image, else "pixels"."""
-    finite = numbers[np.isfinite(numbers)]
-    return "relative" if len(finite) and 0 < np.abs(finite).max() <= _LARGEST_SHARE else "pixels"
+    """ "relative" if the boxes [N, 4] are shares of an image, "pixels" if not, "" where some are and others are not."""
+    largest = np.abs(numbers[np.isfinite(numbers).all(axis=1)]).max(axis=1, initial=0.0)
+    largest = largest[largest > 0]  # zeros stand for no box
+    small = (largest <= _LARGEST_SHARE).mean() if len(largest) else 0.0
+    if small < _FEW:
+        return "pixels"
+    if small > 1 - _FEW and largest.max() <= _LARGEST_OUTLIER:
+        return "relative"
+    return ""
 
 
 def scaled(numbers: np.ndarray, sizes: np.ndarray, units: str) -> np.ndarray:

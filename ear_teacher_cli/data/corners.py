@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..config import AUTO, Reading
 from ..errors import ManifestError, PictureError
-from .box_format import Judgement, judge
+from ..files import printable
+from .box_format import Judgement, could_be_centres, impossible, judge
 from .box_pictures import draw_readings
 from .boxes import BOX_FORMATS, Boxes, scaled, to_corners, units_of
 from .crop import image_size
@@ -34,43 +35,24 @@ class Corners:
 def to_pixels(rows: Rows, files: "Files", reading: Reading, where: str) -> Corners:
     """Convert the boxes of `rows` to corners in pixels of the upright images.
 
-    Raises ManifestError where nothing says their order and `judge` cannot decide.
+    Raises ManifestError where their order or units are open, or the images are not of the sizes that the list states.
     """
-    given = rows.boxes.given
-    places = np.flatnonzero(given)
+    places = np.flatnonzero(rows.boxes.given)
     if not len(places):
         return Corners(rows.boxes)
     numbers = rows.boxes.numbers[places]
-    units = rows.units or (units_of(numbers) if reading.box_units == AUTO else reading.box_units)
-    sample, sizes = _sampled(places, files)
-    judged = judge(scaled(numbers[sample], sizes, units), sizes, _ORDERS[units])
+    units = _units(rows, numbers, reading, where)
+    sample = _Sample.of(places, numbers, units, files)
+    _check_sizes(rows, sample, files, where)
     result = Corners(rows.boxes, units=units)
-    if rows.order is not None:
-        result.order, result.how = rows.order, f"{BOX_FORMATS[rows.order]} by {rows.named_by}"
-        if reading.box_format not in (AUTO, rows.order):
-            result.warnings.append(
-                f"{where}: its boxes are {result.how}; --box-format {reading.box_format} is only for lists that do not "
-                "say, and was not used"
-            )
-    elif reading.box_format != AUTO:
-        result.order, result.how = reading.box_format, f"{BOX_FORMATS[reading.box_format]} by --box-format"
-    else:
-        result.order, result.how = _judged(judged, len(sample), len(places), sizes, rows, sample, places, files, where)
-        if not judged.differ:
-            result.how = ""
-        elif judged.order is None:
-            result.warnings.append(
-                f"{where}: not one of its images could be opened, so nothing shows whether its boxes are corners, as "
-                "they are taken to be; check --root-dir"
-            )
-    if result.order != judged.order and (rows.order or reading.box_format != AUTO):
-        result.warnings += _doubts(judged, result, where)
+    result.order, result.how = _order(rows, sample, files, units, reading, where, result.warnings)
     if units == "relative":
         result.how += f"{', ' if result.how else ''}as shares of the image"
     if units == "relative" or rows.from_points:
         sizes = np.array([files.size(int(place)) for place in files.read(places)])
         known = ~np.isnan(sizes).any(axis=1, keepdims=True)
-        corners = to_corners(np.where(known, scaled(numbers, sizes, units), numbers), result.order)
+        pixels = scaled(numbers, sizes, units)
+        corners = to_corners(np.where(known, pixels, numbers), result.order)
         if rows.from_points:
             corners = np.where(~known, corners, np.clip(corners, 0, np.tile(sizes, 2)))
     elif result.order == "xyxy":
@@ -83,59 +65,126 @@ def to_pixels(rows: Rows, files: "Files", reading: Reading, where: str) -> Corne
     return result
 
 
-def _sampled(places: np.ndarray, files: "Files") -> tuple[np.ndarray, np.ndarray]:
-    """(indices into `places` of the boxes of at most _SAMPLE images, spread over the list, sizes [M, 2] of those)."""
-    images = np.unique(np.array([files.number(int(place)) for place in places]), return_inverse=True)[1]
-    count = images.max() + 1
-    if count > _SAMPLE:
-        chosen = np.zeros(count, dtype=bool)
-        chosen[np.linspace(0, count - 1, _SAMPLE).astype(int)] = True
-        sample = np.flatnonzero(chosen[images])
-    else:
-        sample = np.arange(len(places))
-    files.read(places[sample])
-    return sample, np.array([files.size(int(place)) for place in places[sample]]).reshape(-1, 2)
+@dataclass(frozen=True)
+class _Sample:
+    """The boxes of at most _SAMPLE images, spread over a list of `count` boxes."""
+
+    places: np.ndarray  # [M] rows
+    numbers: np.ndarray  # [M, 4] in pixels, in the order of the list
+    sizes: np.ndarray  # [M, 2] of the images; NaN where one could not be opened
+    count: int
+
+    @classmethod
+    def of(cls, places: np.ndarray, numbers: np.ndarray, units: str, files: "Files") -> "_Sample":
+        images = np.unique(np.array([files.number(int(place)) for place in places]), return_inverse=True)[1]
+        kept = np.ones(len(places), dtype=bool)
+        if (count := int(images.max()) + 1) > _SAMPLE:
+            chosen = np.zeros(count, dtype=bool)
+            chosen[np.linspace(0, count - 1, _SAMPLE).astype(int)] = True
+            kept = chosen[images]
+        files.read(places[kept])
+        sizes = np.array([files.size(int(place)) for place in places[kept]]).reshape(-1, 2)
+        return cls(places[kept], scaled(numbers[kept], sizes, units), sizes, len(places))
 
 
-def _judged(
-    judged: Judgement,
-    sampled: int,
-    count: int,
-    sizes: np.ndarray,
-    rows: Rows,
-    sample: np.ndarray,
-    places: np.ndarray,
-    files: "Files",
-    where: str,
-) -> tuple[str, str]:
-    """(order, how it was found). Raises ManifestError where it is open."""
-    if judged.order is not None:
-        of = "" if sampled == count else f", judged from {sampled} of {count} boxes"
-        return judged.order, f"{BOX_FORMATS[judged.order]} by their numbers ({judged.reason}{of})"
-    if np.isnan(sizes).all():
-        return "xyxy", BOX_FORMATS["xyxy"]
-    orders = tuple(judged.impossible)
-    picture = draw_readings(
-        [
-            (files.path(int(places[i])), rows.boxes[int(places[i])], tuple(size))
-            for i, size in zip(sample, sizes, strict=True)
-        ],
-        orders,
-    )
-    seen = f"look at {picture} and " if picture else ""
+def _units(rows: Rows, numbers: np.ndarray, reading: Reading, where: str) -> str:
+    if rows.units or reading.box_units != AUTO:
+        return rows.units if reading.box_units == AUTO else reading.box_units
+    units = units_of(numbers)
+    if not units:
+        small = int((np.abs(numbers).max(axis=1) <= 1.1).sum())
+        raise ManifestError(
+            f"{where}: {small} of {len(numbers)} boxes have no number above 1.1, as shares of an image have, and the others "
+            "have; write all in pixels, or give --box-units pixels or relative"
+        )
+    return units
+
+
+def _check_sizes(rows: Rows, sample: _Sample, files: "Files", where: str) -> None:
+    """Raise ManifestError where most images are not of the sizes that the list states: its boxes are of other files."""
+    if not rows.sizes:
+        return
+    stated = np.array([rows.sizes.get(rows.paths[place], (np.nan, np.nan)) for place in sample.places])
+    both = ~(np.isnan(stated) | np.isnan(sample.sizes)).any(axis=1)
+    if rows.order is not None:  # `width` beside `left` and `right` may be the box's
+        corners = to_corners(sample.numbers, rows.order)
+        both &= (np.abs(corners[:, 2:] - corners[:, :2] - stated) > 1).any(axis=1)
+    other = both & (np.abs(stated - sample.sizes) > 1).any(axis=1)
+    if other.sum() <= both.sum() / 2:
+        return
+    first = int(np.flatnonzero(other)[0])
+    says, found = ("{:g} x {:g}".format(*size) for size in (stated[first], sample.sizes[first]))
     raise ManifestError(
-        f"{where}: its boxes can be {' or '.join(BOX_FORMATS[o] for o in orders)} ({judged.reason}); {seen}"
-        f"give --box-format {', '.join(orders[:-1])} or {orders[-1]}"
+        f"{where}: says that {printable(rows.paths[sample.places[first]])} is {says}, but the file is {found}, as are "
+        f"{int(other.sum()) - 1} others: the images were resized or turned after they were annotated. Use the images as "
+        "they were; or if the boxes fit these, take width and height out of the list"
     )
 
 
-def _doubts(judged: Judgement, result: Corners, where: str) -> list[str]:
-    """A warning where the boxes are impossible as the list or the user says, and possible otherwise."""
-    if judged.order is None or result.order not in judged.impossible or not judged.differ:
-        return []
-    if judged.impossible[result.order] <= judged.impossible[judged.order]:
-        return []
-    return [f"{where}: its boxes are {result.how}, but {judged.reason}; is that order right?"]
+def _order(
+    rows: Rows, sample: _Sample, files: "Files", units: str, reading: Reading, where: str, warnings: list[str]
+) -> tuple[str, str]:
+    """(order of the boxes, how it was found); warnings are added. Raises ManifestError where it is open."""
+    open_in_shares = rows.open_in_shares and units == "relative"
+    if rows.order is not None and not open_in_shares:
+        order, how = rows.order, f"{BOX_FORMATS[rows.order]} by {rows.named_by}"
+        if reading.box_format not in (AUTO, order):
+            warnings.append(
+                f"{where}: its boxes are {how}; --box-format {reading.box_format} is only for lists that do not say, and "
+                "was not used"
+            )
+    elif reading.box_format != AUTO:
+        order, how = reading.box_format, f"{BOX_FORMATS[reading.box_format]} by --box-format"
+    else:
+        orders = ("xywh", "cxcywh") if open_in_shares else _ORDERS[units]
+        return _by_numbers(sample, files, orders, where, warnings)
+    judged = judge(sample.numbers, sample.sizes, _ORDERS[units])
+    if judged.order not in (None, order) and judged.differ and order in judged.impossible:
+        if judged.impossible[order] > judged.impossible[judged.order]:
+            warnings.append(f"{where}: its boxes are {how}, but {judged.reason}; is that order right?")
+    return order, how
+
+
+def _by_numbers(
+    sample: _Sample, files: "Files", orders: tuple[str, ...], where: str, warnings: list[str]
+) -> tuple[str, str]:
+    judged = judge(sample.numbers, sample.sizes, orders)
+    if not judged.differ:
+        return judged.order or "xyxy", ""
+    offered = orders
+    if judged.order == "xywh" and "cxcywh" not in orders and could_be_centres(sample.numbers, sample.sizes):
+        judged, offered = replace(judged, order=None), (*orders, "cxcywh")
+    if judged.order is not None:
+        of = "" if len(sample.places) == sample.count else f", judged from {len(sample.places)} of {sample.count} boxes"
+        how = f"{BOX_FORMATS[judged.order]} by their numbers ({judged.reason}{of})"
+        return judged.order, how + _or_centres(sample, judged.order, orders)
+    if np.isnan(sample.sizes).all() and "xyxy" in orders:
+        warnings.append(
+            f"{where}: not one of its images could be opened, so nothing shows whether its boxes are corners, as they are "
+            "taken to be; check --root-dir"
+        )
+        return "xyxy", BOX_FORMATS["xyxy"]
+    offered = offered if "cxcywh" in offered else (*offered, "cxcywh")
+    raise ManifestError(_open_question(sample, files, judged, offered, where))
+
+
+def _or_centres(sample: _Sample, order: str, orders: tuple[str, ...]) -> str:
+    """What is left open where x,y,width,height is taken."""
+    if order != "xywh" or "cxcywh" in orders:
+        return ""
+    excluded = impossible(sample.numbers, sample.sizes, "cxcywh").mean() > 0.1
+    return "" if excluded else "; not told apart from centres in pixels, which are --box-format cxcywh"
+
+
+def _open_question(sample: _Sample, files: "Files", judged: Judgement, orders: tuple[str, ...], where: str) -> str:
+    """What to say of a list whose order is open, with a picture of its readings where one can be drawn."""
+    rows = [(files.path(int(p)), tuple(box)) for p, box in zip(sample.places, sample.numbers.tolist(), strict=True)]
+    picture = draw_readings(where, rows, orders)
+    seen = f"look at {picture} and " if picture else ""
+    return (
+        f"{where}: its boxes can be {' or '.join(BOX_FORMATS[o] for o in orders)} ({judged.reason}); {seen}give "
+        f"--box-format ({', '.join(orders)})"
+    )
 
 
 class Files:

@@ -37,12 +37,14 @@ REASONS = {
     "outside-root": "the path leaves the root folder",
     "box-not-finite": "the box holds NaN or infinity",
     "box-empty": "the box has x2 <= x1 or y2 <= y1",
+    "box-tiny": "the box is under 2 px on a side",
     "box-outside": "the box leaves the picture",
 }
 # PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
 _ORIENTATION = 0x0112
 # Decoders of photographs only: others (EPS, say) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
+_TINY = 2.0  # px; no ear, but a share of the image, or a slip
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 CUT = 1  # to be raised whenever the same picture and box give another crop: kept ones are of the old kind
 _MAX_FILE_BYTES = 2**30
@@ -135,11 +137,15 @@ def check_box(box: Box) -> None:
 
 
 def check_box_inside(box: Box, size: tuple[int, int]) -> None:
-    """Raise PictureError if the box leaves a picture of `size` (width, height) by more than a pixel."""
+    """Raise PictureError if the box leaves a picture of `size` (width, height) by more than a pixel, or is tiny."""
     width, height = size
     x1, y1, x2, y2 = box
     if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
         raise PictureError("box-outside", f"box {_numbers(box)} leaves the picture of {width} x {height}")
+    if min(x2 - x1, y2 - y1) < _TINY:
+        raise PictureError(
+            "box-tiny", f"box {_numbers(box)} is {x2 - x1:.3g} x {y2 - y1:.3g} px; is it in other units?"
+        )
 
 
 def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:

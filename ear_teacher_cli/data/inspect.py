@@ -1,4 +1,4 @@
-"""What one photo and its ears look like to validate-data: oddities, box checks, hashes, sharpness. No torch here.
+"""What every photo and its ears are checked for: oddities, boxes, hashes, sharpness. No torch here.
 
 `inspect` runs in worker processes; the perceptual hash finds near duplicates without comparing all with all.
 """
@@ -6,10 +6,12 @@
 import hashlib
 import multiprocessing
 import signal
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from ..errors import EarTeachError, PictureError
 from ..platform import usable_cores
 from .boxes import BOX_FORMATS, Box, from_corners, to_corners
 from .crop import Picture, buffered_box, check_box, check_box_inside, cut, read_picture
+from .manifest import Manifest
 from .pixels import Preprocessing
 
 WARNINGS = {
@@ -31,7 +34,7 @@ WARNINGS = {
     "mode-cmyk": "CMYK picture (converted)",
     "mode-palette": "palette picture (converted)",
     "duplicate-row": "the same picture and box twice in one manifest",
-    "duplicate-picture": "the same pixels under another name, in the same manifest",
+    "duplicate-picture": "the same file content under another name, in the same manifest",
     "near-duplicate": "almost the same ear picture, in the same manifest",
     "leak-photo": "the same photo in two manifests (training and validation)",
     "leak-near-duplicate": "almost the same ear picture in two manifests (training and validation)",
@@ -67,24 +70,39 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one row's ear looks like: hashes and sharpness of its crop. `digest`: sha256 of the file."""
+class CropStats:
+    """Hashes and sharpness of one row's crop. `digest`: sha256 of the file."""
 
     digest: bytes
     hash: int
+    mirrored: int  # the hash of the crop's mirror image
     sharpness: float  # variance of the crop's Laplacian
     size: float  # shorter side of the box in pixels
 
 
-def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, Seen]]]:
-    """(findings as (row index, reason, detail), looks as (row index, Seen)) of one photo."""
+def photos_of(manifest: Manifest, number: int = 0, order_of: Callable[[int], str] | None = None) -> Iterator[Photo]:
+    """A job for `inspect` per photo. `order_of`: order of the boxes of a row's list (default: the manifest's)."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for index, path in enumerate(manifest.paths):
+        rows[path].append(index)
+    for indices in rows.values():
+        ears = [(index, manifest.boxes[index]) for index in indices]
+        order = (order_of(indices[0]) if order_of else manifest.box_format) or "xyxy"
+        try:
+            yield Photo(number, manifest.file(indices[0]), ears, order)
+        except PictureError as error:
+            yield Photo(number, None, ears, order, (error.reason, error.detail))
+
+
+def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, CropStats]]]:
+    """(findings as (row index, reason, detail), (row index, stats) of the crops that could be cut) of one photo."""
     if photo.error is not None:
         return [(index, *photo.error) for index, _ in photo.ears], []
     try:
         picture = read_picture(photo.path)
     except PictureError as error:
         return [(index, error.reason, error.detail) for index, _ in photo.ears], []
-    findings, looks = [], []
+    findings, crops = [], []
     digest = hashlib.sha256(picture.data).digest()
     for index, box in photo.ears:
         for reason, detail in _oddities(picture.mode, picture.orientation):
@@ -97,15 +115,9 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, S
             continue
         region = box or (0.0, 0.0, float(picture.image.width), float(picture.image.height))
         findings += [(index, *entry) for entry in _box_warnings(box, region, picture.image.size)]
-        looks.append(
-            (
-                index,
-                Seen(
-                    digest, perceptual_hash(crop), sharpness_of(crop), min(region[2] - region[0], region[3] - region[1])
-                ),
-            )
-        )
-    return findings, looks
+        size = min(region[2] - region[0], region[3] - region[1])
+        crops.append((index, CropStats(digest, *perceptual_hashes(crop), sharpness_of(crop), size)))
+    return findings, crops
 
 
 def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
@@ -118,11 +130,27 @@ def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, l
     # spawn, not fork: a progress bar's thread may be running here
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt) as pool:
         try:
-            yield from pool.map(inspect, photos, chunksize=chunk)
+            with _interrupts_ignored():
+                results = pool.map(inspect, photos, chunksize=chunk)
+            yield from results
         except BrokenProcessPool as error:
             raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C for the few milliseconds in which processes are started, which inherit that: while Python starts and
+    imports, it would print a traceback. (On Windows they do not inherit it.)"""
+    if threading.current_thread() is not threading.main_thread():  # others cannot say what a signal does
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def _ignore_interrupt() -> None:
@@ -216,6 +244,15 @@ _BUCKET_REACH = 200
 
 def perceptual_hash(crop: Image.Image) -> int:
     """128 bits: is each cell of an 8 x 8 grid brighter than its right, and its lower neighbour (dHash, both ways)."""
+    return perceptual_hashes(crop)[0]
+
+
+def perceptual_hashes(crop: Image.Image) -> tuple[int, int]:
+    """The hash of a crop, and that of its mirror image."""
     grey = np.asarray(crop.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
+    return _hash(grey), _hash(grey[:, ::-1])
+
+
+def _hash(grey: np.ndarray) -> int:
     bits = np.concatenate([(grey[:8, 1:] > grey[:8, :8]).ravel(), (grey[1:, :8] > grey[:8, :8]).ravel()])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

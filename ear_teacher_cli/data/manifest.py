@@ -21,7 +21,8 @@ from ..files import printable, whole_file
 from ..talk import Talk
 from .boxes import Box, Boxes
 from .corners import Corners, Files, to_pixels
-from .formats import FORMATS, folder
+from .folder_ears import read_ears
+from .formats import FORMATS
 from .formats.rows import Rows
 from .image_suffixes import HEIC, IMAGES
 
@@ -145,6 +146,12 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None, readin
     root = Path(root_dir) if root_dir is not None else _find_root(source, rows.paths)
     manifest = _manifest(source, root, rows)
     corners = to_pixels(rows, Files(manifest.paths, manifest.file), reading, where)
+    boxed = int(rows.boxes.given.sum())
+    if 0 < boxed < len(manifest):
+        rows.warnings.append(
+            f"{where}: {len(manifest) - boxed} of {len(manifest)} rows have no box, and are read as whole images; remove "
+            "them if they are photos"
+        )
     return _with_boxes(manifest, [corners], corners.boxes, rows.warnings)
 
 
@@ -180,22 +187,12 @@ def _with_boxes(manifest: Manifest, corners: list[Corners], boxes: Boxes, warnin
 
 def _read_folder(source: Path, reading: Reading) -> Manifest:
     """All images below a folder, sorted by path, with the boxes of its annotations."""
-    found = folder.read(source, reading.identity_column)
-    entries: list[tuple[str, Box | None, str, str]] = []
-    corners: list[Corners] = []
-    for name, rows in found.parts.items():
-        part = _manifest(source, source, rows)
-        where = f"{printable(source)}: {name}"
-        read = to_pixels(rows, Files(part.paths, part.file), reading, where)
-        corners.append(read)
-        entries += zip(rows.paths, read.boxes, rows.identities, rows.sides, strict=True)
-    entries.sort(key=lambda entry: entry[0])  # stable: several ears of an image stay in the order of its annotation
+    there = read_ears(source, reading, lambda rows: Files(rows.paths, _manifest(source, source, rows).file))
     together = Rows()
-    for number, (path, box, identity, side) in enumerate(entries):
-        together.add(number, path, box, identity, side)
-    if not together.paths:
-        raise ManifestError(f"{printable(source)}: its annotations mark no ear; nothing to do")
-    return _with_boxes(_manifest(source, source, together), corners, together.boxes, found.warnings)
+    for number, ear in enumerate(there.ears):
+        together.add(number, ear.path, ear.box, ear.identity, ear.side)
+    corners = list(there.corners.values())
+    return _with_boxes(_manifest(source, source, together), corners, together.boxes, there.warnings)
 
 
 def named_by_folders(manifest: Manifest) -> Manifest:
@@ -256,7 +253,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
         write(temporary, rows)
 
 
-def keep_rows(manifest: Manifest, indices: Iterable[int], path: str | Path) -> None:
+def keep_rows(manifest: Manifest, indices: Iterable[int], path: str | Path, identity_column: str | None = None) -> None:
     """Write the list that `manifest` was read from with only these ears, everything else in it as it was.
 
     The suffix of `path` is that of the list.
@@ -268,7 +265,7 @@ def keep_rows(manifest: Manifest, indices: Iterable[int], path: str | Path) -> N
         places[row] = place_of[-1] + 1
     kept = [(manifest.rows[i], place_of[i]) for i in indices]
     with whole_file(path) as temporary:
-        FORMATS[Path(path).suffix.lower()].keep(Path(manifest.source), temporary, kept)
+        FORMATS[Path(path).suffix.lower()].keep(Path(manifest.source), temporary, kept, identity_column)
 
 
 def _find_root(source: Path, paths: Sequence[str]) -> Path:

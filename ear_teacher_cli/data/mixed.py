@@ -1,12 +1,11 @@
 """What lies below a folder of mixed sources: every ear with what it was read from, and what nobody reads.
 
-The readers are those of the other commands (`formats/`); here each ear also keeps the list it came from, and files that
-look like lists but are not read are found, so that nothing is left out without a word.
+The readers are those of the other commands; here each ear also keeps the list it came from.
 """
 
 import os
 import posixpath
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,15 +13,15 @@ from ..config import Reading
 from ..errors import ManifestError
 from ..files import printable
 from .boxes import Boxes
-from .corners import Files, to_pixels
-from .formats import FORMATS, folder, pts
-from .image_suffixes import HEIC, readable
+from .corners import Files
+from .folder_ears import FolderEar, read_ears
+from .formats.rows import Rows
 from .manifest import Manifest, read_manifest
 
-# Files of these may be lists of ears; in a folder only some names are read (formats/folder.py).
-_LIST_LIKE = frozenset({*FORMATS, pts.SUFFIX, ".xml", ".tsv", ".xlsx", ".xls", ".mat"})
 # Folders that exports make, which are no people.
-_NO_PEOPLE = frozenset({"images", "imgs", "train", "training", "valid", "val", "validation", "test", "testing"})
+_NO_PEOPLE = frozenset(
+    {"images", "imgs", "train", "training", "valid", "val", "validation", "test", "testing", "default"}
+)
 
 
 @dataclass
@@ -46,65 +45,70 @@ class Mixed:
     def kind(self, index: int) -> str:
         """`coco`, `csv`, `pts`, `yolo`, `images`, ...: the format that an ear's box was read from."""
         part = self.parts[index].lower()
-        return "coco" if part.endswith(".coco.json") else posixpath.splitext(part)[1].lstrip(".") or part.lstrip(".")
+        return "coco" if part.endswith(".json") else posixpath.splitext(part)[1].lstrip(".") or part.lstrip(".")
 
 
-def read_mixed(raw: str, reading: Reading, leave_out: Collection[Path] = ()) -> Mixed:
-    """Read a folder, or a list. `leave_out`: files that are not to be named as unread.
+def read_mixed(raw: str, root_dir: str | None, reading: Reading) -> Mixed:
+    """Read a folder, or a list whose paths start from `root_dir` (None: as `read_manifest` finds it).
 
-    Raises ManifestError as `read_manifest` does.
+    Raises ManifestError as `read_manifest` does, and for a list of people's names in the folder that is not read.
     """
-    if not Path(raw).is_dir():
-        listed = read_manifest(raw, reading=reading)
-        name = Path(raw).name
-        nobody = [""] * len(listed)
-        names = listed.identities or nobody, listed.sides or nobody
-        listing = zip(listed.paths, listed.boxes, *names, [name] * len(listed), listed.rows, strict=True)
-        found = _assembled(raw, listed.root, listing, {name: listed.how}, {name: listed.box_format})
-        found.warnings += listed.warnings
-        return found
-    os.listdir(raw)  # os.walk says nothing of a folder that it may not read
-    there = folder.read(Path(raw), reading.identity_column)
-    entries: list[tuple] = []
-    how, orders, warnings = {}, {}, list(there.warnings)
-    for name, rows in there.parts.items():
-        part = Manifest(raw, Path(raw), rows.paths, rows.boxes, rows.numbers)
-        corners = to_pixels(rows, Files(part.paths, part.file), reading, f"{printable(raw)}: {name}")
-        how[name], orders[name] = corners.how, corners.order
-        warnings += corners.warnings
-        entries += zip(
-            rows.paths, corners.boxes, rows.identities, rows.sides, [name] * len(rows.paths), rows.numbers, strict=True
+    source = Path(raw)
+    if not source.is_dir():
+        return _of_list(read_manifest(raw, root_dir, reading), source.name)
+
+    def files_of(rows: Rows) -> Files:
+        return Files(rows.paths, Manifest(raw, source, rows.paths, rows.boxes, rows.numbers).file)
+
+    there = read_ears(source, reading, files_of)
+    if there.found.naming:
+        raise ManifestError(
+            f"{printable(source / there.found.naming[0])}: is a list that names people on images here, and is not read; name "
+            "the list itself instead of the folder, rename it (a .csv to *_annotations.csv), or move it elsewhere"
         )
-    if not entries:
-        raise ManifestError(f"{printable(raw)}: its annotations mark no ear; nothing to do")
-    found = _assembled(raw, Path(raw), entries, how, orders)
-    found.warnings += warnings
-    _look_around(found, Path(raw), leave_out)
+    how = {part: read.how for part, read in there.corners.items()}
+    found = _assembled(raw, source, there.ears, how, {part: read.order for part, read in there.corners.items()})
+    found.warnings += there.warnings
+    found.warnings += [warning for read in there.corners.values() for warning in read.warnings]
+    if root_dir is not None:
+        found.warnings.append(f"{printable(raw)}: --root-dir is for lists, and was not used")
+    known = set(found.ears.paths)
+    found.unmarked = [path for path in there.found.tree.images if path not in known]
+    found.undecodable, found.unread = there.found.tree.heic, there.found.unread
     return found
 
 
-def _assembled(raw: str, root: Path, rows: Iterable[tuple], how: dict[str, str], orders: dict[str, str]) -> Mixed:
-    """Sort rows (path, box, identity, side, part, row) by path; ears of one image stay in their order."""
+def _of_list(listed: Manifest, name: str) -> Mixed:
+    nobody = [""] * len(listed)
+    names = listed.identities or nobody, listed.sides or nobody
+    columns = listed.paths, listed.boxes, *names, [name] * len(listed), listed.rows
+    rows = map(FolderEar._make, zip(*columns, strict=True))
+    found = _assembled(listed.source, listed.root or Path(), rows, {name: listed.how}, {name: listed.box_format})
+    found.warnings += listed.warnings
+    return found
+
+
+def _assembled(raw: str, root: Path, rows: Iterable[FolderEar], how: dict[str, str], orders: dict[str, str]) -> Mixed:
+    """Sort ears by path; those of one image stay in their order."""
     texts: dict[str, str] = {}  # equal texts are one object: a pickle's bytes depend on it
 
-    def one(text: str) -> str:
-        return texts.setdefault(text, text)
+    def column(name: str) -> list[str]:
+        return [texts.setdefault(text, text) for text in (str(getattr(ear, name)) for ear in ears)]
 
     real_root = os.path.realpath(root)
-    entries = sorted(((_plain(row[0], real_root), *row[1:]) for row in rows), key=lambda entry: entry[0])
-    boxes = Boxes(entry[1] for entry in entries)
-    paths, identities, sides, parts = ([one(str(entry[column])) for entry in entries] for column in (0, 2, 3, 4))
-    ears = Manifest(
+    ears = sorted((ear._replace(path=_plain(ear.path, real_root)) for ear in rows), key=lambda ear: ear.path)
+    identities, sides = column("identity"), column("side")
+    manifest = Manifest(
         source=raw,
         root=root,
-        paths=paths,
-        boxes=boxes,
-        rows=[int(entry[5]) for entry in entries],
+        paths=column("path"),
+        boxes=Boxes(ear.box for ear in ears),
+        rows=[int(ear.row) for ear in ears],
         identities=identities if any(identities) else None,
         sides=sides if any(sides) else None,
         box_format="xyxy",
     )
-    return Mixed(ears, parts, how, orders)
+    return Mixed(manifest, column("part"), how, orders)
 
 
 def _plain(path: str, real_root: str) -> str:
@@ -114,40 +118,6 @@ def _plain(path: str, real_root: str) -> str:
         if full.startswith(real_root.rstrip(os.sep) + os.sep):
             return os.path.relpath(full, real_root).replace(os.sep, "/")
     return posixpath.normpath(path)
-
-
-def _look_around(found: Mixed, raw: Path, leave_out: Collection[Path]) -> None:
-    """Note what no reader took: lists of other names, images without a mark, folders that cannot be read."""
-    known = set(found.ears.paths)
-    left = {os.path.realpath(path) for path in leave_out}
-    stems = {posixpath.splitext(path)[0] for path in known}
-    for path, is_link in sorted(_walk(raw, found.warnings)):
-        stem, suffix = posixpath.splitext(path)
-        suffix = suffix.lower()
-        if is_link:
-            found.warnings.append(f"{printable(raw / path)}: a symbolic link to a folder, which is not followed")
-        elif suffix in readable():
-            if path not in known:
-                found.unmarked.append(path)
-        elif suffix in HEIC:
-            found.undecodable.append(path)
-        elif suffix in _LIST_LIKE and path not in found.how and not (suffix == pts.SUFFIX and stem in stems):
-            if os.path.realpath(raw / path) not in left:
-                found.unread.append(path)
-
-
-def _walk(raw: Path, warnings: list[str]) -> Iterator[tuple[str, bool]]:
-    """(path from `raw`, whether it is a link to a folder) of all files that are not hidden."""
-
-    def unreadable(error: OSError) -> None:
-        warnings.append(f"{printable(error.filename)}: cannot be read ({error.strerror}), and is left out")
-
-    for directory, names, files in os.walk(raw, onerror=unreadable):
-        names[:] = sorted(name for name in names if not name.startswith("."))  # errors come in order
-        below = os.path.relpath(directory, raw).replace(os.sep, "/")
-        for name in (*(n for n in names if os.path.islink(os.path.join(directory, n))), *files):
-            if not name.startswith("."):
-                yield (name if below == "." else f"{below}/{name}"), name in names
 
 
 def name_by_folders(found: Mixed) -> None:

@@ -15,11 +15,12 @@ class Format:
 
     read(path, name for messages, identity column): the rows. Raises ManifestError.
     write(path, rows of path, corners, identity, side), None where the format is only read.
-    keep(source, out, (row, which of its boxes) to keep): the same file with fewer boxes, all else as it was.
+    keep(source, out, (row, which of its boxes) to keep, identity column): the same file with fewer boxes, all else as it
+    was.
     """
 
     read: Callable[[Path, str, str | None], Rows]
-    keep: Callable[[Path, Path, Iterable[tuple[int, int]]], None]
+    keep: Callable[[Path, Path, Iterable[tuple[int, int]], str | None], None]
     write: Callable[[Path, Iterable[tuple[str, Box | None, str, str]]], None] | None = None
 
 

@@ -11,7 +11,7 @@ from ...files import brief, printable
 from ..boxes import Box, box_around
 from .columns import IDENTITY, OFFERED, SIDE, compare, names_of
 from .json_lines import read_objects
-from .rows import Rows, four_numbers, path_text, points_of
+from .rows import Rows, four_numbers, path_text, points_of, stated_size
 
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
@@ -21,20 +21,23 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
         return read_objects(enumerate(content), where, identity_column)
     if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
         raise ManifestError(f"{where}: has no 'images' and 'annotations'; a .json manifest is COCO (else use .jsonl)")
-    rows = Rows(order="xywh", units="pixels", named_by="COCO")
+    rows = Rows(order="xywh", named_by="COCO")
     try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
+        names = _image_names(content["images"], where)
         categories = {c["id"]: c["name"] for c in content.get("categories") or [] if isinstance(c, dict)}
         from_points = []
         for number, mark in enumerate(content["annotations"]):
-            if mark["image_id"] not in names:
+            if str(mark["image_id"]) not in names:
                 raise ManifestError(f"{where} annotation {number}: image_id {mark['image_id']} is not in 'images'")
-            name = path_text(names[mark["image_id"]], where, number)
+            name = path_text(names[str(mark["image_id"])], where, number)
             box = _box(mark, where, number)
             from_points.append(mark.get("bbox") is None)
             identity = _identity(mark, categories, identity_column, where, number)
             rows.add(number, name, box, identity, next((mark[s] for s in SIDE if s in mark), None))
         rows.from_points = any(from_points)
+        for image in content["images"]:
+            if size := stated_size(image.get("width"), image.get("height")):
+                rows.sizes[str(image["file_name"]).replace("\\", "/")] = size
         rows.warnings = _warnings(content, categories, names, identity_column, where)
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
@@ -43,7 +46,20 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
     return rows
 
 
-def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
+def _image_names(images: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    """Id (as text: some tools write numbers here and texts there) -> file name. Raises ManifestError for two of one id."""
+    names: dict[str, Any] = {}
+    for image in images:
+        key = str(image["id"])
+        if names.setdefault(key, image["file_name"]) != image["file_name"]:
+            raise ManifestError(
+                f"{where}: the image id {printable(key)[:40]} is that of two images ({printable(names[key])}, "
+                f"{printable(image['file_name'])}), as when files are joined; number the images anew"
+            )
+    return names
+
+
+def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
     """Copy the file with the annotations `kept`, (annotation, 0); images and categories stay."""
     content = _content(source, printable(source))
     numbers = {row for row, _ in kept}
@@ -66,6 +82,8 @@ def _box(mark: dict[str, Any], where: str, number: int) -> Box:
     if mark.get("bbox") is None and mark.get("keypoints") is not None:
         x1, y1, x2, y2 = box_around(points_of(mark["keypoints"], where, number))
         return x1, y1, x2 - x1, y2 - y1
+    if mark.get("bbox") is None:
+        raise ManifestError(f"{where} annotation {number}: has neither bbox nor keypoints; export boxes")
     return four_numbers(mark["bbox"], where, number)
 
 
@@ -93,7 +111,7 @@ def _warnings(content: dict, categories: dict, names: dict, identity_column: str
             f"{where}: annotations of {len(used)} categories are all read as ears ({found}); remove what is no ear, or "
             "add --identity-column category if the categories are people"
         )
-    bare = len(names) - len({mark["image_id"] for mark in marks})
+    bare = len(names) - len({str(mark["image_id"]) for mark in marks})
     if bare:
         warnings.append(f"{where}: {bare} of {len(names)} images have no annotation and are left out")
     offered = sorted({name for mark in marks[:100] for name in mark if compare(name) in map(compare, OFFERED)})

@@ -6,6 +6,7 @@ Parquet and the original package's `.npy`; the page "formats" is checked against
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,11 @@ CORNERS = (
     ("xmin", "ymin", "xmax", "ymax"),
     ("minx", "miny", "maxx", "maxy"),
     ("left", "top", "right", "bottom"),
+    ("xtl", "ytl", "xbr", "ybr"),
+    ("startx", "starty", "endx", "endy"),
+    ("xstart", "ystart", "xend", "yend"),
+    ("topleftx", "toplefty", "bottomrightx", "bottomrighty"),
+    ("upperleftx", "upperlefty", "lowerrightx", "lowerrighty"),
 )
 SIZES = (
     ("x", "y", "w", "h"),
@@ -44,6 +50,7 @@ SIZES = (
     ("xmin", "ymin", "w", "h"),
     ("x1", "y1", "w", "h"),
     ("x1", "y1", "width", "height"),
+    ("xtopleft", "ytopleft", "width", "height"),
 )
 CENTRES = (
     ("cx", "cy", "w", "h"),
@@ -63,14 +70,21 @@ IDENTITY = ("identity", "identities")
 SIDE = ("side", "sides", "ear_side")
 # May be who is on the image, or a category ("ear"): used only when --identity-column names it.
 OFFERED = ("label", "labels", "person", "persons", "person_id", "subject", "subject_id", "class", "name", "pid")
-# Known, and not needed: the size of the image, ids, what detectors add.
+# The size of the image, which is compared with the file's.
+WIDTH, HEIGHT = ("width", "image_width", "img_width", "img_w"), ("height", "image_height", "img_height", "img_h")
+# Known, and not needed: ids, what detectors add, the index that pandas writes.
 IGNORED = frozenset(
     "width height imagewidth imageheight imgwidth imgheight imgw imgh row index id imageid annotationid status "
-    "confidence score iscrowd area category categoryid split".split()
+    "confidence score iscrowd area category categoryid split unnamed:0 unnamed0".split()
+    + [""]
 )
 _BOX_LIKE = re.compile(
-    r".*(bbox|box|roi|rect).*|(x|y|cx|cy|w|h|xc|yc|left|top|right|bottom)\d?|[xy](min|max|center|centre|tl|br)|"
-    r"(min|max|center|centre|tl|br)[xy]|(top|bottom)(left|right)[xy]"
+    r"(x|y|cx|cy|w|h|xc|yc|left|top|right|bottom)\d?|[xy](min|max|center|centre|tl|br|start|end|topleft|bottomright)|"
+    r"(min|max|center|centre|tl|br|start|end)[xy]|(top|bottom|upper|lower)(left|right)[xy]?"
+)
+# Whole words of a name, so that neither `direction` nor `boxer` is one.
+_BOX_WORDS = frozenset(
+    "bbox bboxes box boxes roi rois rect rectangle bounding region regions coordinates coords".split()
 )
 
 
@@ -80,7 +94,12 @@ def compare(name: object) -> str:
 
 
 def _without_prefix(name: str) -> str:
-    return re.sub(r"^b?box(?=.)", "", name)
+    return re.sub(r"^(b?box|roi|rect|ear)(?=.)", "", name)
+
+
+def _looks_like_a_box(name: object) -> bool:
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))
+    return bool(_BOX_LIKE.fullmatch(_without_prefix(compare(name)))) or not _BOX_WORDS.isdisjoint(map(str.lower, words))
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,8 @@ class Columns:
     keypoints: str | None = None
     identity: str | None = None
     side: str | None = None
+    size: tuple[str, str] | None = None  # width and height of the image
+    unused: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -136,7 +157,10 @@ def find_columns(names: Iterable[str], where: str, identity_column: str | None =
     for name in (*four, box):
         unused.pop(compare(name), None)
     warnings = _unused(unused, where, bool(four or box or keypoints), identity is not None)
-    return Columns(path, order, four, box, box_order, keypoints, identity, side, warnings)
+    size = (take(WIDTH), take(HEIGHT)) if four or box else (None, None)
+    both = (size[0], size[1]) if size[0] is not None and size[1] is not None else None
+    left = tuple(name for key, name in unused.items() if key not in IGNORED)
+    return Columns(path, order, four, box, box_order, keypoints, identity, side, both, left, warnings)
 
 
 def _identity_column(wanted: str, known: Mapping[str, str], where: str) -> str:
@@ -179,12 +203,11 @@ def _box_column(unused: Mapping[str, str], order: str | None) -> tuple[str | Non
 def _unused(unused: Mapping[str, str], where: str, has_box: bool, has_identity: bool) -> list[str]:
     """Warnings about names that are not used. Raises ManifestError where one looks like part of a box."""
     keys = [key for key in unused if key not in IGNORED or (key in ("width", "height") and not has_box)]
-    wrong = [unused[key] for key in keys if _BOX_LIKE.fullmatch(key)]
+    wrong = [unused[key] for key in keys if _looks_like_a_box(unused[key])]
     if wrong and not (has_box and all(compare(name) in ("w", "h", "width", "height") for name in wrong)):
         raise ManifestError(
-            f"{where}: cannot read the column{'s' if len(wrong) > 1 else ''} {names_of(wrong)}, which look like "
-            f"{'another box' if has_box else 'part of a box'}; a box needs four columns (x1, y1, x2, y2; x, y, width, "
-            "height; ...; see the page formats): rename or remove them"
+            f"{where}: cannot read {names_of(wrong)}, named like {'another box' if has_box else 'part of a box'}; a box "
+            "needs four columns (x1, y1, x2, y2; x, y, width, height; ...; see the page formats): rename or remove them"
         )
     warnings = []
     offered = [unused[key] for key in keys if key in map(compare, OFFERED)]
@@ -209,6 +232,13 @@ def read_row(
         empty = [_is_empty(value) for value in cells]
         if any(empty) and not all(empty):
             raise ManifestError(f"{where} row {number}: its box has empty cells; fill in all four, or none")
+        if columns.box_order and not all(empty):
+            said = order_named(row.get(columns.box_order), f"{where} row {number}")
+            if said not in (None, columns.order):
+                raise ManifestError(
+                    f"{where} row {number}: {columns.box_order} is {said}, but the columns are {', '.join(columns.four)}; "
+                    "correct one"
+                )
         return path, [None] if all(empty) else [four_numbers(cells, where, number)], columns.order
     if columns.keypoints:
         points = _value(row.get(columns.keypoints))
@@ -218,20 +248,56 @@ def read_row(
         boxes: list[Box | None] = [None] if _is_empty(value) else boxes_of(value, where, number)
         named = order_named(row.get(columns.box_order), f"{where} row {number}") if columns.box_order else None
         if named and columns.order and named != columns.order:
-            raise ManifestError(f"{where} row {number}: {columns.box} and {columns.box_order} disagree; mend one")
+            raise ManifestError(f"{where} row {number}: {columns.box} and {columns.box_order} disagree; correct one")
         return path, boxes, columns.order or named
+    _refuse_hidden_box(columns, row, where, number)
     return path, [None], order
 
 
+def _refuse_hidden_box(columns: Columns, row: Mapping[str, Any], where: str, number: int) -> None:
+    """Raise ManifestError where a row without a box has values that may be one under a name nobody knows."""
+    numeric = []
+    for name in columns.unused:
+        value = _value(row.get(name))
+        if _is_box(value):
+            raise ManifestError(
+                f"{where} row {number}: {printable(name)} holds what may be a box ({printable(value)[:60]}); name it bbox "
+                "if it is, or remove it"
+            )
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numeric.append(name)
+    along = [name for name in numeric if re.fullmatch(r"[a-z]{0,3}[xy]\d?", compare(name))]
+    series = Counter(compare(name).rstrip("0123456789") for name in numeric)  # b1, b2, b3, b4
+    if len(numeric) >= 4 and (len(along) >= 2 or 4 in series.values()):
+        raise ManifestError(
+            f"{where} row {number}: {names_of(numeric)} may be a box; name its four columns as the page formats has "
+            "them, or remove them"
+        )
+
+
+def _is_box(value: Any) -> bool:
+    """Whether a value is four numbers, an object with x and y, or a list of such."""
+    if isinstance(value, dict):
+        return {"x", "y"} <= {str(key).casefold() for key in value} or any(map(_is_box, value.values()))
+    if not isinstance(value, list | tuple) or not len(value):
+        return False
+    if len(value) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+        return True
+    return any(map(_is_box, value))
+
+
 def _value(value: Any) -> Any:
-    """A cell of text that holds numbers, `[1, 2, 3, 4]` or `1 2 3 4`, as a list."""
+    """A cell of text that holds numbers, `[1, 2, 3, 4]` or `1 2 3 4`, as a list of them; other text as it is."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         parts = re.split(r"[\s,;]+", value.strip("[]() \t"))
-        return parts if parts != [""] else ""
+        try:
+            return [float(part) for part in parts]
+        except ValueError:
+            return value
 
 
 def _is_empty(value: Any) -> bool:

@@ -4,31 +4,21 @@ import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ...errors import ManifestError
 from ...files import brief, cell, printable, uncell
 from ..boxes import Box
-from .columns import find_columns, read_row
+from .columns import find_columns
+from .json_lines import read_objects
 from .rows import Rows
 
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
     """Raise ManifestError if it is not readable, or its columns are not understood."""
-    with _reading(path, where) as (names, lines):
-        columns = find_columns(names, where, identity_column)
-        rows = Rows(order=columns.order, named_by=columns.named_by, warnings=columns.warnings)
-        if columns.keypoints:
-            rows.order, rows.from_points = "xyxy", True
-        for number, line in enumerate(lines):
-            name, boxes, order = read_row(columns, line, where, number, rows.order)
-            if columns.box_order and number and any(boxes) and order != rows.order:
-                raise ManifestError(
-                    f"{where} row {number}: its box is in another order than those before; write all alike"
-                )
-            rows.order = order
-            for box in boxes:
-                rows.add(number, name, box, *(uncell(line.get(n) or "") for n in (columns.identity, columns.side)))
-    return rows
+    with _reading(path, where) as (reader, _):
+        find_columns(reader.fieldnames or [], where, identity_column)  # of a list without rows, too
+        return read_objects(_rows(reader, where), where, identity_column, lambda text: uncell(text or ""))
 
 
 def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
@@ -46,42 +36,66 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
             writer.writerow([same, *(box or ("",) * 4), cell(identity), cell(side)])
 
 
-def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
-    """Copy the header and the rows `kept`, (row, 0), with all their columns."""
+def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
+    """Copy the header and the rows `kept`, (row, 0), as they stand there: quotes, line ends, byte order mark."""
     numbers = {row for row, _ in kept}
-    with _reading(source, printable(source)) as (names, lines), open(out, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, delimiter=_delimiter(source), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(line for number, line in enumerate(lines) if number in numbers)
+    with open(source, "rb") as start:
+        mark = start.read(3) == b"\xef\xbb\xbf"
+    with (
+        _reading(source, printable(source)) as (reader, lines),
+        open(out, "w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file,
+    ):
+        file.write(lines.taken())
+        for number, _ in _rows(reader, printable(source)):
+            text = lines.taken()
+            if number in numbers:
+                file.write(text)
+
+
+class _Lines:
+    """The lines of a file, and which of them were taken since they were last asked for."""
+
+    def __init__(self, file: IO[str]):
+        self._file, self._taken = file, ""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self._taken += line
+        return line
+
+    def taken(self) -> str:
+        text, self._taken = self._taken, ""
+        return text
 
 
 @contextmanager
-def _reading(path: Path, where: str) -> Iterator[tuple[list[str], Iterator[dict[str, str]]]]:
-    """(names of the columns, lines as dicts). Raises ManifestError."""
+def _reading(path: Path, where: str) -> Iterator[tuple[csv.DictReader, _Lines]]:
+    """A reader that has read the header, and the lines it takes. Raises ManifestError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = _Lines(file)
             header = file.readline()
+            stated = header.strip()[4:] if header.casefold().startswith("sep=") else ""  # Excel's own line
+            if stated:
+                header = file.readline()
             file.seek(0)
-            delimiter = _most_of(header)
+            if stated:
+                next(lines)
+            delimiter = stated or max(",;\t", key=header.count)
             spaced = f"{delimiter} " in header  # spaces after commas belong to nobody
-            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=spaced)
-            yield list(reader.fieldnames or []), _checked(reader, where)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=spaced)
+            reader.fieldnames  # noqa: B018  (reads the header)
+            yield reader, lines
+    except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
         raise ManifestError(f"{where}: not readable as CSV ({brief(error)}); save it as UTF-8") from error
 
 
-def _checked(reader: csv.DictReader, where: str) -> Iterator[dict[str, str]]:
-    for line in reader:
+def _rows(reader: csv.DictReader, where: str) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in enumerate(reader):
         if None in line or None in line.values():
-            raise ManifestError(f"{where} line {reader.line_num}: not as many cells as the header; mend the line")
-        yield line
-
-
-def _delimiter(path: Path) -> str:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return _most_of(file.readline())
-
-
-def _most_of(header: str) -> str:
-    """The separator of a header: the one of comma, semicolon and tab that it has most of."""
-    return max(",;\t", key=header.count)
+            raise ManifestError(f"{where} line {reader.line_num}: not as many cells as the header; correct the line")
+        if any(value.strip() for value in line.values()):  # spreadsheets leave rows of empty cells
+            yield number, line

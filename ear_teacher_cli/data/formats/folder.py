@@ -1,124 +1,201 @@
 """A folder: every image below it, with the boxes of the annotations that lie there.
 
-Annotations are found by name: `_annotations.coco.json` (Roboflow; any `*.coco.json`), `_annotations.csv` and
-`*_annotations.csv` in the folder of their images, `.pts` landmarks and YOLO's `.txt` labels one per image. In a folder
-with annotations an image without one is a photo without a marked ear and is left out; in a folder without any, images
-are crops of ears, as they are.
+Read are COCO (any `.json` with `images` and `annotations`), `_annotations.csv` and `*_annotations.csv`, `.pts` landmarks
+and YOLO's `.txt` labels. In a folder of which an image is annotated, one without annotation is a photo without a marked
+ear and is left out; in a folder without any, images are crops of ears, as they are. Any other list with boxes of images
+below the folder is refused: it would make whole photos of them.
 """
 
-import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ManifestError
 from ...files import printable
 from .. import image_suffixes
-from ..boxes import Box
-from . import coco, csv_table, pts, yolo
+from . import coco, csv_table, lists, pts, yolo
 from .rows import Rows
+from .tree import Tree, locate, walk
 
-Reader = Callable[[Path, str, str | None], Rows]
-_LISTS: dict[str, Reader] = {".coco.json": coco.read, "_annotations.csv": csv_table.read}
+_COCO, _CSV = ".coco.json", "_annotations.csv"
+_LISTS = (".csv", ".npy", ".jsonl", ".json")
+_READ = "in a folder, COCO .json, *_annotations.csv, .pts and YOLO labels are read"
 
 
 @dataclass
 class Found:
-    """What a folder holds. Paths start from it and have slashes."""
+    """What a folder holds."""
 
+    tree: Tree
     parts: dict[str, Rows] = field(default_factory=dict)  # what it was read from -> rows
     warnings: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # files that may be lists or annotations
+    naming: list[str] = field(default_factory=list)  # of these, lists without boxes that name people on images here
+    annotated: set[str] = field(default_factory=set)  # folders of which an image has an annotation
+    marked: set[str] = field(default_factory=set)  # images with an annotation
 
 
 def read(folder: Path, identity_column: str | None) -> Found:
-    """Read a folder. Raises ManifestError if no image is below it, or an annotation is not understood."""
-    images, lists, others = _walk(folder)
-    found = Found()
-    if not images:
+    """Read a folder. An image may be in several parts.
+
+    Raises ManifestError if no image is below it, an annotation is not understood, or a list with boxes is not read.
+    """
+    found = Found(walk(folder))
+    tree = found.tree
+    if not tree.images:
         raise ManifestError(
-            f"{printable(folder)}: holds no images ({', '.join(sorted(image_suffixes.readable()))}){_unreadable(others)}; "
+            f"{printable(folder)}: holds no images ({', '.join(sorted(image_suffixes.readable()))}){_heic(tree)}; "
             "name the folder they are in"
         )
-    marked: set[str] = set()  # images with an annotation
-    annotated: set[str] = set()  # folders with annotations
-    for path, reader in lists:
-        rows = reader(folder / path, printable(folder / path), identity_column)
-        below = posixpath.dirname(path)
-        rows.paths = [posixpath.normpath(posixpath.join(below, name)) for name in rows.paths]
-        found.parts[path] = rows
-        marked.update(rows.paths)
-        annotated.add(below)
-        found.warnings += rows.warnings
-    points = Rows(order="xyxy", units="pixels", named_by=".pts landmarks", from_points=True)
-    labels = Rows(order="cxcywh", units="relative", named_by="YOLO labels")
-    for image in images:
-        box, boxes = _beside(folder, image)
-        if image in marked and (box or boxes is not None):
-            raise ManifestError(f"{printable(folder / image)}: has two annotations; remove one of them")
-        if box is None and boxes is None:
-            continue
-        annotated.add(posixpath.dirname(image))
-        marked.add(image)
-        for entry in [box] if box else boxes or []:
-            (points if box else labels).add(0, image, entry)
-    found.parts |= {name: rows for name, rows in ((".pts", points), ("YOLO", labels)) if rows.paths}
+    for path in tree.files:
+        _read_list(found, path, identity_column)
+    _read_beside(found)
+    _note_unread(found, identity_column)
+    unmarked = [image for image in tree.images if image not in found.marked]
     whole = Rows()
-    unmarked = [image for image in images if image not in marked]
     for image in unmarked:
-        if posixpath.dirname(image) not in annotated:
+        if posixpath.dirname(image) not in found.annotated:
             whole.add(0, image, None)
     if whole.paths:
         found.parts["images"] = whole
-    left = len(unmarked) - len(whole.paths)
-    if left:
-        found.warnings.append(
-            f"{printable(folder)}: {left} images have no annotation in folders that have some, and are left out"
-        )
-    if others:
-        found.warnings.append(f"{printable(folder)}: left out{_unreadable(others)}")
+    found.warnings += [*_left_out(found, len(unmarked), whole), *tree.warnings]
     return found
 
 
-def _walk(folder: Path) -> tuple[list[str], list[tuple[str, Reader]], Counter]:
-    """(images, lists with their readers, suffixes of images that cannot be read here); hidden files are left out."""
-    images: list[str] = []
-    lists: list[tuple[str, Reader]] = []
-    others: Counter[str] = Counter()
-    for directory, names, files in os.walk(folder):
-        names[:] = sorted(n for n in names if not n.startswith("."))
-        below = os.path.relpath(directory, folder).replace(os.sep, "/")
-        for name in files:
-            path = name if below == "." else f"{below}/{name}"
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if suffix in image_suffixes.readable():
-                images.append(path)
-            elif suffix in image_suffixes.HEIC:
-                others[suffix] += 1
-            else:
-                lists += [(path, reader) for end, reader in _LISTS.items() if name.lower().endswith(end)]
-    return sorted(images), sorted(lists, key=lambda entry: entry[0]), others
+def _read_list(found: Found, path: str, identity_column: str | None) -> None:
+    """Read a COCO file or a table of annotations, if it is one."""
+    tree, name = found.tree, path.lower()
+    by_name = name.endswith((_COCO, _CSV))
+    if not by_name and not name.endswith(".json"):
+        return
+    full = tree.root / path
+    where, images = printable(full), None
+    if name.endswith(".json"):
+        images = lists.coco_images(full)
+        if images is None and not by_name:
+            return
+    rows = (csv_table if name.endswith(_CSV) else coco).read(full, where, identity_column)
+    names = dict.fromkeys([*rows.paths, *(images or ())])
+    places = locate(tree, path, names)
+    if not places:
+        _refuse_lost(tree, where, names)
+        if not by_name:
+            found.warnings.append(f"{where}: is COCO of images that are not below {printable(tree.root)}; not read")
+            return
+    below = posixpath.dirname(path)
+
+    def image_of(name: str) -> str:
+        return places.get(name) or posixpath.normpath(posixpath.join(below, name))
+
+    rows.paths = [image_of(name) for name in rows.paths]
+    rows.sizes = {image_of(name): size for name, size in rows.sizes.items()}
+    found.parts[path] = rows
+    found.marked.update(rows.paths)
+    found.annotated.update(posixpath.dirname(image) for image in places.values())
+    if not places:
+        found.annotated.add(below)
+    found.warnings += rows.warnings
 
 
-def _beside(folder: Path, image: str) -> tuple[Box | None, list[Box] | None]:
-    """(box of its .pts file, boxes of its YOLO labels), each None where there is no such file."""
-    landmarks = folder / (posixpath.splitext(image)[0] + pts.SUFFIX)
-    box = pts.read_box(landmarks, printable(landmarks)) if landmarks.is_file() else None
-    for path in yolo.label_paths(image):
-        if (folder / path).is_file():
-            boxes = yolo.read_boxes(folder / path, printable(folder / path))
-            if boxes is not None:
-                if box is not None:
-                    raise ManifestError(f"{printable(folder / image)}: has two annotations; remove one of them")
-                return None, boxes
-    return box, None
+def _refuse_lost(tree: Tree, where: str, names: dict[str, None]) -> None:
+    """Raise ManifestError if none of a list's paths leads to an image, and yet images of these names are there."""
+    lost = next((name for name in names if tree.images_named(name)), None)
+    if lost is not None:
+        raise ManifestError(
+            f"{where}: none of its paths leads to an image ({printable(lost)}; there is "
+            f"{printable(tree.images_named(lost)[0])}); correct the paths, from its folder"
+        )
 
 
-def _unreadable(others: Counter) -> str:
-    if not others:
+def _read_beside(found: Found) -> None:
+    """Read `.pts` and YOLO's labels, a file per image."""
+    tree, find = found.tree, found.tree.by_stem(pts.SUFFIX)
+    points = Rows(order="xyxy", units="pixels", named_by=".pts landmarks", from_points=True)
+    used = set()
+    for image in tree.images:
+        path = find(posixpath.splitext(image)[0]) or find(image)
+        if path:
+            used.add(path)
+            for box in pts.read_boxes(tree.root / path, printable(tree.root / path)):
+                points.add(0, image, box)
+    found.unread += [path for path in tree.files if path.lower().endswith(pts.SUFFIX) and path not in used]
+    labels = Rows(order="cxcywh", units="relative", named_by="YOLO labels")
+    of_images, warnings = yolo.read_all(tree)
+    marked = found.marked.union(points.paths)
+    for image, of_image in of_images.items():
+        if not of_image.boxes and image in marked:
+            raise ManifestError(
+                f"{printable(tree.root / image)}: its YOLO labels mark no ear, but another annotation does; remove one"
+            )
+        for box in of_image.boxes:
+            labels.add(0, image, box)
+    found.marked = marked.union(of_images)
+    found.annotated.update(map(posixpath.dirname, (*points.paths, *of_images)))
+    found.parts |= {name: rows for name, rows in ((".pts", points), ("YOLO", labels)) if rows.paths}
+    found.warnings += warnings
+
+
+def _note_unread(found: Found, identity_column: str | None) -> None:
+    """Note files that may be lists. Raises ManifestError for one with boxes of images that are here."""
+    tree = found.tree
+    images = {lists.stem_of(image) for image in tree.images}
+    for path in tree.files:
+        full, suffix = tree.root / path, posixpath.splitext(path)[1].lower()
+        if path in found.parts or suffix not in lists.FOREIGN and suffix not in _LISTS or lists.is_own_output(full):
+            continue
+        one = lists.listed(full, identity_column) if suffix in _LISTS else None
+        here = one is not None and (one.has_boxes or one.has_people) and bool(_located(tree, path, one.paths))
+        if one and here and one.has_boxes:
+            raise ManifestError(
+                f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); name the list "
+                "itself instead of the folder, or rename it (a .csv to *_annotations.csv), or move it elsewhere"
+            )
+        if one and here:
+            found.naming.append(path)
+        foreign = suffix in lists.FOREIGN or (suffix != ".json" and not lists.is_numbers(full))
+        if here or foreign or (suffix == ".json" and lists.stem_of(path) in images):
+            found.unread.append(path)
+    found.unread.sort()
+
+
+def _located(tree: Tree, path: str, names: list[str]) -> bool:
+    try:
+        return bool(locate(tree, path, dict.fromkeys(names)))
+    except ManifestError:  # a name can be of several images
+        return True
+
+
+def _left_out(found: Found, unmarked: int, whole: Rows) -> list[str]:
+    """Warnings of what is not used, and of what is used whole."""
+    where, warnings = printable(found.tree.root), []
+    if unmarked > len(whole.paths):
+        warnings.append(
+            f"{where}: {unmarked - len(whole.paths)} images have no annotation in folders that have some, and are left out"
+        )
+    if whole.paths and found.annotated:
+        folders = Counter(posixpath.dirname(path) or "." for path in whole.paths)
+        warnings.append(
+            f"{where}: {len(whole.paths)} images in folders without annotations ({_some(list(folders))}) are read whole, as "
+            "crops of ears; if they are photos, leave them out or annotate them"
+        )
+    if found.tree.heic:
+        warnings.append(f"{where}: left out{_heic(found.tree)}")
+    if found.unread:
+        count = len(found.unread)
+        warnings.append(
+            f"{where}: {count} file{'s' * (count > 1)} that may be a list of ears {'were' if count > 1 else 'was'} not read "
+            f"({_some(found.unread)}); {_READ}: if it marks ears, export it so, or name the list itself"
+        )
+    return warnings
+
+
+def _some(paths: list[str], most: int = 3) -> str:
+    more = f", and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(map(printable, paths[:most])) + more
+
+
+def _heic(tree: Tree) -> str:
+    if not tree.heic:
         return ""
-    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-    return f"; {counts} cannot be read without the extra heic (pip install 'ear-teacher-cli[heic]')"
+    return f"; {tree.suffix_counts()} cannot be read without the extra heic (pip install 'ear-teacher-cli[heic]')"

@@ -1,15 +1,15 @@
 """`.jsonl`: an object per line, with the names of CSV columns or one `bbox` of four numbers (or a list of such)."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import ManifestError
 from ...files import brief
 from ..boxes import Box
-from .columns import Columns, find_columns, read_row
-from .rows import Rows
+from .columns import Columns, compare, find_columns, read_row
+from .rows import Rows, per_box, stated_size
 
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
@@ -23,15 +23,23 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
         ) from error
 
 
-def read_objects(objects: Iterable[tuple[int, Mapping[str, Any]]], where: str, identity_column: str | None) -> Rows:
-    """(row, object) of one list; lines may have different names, but boxes in one order. Raises ManifestError."""
+def read_objects(
+    objects: Iterable[tuple[int, Mapping[str, Any]]],
+    where: str,
+    identity_column: str | None,
+    label_of: Callable[[Any], Any] = lambda value: value,
+) -> Rows:
+    """(row, object) of one list; lines may have different names, but boxes in one order.
+
+    `label_of`: what an identity or a side is that stands there. Raises ManifestError.
+    """
     rows, first = Rows(), True
     known: dict[tuple[str, ...], Columns] = {}
     for number, line in objects:
         names = tuple(line)
         if names not in known:
-            known[names] = find_columns(names, f"{where} line {number + 1}", identity_column)
-            rows.warnings += known[names].warnings if len(known) == 1 else []
+            known[names] = find_columns(names, f"{where} line {number + 1}" if known else where, identity_column)
+            rows.warnings += known[names].warnings
         columns = known[names]
         name, boxes, order = read_row(columns, line, where, number, rows.order)
         if any(box is not None for box in boxes):
@@ -39,10 +47,14 @@ def read_objects(objects: Iterable[tuple[int, Mapping[str, Any]]], where: str, i
                 raise ManifestError(
                     f"{where} line {number + 1}: its box is in another order than those before; write all alike"
                 )
-            first, rows.order, rows.named_by = False, order, columns.named_by or rows.named_by
-            rows.from_points = bool(columns.keypoints)
-        for box in boxes:
-            rows.add(number, name, box, line.get(columns.identity), line.get(columns.side))
+            first, rows.order, rows.from_points = False, order, bool(columns.keypoints)
+            rows.named_by = columns.named_by or (f"its {columns.box_order}" if order else "")
+            rows.open_in_shares = columns.order == "xywh" and [compare(n) for n in columns.four[:2]] == ["x", "y"]
+        if columns.size and (size := stated_size(*(line.get(n) for n in columns.size))):
+            rows.sizes[name.replace("\\", "/")] = size
+        people, sides = (per_box(label_of(line.get(n)), boxes) for n in (columns.identity, columns.side))
+        for box, identity, side in zip(boxes, people, sides, strict=True):
+            rows.add(number, name, box, identity, side)
     return rows
 
 
@@ -57,7 +69,7 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
+def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
     """Copy the lines of which anything is `kept`, (row, which of its boxes)."""
     by_row: dict[int, list[int]] = {}
     for row, place in kept:
@@ -67,9 +79,13 @@ def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
             if number not in by_row:
                 continue
             line = json.loads(text)
-            box = find_columns(line, str(source)).box
-            if box and isinstance(line[box], list) and line[box] and isinstance(line[box][0], list):
-                line[box] = [line[box][place] for place in by_row[number]]
+            columns = find_columns(line, str(source), identity_column)
+            boxes = line.get(columns.box)
+            if isinstance(boxes, list) and boxes and isinstance(boxes[0], list) and len(by_row[number]) < len(boxes):
+                line[columns.box] = [boxes[place] for place in by_row[number]]
+                for name in (columns.identity, columns.side):
+                    if isinstance(line.get(name), list) and len(line[name]) == len(boxes):
+                        line[name] = [line[name][place] for place in by_row[number]]
                 text = json.dumps(line) + "\n"
             written.write(text if text.endswith("\n") else text + "\n")
 

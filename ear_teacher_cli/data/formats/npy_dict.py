@@ -16,7 +16,7 @@ from ...files import printable
 from ..boxes import Box, box_around
 from ..npy import read_npy
 from .columns import Columns, find_columns, names_of
-from .rows import Rows, boxes_of, order_named, path_text, points_of
+from .rows import Rows, boxes_of, order_named, path_text, per_box, points_of
 
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
@@ -34,8 +34,11 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
             lists[name] = _as_list(content[name], name, where)
     _require_same_length(where, lists)
     rows = Rows(warnings=columns.warnings, named_by=columns.named_by)
-    rows.order = columns.order or order_named(content.get(columns.box_order), where)
-    if columns.box_order and rows.order:
+    said = order_named(content.get(columns.box_order), where) if columns.box_order else None
+    if said and columns.order not in (None, said):
+        raise ManifestError(f"{where}: {columns.box} and {columns.box_order} disagree ({said}); correct one")
+    rows.order = columns.order or said
+    if said and not columns.order:
         rows.named_by = f"its {columns.box_order}"
     marks = lists.get(columns.box) or lists.get(columns.keypoints) or [None] * len(paths)
     from_points = columns.box not in lists and columns.keypoints in lists
@@ -46,7 +49,7 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
     for row, (name, entry) in enumerate(zip(paths, marks, strict=True)):
         name = path_text(name, where, row)
         several = _boxes_around(entry, where, row) if from_points else boxes_of(entry, where, row)
-        people, sided = _per_box(identities[row], several), _per_box(sides[row], several)
+        people, sided = per_box(identities[row], several), per_box(sides[row], several)
         for box, identity, side in zip(several, people, sided, strict=True):
             rows.add(row, name, box, identity, side)
     return rows
@@ -71,11 +74,11 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
     _save(path, content)
 
 
-def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
+def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
     """Copy the list with only the boxes `kept`, (row, which of its boxes): the same keys, order, layout and types."""
     where = printable(source)
     content = _content(source, where)
-    columns = find_columns(content, where)
+    columns = find_columns(content, where, identity_column)
     count = len(_as_list(content[columns.path], columns.path, where))
     by_row: dict[int, list[int]] = defaultdict(list)
     for row, place in kept:
@@ -151,10 +154,3 @@ def _require_same_length(where: str, columns: dict[str, list]) -> None:
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in lengths.items())
         raise ManifestError(f"{where}: lengths disagree ({found}); every image needs one entry in each")
-
-
-def _per_box(label: Any, boxes: list) -> list:
-    """Labels of one image's boxes: one each if a list of that length is given, else the same for all."""
-    if isinstance(label, list | tuple | np.ndarray) and len(label) == len(boxes):
-        return list(label)
-    return [label] * len(boxes)

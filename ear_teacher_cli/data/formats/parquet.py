@@ -29,7 +29,7 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
     parquet.write_table(arrow.table(table), path)
 
 
-def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]]) -> None:
+def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
     """Copy the rows `kept`, (row, 0), with all their columns."""
     _, parquet = _pyarrow()
     parquet.write_table(_table(source, printable(source)).take(sorted({row for row, _ in kept})), out)

@@ -1,4 +1,7 @@
-"""`.pts`: landmarks of one image in a file of its own, beside it (`version: 1`, `n_points: N`, `{`, x y lines, `}`)."""
+"""`.pts`: landmarks of one image in a file of its own, beside it (`version: 1`, `n_points: N`, `{`, x y lines, `}`).
+
+Several ears have a block of `n_points: N` and braces each.
+"""
 
 import re
 from pathlib import Path
@@ -11,21 +14,33 @@ from ..boxes import Box, box_around
 from .rows import points_of
 
 SUFFIX = ".pts"
+_BLOCK = re.compile(r"n_points\s*:\s*(\d+)[^{}]*\{([^{}]*)\}", re.IGNORECASE)
 
 
-def read_box(path: Path, where: str) -> Box:
-    """The box around the landmarks, x1, y1, x2, y2 in pixels, 10 % larger on each side. Raises ManifestError."""
+def read_boxes(path: Path, where: str) -> list[Box]:
+    """The box around each ear's landmarks, x1, y1, x2, y2 in pixels, 10 % larger on each side. Raises ManifestError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{where}: cannot be read ({brief(error)}); check the file") from error
-    found = re.search(r"n_points\s*:\s*(\d+).*?\{(.*?)\}", text, re.DOTALL | re.IGNORECASE)
-    if not found:
+    blocks = _BLOCK.findall(text)
+    if not blocks:
         raise ManifestError(f"{where}: is no .pts file; it needs n_points: N and N lines of x y between braces")
+    if text.count("{") != len(blocks):
+        raise ManifestError(
+            f"{where}: has {text.count('{')} opening braces, but {len(blocks)} with n_points before and an end; write "
+            "n_points: N before each ear's points"
+        )
+    return [box_around(_points(count, lines, where)) for count, lines in blocks]
+
+
+def _points(count: str, lines: str, where: str) -> np.ndarray:
     try:
-        points = np.array([[float(v) for v in line.split()] for line in found[2].strip().splitlines()])
-        if points.shape != (int(found[1]), 2):
+        points = np.array([[float(v) for v in line.split()] for line in lines.strip().splitlines()])
+        if points.shape != (int(count), 2):
             raise ValueError
     except ValueError:
-        raise ManifestError(f"{where}: does not hold the {found[1]} lines of x y that n_points says; mend it") from None
-    return box_around(points_of(points, where, 0))
+        raise ManifestError(
+            f"{where}: does not hold the {count} lines of x y that n_points says; correct the file"
+        ) from None
+    return points_of(points, where, 0)

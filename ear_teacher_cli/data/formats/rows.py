@@ -1,6 +1,7 @@
 """What a reader of one format returns, and the checks that all readers share."""
 
 import math
+import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ class Rows:
     numbers: array = field(default_factory=lambda: array("q"))  # of the row or annotation, from 0
     identities: list[str] = field(default_factory=list)
     sides: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)  # path -> width, height that the list states
     # How the list itself says that its boxes are to be read; None: it does not, and they are judged.
     order: str | None = None
+    open_in_shares: bool = False  # x, y, w, h as shares of the image: YOLO's centres have these names, too
     units: str | None = None
     named_by: str = ""  # what says so, for messages: "columns xmin, ymin, xmax, ymax"
     from_points: bool = False  # boxes around keypoints; they may leave the image and are clamped to it
@@ -51,8 +54,26 @@ class Rows:
 
 
 def label(value: Any) -> str:
-    """An identity or a side as text; '' for None and NaN."""
+    """An identity or a side as text; '' for None and NaN. Raises ManifestError for a list of several."""
+    if isinstance(value, list | tuple | dict | np.ndarray):
+        raise ManifestError(f"identity or side {printable(value)[:60]}: is not one text per ear; correct the row")
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def per_box(labels: Any, boxes: list) -> list:
+    """Labels of one row's boxes: one each if a list of that length is given, else the same for all."""
+    if isinstance(labels, list | tuple | np.ndarray) and len(labels) == len(boxes):
+        return list(labels)
+    return [labels] * len(boxes)
+
+
+def stated_size(width: Any, height: Any) -> tuple[float, float] | None:
+    """The size of an image as a list states it; None if it is none, or a placeholder."""
+    try:
+        size = float(width), float(height)
+    except (TypeError, ValueError):
+        return None
+    return size if min(size) > 1 and np.isfinite(size).all() else None
 
 
 def path_text(value: Any, where: str, row: int) -> str:
@@ -69,7 +90,11 @@ def four_numbers(entry: Any, where: str, row: int) -> Box:
     try:
         a, b, c, d = (float(v) for v in entry)
     except (TypeError, ValueError):
-        raise ManifestError(f"{where} row {row}: box {printable(entry)[:80]} is not four numbers; mend it") from None
+        commas = any(isinstance(v, str) and re.fullmatch(r"-?\d+,\d+", v.strip()) for v in entry) if entry else False
+        why = " (decimal commas: write 1.5)" if commas else ""
+        raise ManifestError(
+            f"{where} row {row}: box {printable(entry)[:80]} is not four numbers{why}; correct the row"
+        ) from None
     return a, b, c, d
 
 
