@@ -84,6 +84,11 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
     os.kill(rank_of(killed.pid, 1), signal.SIGKILL)
     said(killed)
     assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and any(part.exists() for part in parts)
+    before = [part.read_bytes() for part in parts if part.exists()]
+    refused = start(3, *three)
+    text = said(refused)
+    assert refused.returncode != 0 and text.count("go on with --resume, or start anew with --overwrite") == 1, text
+    assert [part.read_bytes() for part in parts if part.exists()] == before
     text = said(start(3, *three, "--resume"))
     assert text.count("599 rows of 64, 1 skipped") == 1, text
     assert output("three") == output("one") and not list(tmp_path.glob(".*"))
