@@ -421,7 +421,8 @@ def _train(
     OUTPUT_DIR/EXPERIMENT_NAME.
     """
     recipe = preset_options(preset)
-    from_file = read_toml(config) if config else {}
+    chosen = preset if context.get_parameter_source("preset").name == "COMMANDLINE" else None
+    from_file = read_toml(config, chosen) if config else {}
     from_environment, typed = (
         {name: value for name, value in options.items() if context.get_parameter_source(name).name == source}
         for source in ("ENVIRONMENT", "COMMANDLINE")

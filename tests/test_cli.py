@@ -6,13 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from ear_teacher_cli import __version__
 from ear_teacher_cli.cli import _train
-from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, read_toml
+from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, preset, read_toml
 from ear_teacher_cli.errors import ConfigError
 
 COMMANDS = [
@@ -58,13 +59,38 @@ SEED_DEFAULTS = dict(
 )
 
 
-def test_the_seeds_preset_has_the_seeds_defaults():
-    config = TrainConfig(**PRESETS["seed"])
+def test_the_original_preset_has_the_seeds_defaults():
+    config = TrainConfig(**PRESETS["original"])
     assert {name: getattr(config, name) for name in SEED_DEFAULTS if not name.startswith("arcface")} | {
         "arcface_margin": config.margin,
         "arcface_scale": config.scale,
     } == SEED_DEFAULTS
     assert config.hflip == 0.0 and config.backbone == "convnext_tiny"
+
+
+def test_version_0_1_0_called_the_preset_seed():
+    assert preset("seed") == preset("original") == PRESETS["original"] and "seed" not in PRESETS
+
+
+def test_a_preset_in_a_file_is_below_the_files_options_and_the_flags(manifests, tmp_path, earteach):
+    """And below a preset that is typed."""
+
+    def resolved(*words) -> dict:
+        small = "--no-pretrained --backbone test_convnext --image-size 64 --num-workers 0 --batch-size 8 --dry-run -q"
+        said = earteach("train", *manifests, *small.split(), "--config", tmp_path / "c.toml", *words)
+        assert said.code == 0, said.err
+        return tomllib.loads(said.out.decode())
+
+    (tmp_path / "c.toml").write_text('learning_rate = 0.5\npreset = "original"\n')
+    original, recommended = (preset(name) | {"learning_rate": 0.5} for name in ("original", "recommended"))
+    assert original.items() <= resolved().items()
+    assert (original | {"views": 2, "augment": True}).items() <= resolved("--views", 2, "--augment").items()
+    assert recommended.items() <= resolved("--preset", "recommended").items()
+    (tmp_path / "c.toml").write_text('preset = "seed"\n')
+    assert preset("original").items() <= resolved().items()
+    (tmp_path / "c.toml").write_text("max_bad = 0.5\n")
+    assert recommended.items() <= resolved("--learning-rate", 0.5).items()
+    assert original.items() <= resolved("--learning-rate", 0.5, "--preset", "original").items()
 
 
 def test_the_seeds_command_is_accepted_with_its_underscores(manifests, earteach):
@@ -221,8 +247,11 @@ def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
             "--metric-loss: 'triplet' is not known; choose one of arcface, ",
         ),
         (["train", "--backbone", "convnext_tinny", "--no-pretrained"], "--backbone: timm has no model"),
-        (["train", "--preset", "seed", "--metric-loss", "none", "--reconstruction-weight", "0"], "nothing to learn"),
-        (["train", "--preset", "best"], "--preset: 'best' is not known; choose one of seed, recommended"),
+        (
+            ["train", "--preset", "original", "--metric-loss", "none", "--reconstruction-weight", "0"],
+            "nothing to learn",
+        ),
+        (["train", "--preset", "best"], "--preset: 'best' is not known; choose one of recommended, original"),
         (
             ["train", "--monitor", "val/metric_loss", "--pseudo-classes", "none"],
             "--monitor: val/metric_loss is not part of this run",
@@ -280,6 +309,16 @@ def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, ear
         ("augment = 1", "is not true or false"),
         ("batch-size = 2.5", "2.5 is not a whole number"),
         ("batch-size = 2\nbatch_size = 3", "given twice"),
+        (
+            "views = 2\npreset = 'best'",
+            "c.toml line 2: preset: 'best' is not known; choose one of recommended, original",
+        ),
+        ("preset = ['original']", "c.toml line 1: preset: holds several values"),
+        ("presett = 'original'", "unknown option 'presett'; did you mean preset?"),
+        (
+            "overwrite = true",
+            "c.toml line 1: 'overwrite' cannot be set in a file; give --overwrite on the command line",
+        ),
     ],
 )
 def test_config_files_are_checked(text, named, tmp_path, earteach):
