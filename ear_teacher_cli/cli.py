@@ -1,4 +1,4 @@
-"""The mouth: words in, one verb called, what it returned printed. Nothing else knows Typer.
+"""The mouth: words in, one verb called, what it returned printed. Only this and the help know Typer.
 
 stdout is data, stderr is talk. Exit 0 done, 1 your data or file, 2 your words, 130 interrupted. Verbs are
 imported when called, so that `--help` loads neither torch nor numpy.
@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
-from . import __version__, platform
+from . import __version__, help_format, platform
 from .config import AUTO, BOX_FORMATS, BOX_UNITS, CACHES, ENVIRONMENT, PRESETS, Reading, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
@@ -24,11 +24,20 @@ from .files import printable, shell_word
 from .machine import complaint, is_first_process
 from .talk import Talk, clock, counted
 
-app = typer.Typer(
+
+class _Program(typer.Typer):
+    """Commands whose help is ours."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=help_format.Command, **settings)
+
+
+app = _Program(
     name="earteach",
+    cls=help_format.Group,
     pretty_exceptions_enable=False,
     add_completion=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     # the seed's spelling, --batch_size, beside --batch-size
     context_settings={
         "token_normalize_func": lambda word: word.replace("_", "-"),
@@ -42,6 +51,7 @@ def _from_choices(choices: Iterable[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
 
 
+LISTS = "Lists of ears"  # the group of options that say how they are read
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.", envvar="EARTEACH_QUIET")
 ]
@@ -52,6 +62,7 @@ RootDir = Annotated[
         help="Folder the manifest's paths start from, and must not leave.",
         show_default=False,
         envvar="EARTEACH_ROOT_DIR",
+        rich_help_panel=LISTS,
     ),
 ]
 BoxFormat = Annotated[
@@ -60,6 +71,7 @@ BoxFormat = Annotated[
         metavar="|".join(BOX_FORMATS),
         help="Order of a box's numbers in lists that do not name it; auto: judged by all boxes, or refused.",
         autocompletion=_from_choices(BOX_FORMATS),
+        rich_help_panel=LISTS,
     ),
 ]
 BoxUnits = Annotated[
@@ -68,11 +80,16 @@ BoxUnits = Annotated[
         metavar="|".join(BOX_UNITS),
         help="Units of boxes in lists that do not name them; auto: relative if no number is above 1.1.",
         autocompletion=_from_choices(BOX_UNITS),
+        rich_help_panel=LISTS,
     ),
 ]
 IdentityColumn = Annotated[
     str | None,
-    typer.Option(help="Column that says who is on an image. Default: identity, if there is one.", show_default=False),
+    typer.Option(
+        help="Column that says who is on an image. Default: identity, if there is one.",
+        show_default=False,
+        rich_help_panel=LISTS,
+    ),
 ]
 Backbone = Annotated[str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)]
 ImageSize = Annotated[
@@ -376,15 +393,11 @@ def _train_signature() -> inspect.Signature:
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in extra] + parameters)
 
 
-def _describe_presets() -> str:
-    """What each preset sets, in the words of the command line."""
-
-    def flag(name: str, value: Any) -> str:
-        name = name.replace("_", "-")
-        return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
-
-    recipes = (f"{name}: {', '.join(flag(*item) for item in values.items())}" for name, values in PRESETS.items())
-    return f"Recipe; --config and options win over it. {'; '.join(recipes)}."
+def _print_whole_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        context.meta[help_format.WHOLE] = True
+        typer.echo(context.get_help())
+        raise typer.Exit()
 
 
 def _train(
@@ -394,7 +407,7 @@ def _train(
         typer.Option(
             "--preset",
             metavar="|".join(PRESETS),
-            help=_describe_presets(),
+            help="Values of many options at once: original has those of the package ear_teacher. --config and options win over it; --help-all lists what each sets.",
             show_default=True,
             autocompletion=_from_choices(PRESETS),
         ),
@@ -413,6 +426,12 @@ def _train(
         bool, typer.Option("--overwrite", help="Remove the experiment of this name and start anew.")
     ] = False,
     quiet: Quiet = False,
+    help_all: Annotated[
+        bool,
+        typer.Option(
+            "--help-all", help="Show all options, rare ones too, and exit.", is_eager=True, callback=_print_whole_help
+        ),
+    ] = False,
     **options: Any,
 ) -> None:
     """Train a teacher on two manifests of ears, without labels.

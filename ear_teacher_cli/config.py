@@ -87,6 +87,39 @@ ENVIRONMENT = (
 )
 
 
+# The options that `earteach train --help` shows; --help-all shows the rest as well.
+COMMON = (
+    "train_metadata",
+    "val_metadata",
+    "root_dir",
+    "box_format",
+    "identity_column",
+    "batch_size",
+    "num_workers",
+    "cache",
+    "image_size",
+    "augment",
+    "backbone",
+    "pretrained",
+    "pretrained_path",
+    "learning_rate",
+    "max_epochs",
+    "reconstruction_weight",
+    "contrastive_weight",
+    "metric_weight",
+    "metric_loss",
+    "pseudo_classes",
+    "early_stop",
+    "monitor",
+    "images",
+    "precision",
+    "seed",
+    "devices",
+    "output_dir",
+    "experiment_name",
+)
+
+
 @dataclass(frozen=True)
 class Reading:
     """How lists of ears are to be read where they do not say it themselves."""

@@ -116,7 +116,7 @@ def test_every_option_of_the_seed_takes_its_underscores(option, earteach):
 
 
 def test_options_and_config_fields_are_the_same():
-    own = {"context", "config", "preset", "dry_run", "overwrite", "quiet"}
+    own = {"context", "config", "preset", "dry_run", "overwrite", "quiet", "help_all"}
     assert set(_train.__signature__.parameters) - own == {f.name for f in dataclasses.fields(TrainConfig)}
     for field in dataclasses.fields(TrainConfig):
         assert _train.__signature__.parameters[field.name].default == field.default
