@@ -15,8 +15,9 @@ from dataclasses import fields
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
+from typer.main import get_command
 
-from . import __version__, help_format, platform
+from . import __version__, help_format, platform, usage
 from .config import AUTO, BOX_FORMATS, BOX_UNITS, CACHES, ENVIRONMENT, PRESETS, Reading, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
@@ -25,11 +26,22 @@ from .machine import complaint, is_first_process
 from .talk import Talk, clock, counted
 
 
+class _Command(help_format.Command):
+    """A command that notices what Typer lets pass."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = [] if ctx.resilient_parsing else usage.look_over(self, ctx, args)
+        rest = super().parse_args(ctx, args)
+        for option in repeated if is_first_process() else []:
+            Talk(ctx.params.get("quiet", False)).say(usage.about_repeated(option, ctx.params.get(option.name)))
+        return rest
+
+
 class _Program(typer.Typer):
-    """Commands whose help is ours."""
+    """Commands of that kind."""
 
     def command(self, name: str | None = None, **settings: Any) -> Any:
-        return super().command(name, cls=help_format.Command, **settings)
+        return super().command(name, cls=_Command, **settings)
 
 
 app = _Program(
@@ -160,7 +172,7 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="earteach", standalone_mode=False))
     except _UsageError as error:
-        fail(_about_words(error), 2)
+        fail(usage.explain(error, get_command(app), sys.argv[1:]), 2)
     except EarTeachError as error:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
@@ -197,18 +209,6 @@ def main() -> None:
 
 # Typer exports one of the complaints that it has about words; this is what they all are.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-def _about_words(error: Any) -> str:
-    """`train: no such option --lerning-rate; did you mean --learning-rate? See earteach train --help`."""
-    named = [word for word in sys.argv[1:2] if word in {command.name for command in app.registered_commands}]
-    path = error.ctx.command_path if error.ctx else " ".join(["earteach", *named])
-    where = path.removeprefix("earteach").strip()
-    found = error.format_message().strip().removesuffix(".")
-    if possible := getattr(error, "possibilities", None):
-        found = f"no such option {error.option_name}; {nearest(error.option_name, possible)}".rstrip("; ")
-    found = found[0].lower() + found[1:]
-    return f"{where + ': ' if where else ''}{found}{' See' if found.endswith('?') else '; see'} `{path} --help`"
 
 
 def _print_version(asked: bool) -> None:

@@ -412,7 +412,9 @@ def _line_of(key: str, text: str) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`did you mean learning_rate? ` for lerning_rate; nothing if no name is like it."""
-    like = get_close_matches(name, names, 1, cutoff=0.7)
+    names = list(names)
+    longer = [other for other in names if other.startswith(name) and len(name) > 3]
+    like = longer if len(longer) == 1 else get_close_matches(name, names, 1, cutoff=0.7)
     return f"did you mean {like[0]}? " if like else ""
 
 
@@ -423,21 +425,21 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
         return None
     target = next(t for t in allowed if t is not type(None))
     if isinstance(value, dict | list | tuple):
-        raise ConfigError(name, f"holds several values, not {_WORD[target]}", f"give {_WORD[target]}")
+        raise ConfigError(name, f"holds several values, not {KINDS[target]}", f"give {KINDS[target]}")
     if target is bool or isinstance(value, bool):
         if target is not bool or not isinstance(value, bool):
-            raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}")
+            raise ConfigError(name, f"{value!r} is not {KINDS[target]}", f"give {KINDS[target]}")
         return value
     try:
         plain = target(value)
         if target is int and plain != float(value):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}") from None
+        raise ConfigError(name, f"{value!r} is not {KINDS[target]}", f"give {KINDS[target]}") from None
     return plain
 
 
-_WORD = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _check(name: str, value: Any, checks: Any) -> None:

@@ -16,6 +16,7 @@ FLOORS = {
     "platform": 0,
     "__init__": 0,
     "help_format": 1,
+    "usage": 2,
     "data": 2,
     "core": 3,
     "commands": 4,
