@@ -1,4 +1,4 @@
-"""The mouth: words in, one verb called, what it returned printed. Nothing else knows Typer.
+"""The mouth: words in, one verb called, what it returned printed. Only this and the help know Typer.
 
 stdout is data, stderr is talk. Exit 0 done, 1 your data or file, 2 your words, 130 interrupted. Verbs are
 imported when called, so that `--help` loads neither torch nor numpy.
@@ -15,8 +15,9 @@ from dataclasses import fields
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
+from typer.main import get_command
 
-from . import __version__, platform
+from . import __version__, help_format, platform, usage
 from .config import AUTO, BOX_FORMATS, BOX_UNITS, CACHES, ENVIRONMENT, PRESETS, Reading, TrainConfig, nearest, read_toml
 from .config import preset as preset_options
 from .errors import ConfigError, EarTeachError, Stopped, WordsError
@@ -24,11 +25,31 @@ from .files import printable, shell_word
 from .machine import complaint, is_first_process
 from .talk import Talk, clock, counted
 
-app = typer.Typer(
+
+class _Command(help_format.Command):
+    """A command that notices what Typer lets pass."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = [] if ctx.resilient_parsing else usage.look_over(self, ctx, args)
+        rest = super().parse_args(ctx, args)
+        for option in repeated if is_first_process() else []:
+            Talk(ctx.params.get("quiet", False)).say(usage.about_repeated(option, ctx.params.get(option.name)))
+        return rest
+
+
+class _Program(typer.Typer):
+    """Commands of that kind."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=_Command, **settings)
+
+
+app = _Program(
     name="earteach",
+    cls=help_format.Group,
     pretty_exceptions_enable=False,
     add_completion=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     # the seed's spelling, --batch_size, beside --batch-size
     context_settings={
         "token_normalize_func": lambda word: word.replace("_", "-"),
@@ -42,6 +63,7 @@ def _from_choices(choices: Iterable[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
 
 
+LISTS = "Lists of ears"  # the group of options that say how they are read
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.", envvar="EARTEACH_QUIET")
 ]
@@ -52,6 +74,7 @@ RootDir = Annotated[
         help="Folder the manifest's paths start from, and must not leave.",
         show_default=False,
         envvar="EARTEACH_ROOT_DIR",
+        rich_help_panel=LISTS,
     ),
 ]
 BoxFormat = Annotated[
@@ -60,6 +83,7 @@ BoxFormat = Annotated[
         metavar="|".join(BOX_FORMATS),
         help="Order of a box's numbers in lists that do not name it; auto: judged by all boxes, or refused.",
         autocompletion=_from_choices(BOX_FORMATS),
+        rich_help_panel=LISTS,
     ),
 ]
 BoxUnits = Annotated[
@@ -68,11 +92,16 @@ BoxUnits = Annotated[
         metavar="|".join(BOX_UNITS),
         help="Units of boxes in lists that do not name them; auto: relative if no number is above 1.1.",
         autocompletion=_from_choices(BOX_UNITS),
+        rich_help_panel=LISTS,
     ),
 ]
 IdentityColumn = Annotated[
     str | None,
-    typer.Option(help="Column that says who is on an image. Default: identity, if there is one.", show_default=False),
+    typer.Option(
+        help="Column that says who is on an image. Default: identity, if there is one.",
+        show_default=False,
+        rich_help_panel=LISTS,
+    ),
 ]
 Backbone = Annotated[str | None, typer.Option(help="The timm model a plain state dict is of.", show_default=False)]
 ImageSize = Annotated[
@@ -143,7 +172,7 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="earteach", standalone_mode=False))
     except _UsageError as error:
-        fail(_about_words(error), 2)
+        fail(usage.explain(error, get_command(app), sys.argv[1:]), 2)
     except EarTeachError as error:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
@@ -180,18 +209,6 @@ def main() -> None:
 
 # Typer exports one of the complaints that it has about words; this is what they all are.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-def _about_words(error: Any) -> str:
-    """`train: no such option --lerning-rate; did you mean --learning-rate? See earteach train --help`."""
-    named = [word for word in sys.argv[1:2] if word in {command.name for command in app.registered_commands}]
-    path = error.ctx.command_path if error.ctx else " ".join(["earteach", *named])
-    where = path.removeprefix("earteach").strip()
-    found = error.format_message().strip().removesuffix(".")
-    if possible := getattr(error, "possibilities", None):
-        found = f"no such option {error.option_name}; {nearest(error.option_name, possible)}".rstrip("; ")
-    found = found[0].lower() + found[1:]
-    return f"{where + ': ' if where else ''}{found}{' See' if found.endswith('?') else '; see'} `{path} --help`"
 
 
 def _print_version(asked: bool) -> None:
@@ -378,15 +395,11 @@ def _train_signature() -> inspect.Signature:
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in extra] + parameters)
 
 
-def _describe_presets() -> str:
-    """What each preset sets, in the words of the command line."""
-
-    def flag(name: str, value: Any) -> str:
-        name = name.replace("_", "-")
-        return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
-
-    recipes = (f"{name}: {', '.join(flag(*item) for item in values.items())}" for name, values in PRESETS.items())
-    return f"Recipe; --config and options win over it. {'; '.join(recipes)}."
+def _print_whole_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        context.meta[help_format.WHOLE] = True
+        typer.echo(context.get_help())
+        raise typer.Exit()
 
 
 def _train(
@@ -396,7 +409,7 @@ def _train(
         typer.Option(
             "--preset",
             metavar="|".join(PRESETS),
-            help=_describe_presets(),
+            help="Values of many options at once: original has those of the package ear_teacher. --config and options win over it; --help-all lists what each sets.",
             show_default=True,
             autocompletion=_from_choices(PRESETS),
         ),
@@ -415,6 +428,12 @@ def _train(
         bool, typer.Option("--overwrite", help="Remove the experiment of this name and start anew.")
     ] = False,
     quiet: Quiet = False,
+    help_all: Annotated[
+        bool,
+        typer.Option(
+            "--help-all", help="Show all options, rare ones too, and exit.", is_eager=True, callback=_print_whole_help
+        ),
+    ] = False,
     **options: Any,
 ) -> None:
     """Train a teacher on two manifests of ears, without labels.
@@ -423,7 +442,8 @@ def _train(
     OUTPUT_DIR/EXPERIMENT_NAME.
     """
     recipe = preset_options(preset)
-    from_file = read_toml(config) if config else {}
+    chosen = preset if context.get_parameter_source("preset").name == "COMMANDLINE" else None
+    from_file = read_toml(config, chosen) if config else {}
     from_environment, typed = (
         {name: value for name, value in options.items() if context.get_parameter_source(name).name == source}
         for source in ("ENVIRONMENT", "COMMANDLINE")

@@ -41,14 +41,14 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")
 # 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
 DEFAULT_MARGIN = {"arcface": 0.5, "cosface": 0.35, "none": 0.0}
 METRIC_LOSSES = tuple(DEFAULT_MARGIN)
-# (scale, margin): `paper` the seed's scale and the loss's own margin, for classes that are right; `gentle` those of
-# speaker verification on pseudo-classes, which are often wrong.
+# (scale, margin): `paper` the original package's scale and the loss's own margin, for classes that are right; `gentle`
+# those of speaker verification on pseudo-classes, which are often wrong.
 MARGIN_PRESETS: dict[str, tuple[float, float | None]] = {"paper": (64.0, None), "gentle": (30.0, 0.2)}
 
 
-# The seed's values of the options whose defaults are not the seed's. Those defaults are the recommended recipe
-# (examples/study has the evidence), which `recommended` spells out.
-_SEED = {
+# What the original package, ear_teacher, had for the options whose defaults are others here. Those defaults are the
+# recommended recipe (examples/study has the evidence), which `recommended` spells out.
+_ORIGINAL: dict[str, Any] = {
     "pad": False,
     "augment": False,
     "augmentation": "mild",
@@ -87,6 +87,39 @@ ENVIRONMENT = (
 )
 
 
+# The options that `earteach train --help` shows; --help-all shows the rest as well.
+COMMON = (
+    "train_metadata",
+    "val_metadata",
+    "root_dir",
+    "box_format",
+    "identity_column",
+    "batch_size",
+    "num_workers",
+    "cache",
+    "image_size",
+    "augment",
+    "backbone",
+    "pretrained",
+    "pretrained_path",
+    "learning_rate",
+    "max_epochs",
+    "reconstruction_weight",
+    "contrastive_weight",
+    "metric_weight",
+    "metric_loss",
+    "pseudo_classes",
+    "early_stop",
+    "monitor",
+    "images",
+    "precision",
+    "seed",
+    "devices",
+    "output_dir",
+    "experiment_name",
+)
+
+
 @dataclass(frozen=True)
 class Reading:
     """How lists of ears are to be read where they do not say it themselves."""
@@ -122,7 +155,7 @@ class TrainConfig:
     cache_limit: float = option(20.0, "Data", "GB that the kept crops may take; of what does not fit, the photos are decoded every time.", low=0.0)
     image_size: int = option(224, "Data", "Side of the square input in pixels, a multiple of 32.", low=32, high=2048, multiple=32)
     bbox_buffer: float = option(0.10, "Data", "Room around the box: this share of its width to the left and right, of its height above and below.", low=0.0, high=2.0)
-    pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the seed did.")
+    pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the original package did.")
     augment: bool = option(True, "Data", "Vary the training pictures, as --augmentation says.")
     augmentation: str = option("strong", "Data", "How --augment, and the second view of validation, vary a picture: rotation (15 degrees), shift (5 %), scale (0.8-1.1) and mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greys, lost resolution.", choices=AUGMENTATIONS)
     views: int = option(2, "Data", "Augmented views of each picture in a step; 2 doubles its cost.", low=1, high=2)
@@ -152,7 +185,7 @@ class TrainConfig:
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES)
-    pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the seed's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
+    pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the original package's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
     num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
     cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
     arcface_margin: float | None = option(None, "Training", "Margin (radians for arcface, cosine for cosface), instead of --margin-preset's.", low=0.0, high=1.5)
@@ -283,15 +316,17 @@ class TrainConfig:
 
 def preset(name: str) -> dict[str, Any]:
     """The options that a recipe of PRESETS sets, with their values. Raises ConfigError."""
-    if name not in PRESETS:
+    found = PRESETS.get(_EARLIER_NAMES.get(name, name))
+    if found is None:
         raise ConfigError("preset", f"{name!r} is not known", f"choose one of {', '.join(PRESETS)}")
-    return dict(PRESETS[name])
+    return dict(found)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "seed": _SEED,
-    "recommended": {name: getattr(TrainConfig, name) for name in _SEED},
+    "recommended": {name: getattr(TrainConfig, name) for name in _ORIGINAL},
+    "original": _ORIGINAL,
 }
+_EARLIER_NAMES = {"seed": "original"}  # what version 0.1.0 called it
 
 
 # Version 0.1.0 read every unnamed box as corners in pixels, and let lists overlap.
@@ -309,7 +344,7 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
         raise EarTeachError(
             f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
         )
-    return TrainConfig(**PRESETS["seed"] | _BEFORE | values)
+    return TrainConfig(**_ORIGINAL | _BEFORE | values)
 
 
 def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -317,36 +352,54 @@ def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
     return replace(config, **{name: value for name, value in changes.items() if value is not None})
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Options from a TOML file, with hyphens or underscores. Raises EarTeachError naming file, line and key."""
-    text = ""
+def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
+    """Options from a TOML file, with hyphens or underscores, and below them those of `recipe`, else of the file's own
+    `preset`. Raises EarTeachError naming file, line and key."""
+    text = _text_of(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in text else ""
+        raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line{windows}") from error
+    found: dict[str, Any] = {}
+    below: dict[str, Any] = {}
+    for key, value in values.items():
+        name, where = key.replace("-", "_"), f"{path}{_line_of(key, text)}"
+        if name in found:
+            raise EarTeachError(f"{where}: {key!r} is given twice, with hyphens and with underscores; keep one")
+        try:
+            if name == "preset":
+                below = preset(_plain(name, value, str))
+            else:
+                found[name] = _option_of_file(name, key, value, where)
+        except ConfigError as error:
+            raise WordsError(f"{where}: {error}") from error
+    return (preset(recipe) if recipe else below) | found
+
+
+def _text_of(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise EarTeachError(f"{path}: no such file; give --config a TOML file of options") from error
     except OSError as error:
         raise EarTeachError(f"{path}: {error.strerror}; give --config a TOML file of options") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in text else ""
-        raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line{windows}") from error
+    except UnicodeDecodeError as error:
+        raise EarTeachError(f"{path}: not readable as TOML ({error}); save it as UTF-8") from error
+
+
+def _option_of_file(name: str, key: str, value: Any, where: str) -> Any:
+    """The checked value of one line."""
     specs = {spec.name: spec for spec in fields(TrainConfig)}
-    kinds = get_type_hints(TrainConfig)
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name, where = key.replace("-", "_"), f"{path}{_line_of(key, text)}"
-        if name not in specs:
-            raise EarTeachError(
-                f"{where}: unknown option {key!r}; {nearest(name, specs)}`earteach train --help` lists the names"
-            )
-        if name in found:
-            raise EarTeachError(f"{where}: {key!r} is given twice, with hyphens and with underscores; keep one")
-        try:
-            found[name] = _plain(name, value, kinds[name])
-            _check(name, found[name], specs[name].metadata)
-        except ConfigError as error:
-            raise WordsError(f"{where}: {error}") from error
-    return found
+    if name in ("dry_run", "overwrite", "quiet", "config"):
+        flag = name.replace("_", "-")
+        raise EarTeachError(f"{where}: {key!r} cannot be set in a file; give --{flag} on the command line")
+    if name not in specs:
+        hint = nearest(name, [*specs, "preset"])
+        raise EarTeachError(f"{where}: unknown option {key!r}; {hint}`earteach train --help-all` lists the names")
+    plain = _plain(name, value, get_type_hints(TrainConfig)[name])
+    _check(name, plain, specs[name].metadata)
+    return plain
 
 
 def _line_of(key: str, text: str) -> str:
@@ -359,7 +412,9 @@ def _line_of(key: str, text: str) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`did you mean learning_rate? ` for lerning_rate; nothing if no name is like it."""
-    like = get_close_matches(name, names, 1)
+    names = list(names)
+    longer = [other for other in names if other.startswith(name) and len(name) > 3]
+    like = longer if len(longer) == 1 else get_close_matches(name, names, 1, cutoff=0.7)
     return f"did you mean {like[0]}? " if like else ""
 
 
@@ -370,21 +425,21 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
         return None
     target = next(t for t in allowed if t is not type(None))
     if isinstance(value, dict | list | tuple):
-        raise ConfigError(name, f"holds several values, not {_WORD[target]}", f"give {_WORD[target]}")
+        raise ConfigError(name, f"holds several values, not {KINDS[target]}", f"give {KINDS[target]}")
     if target is bool or isinstance(value, bool):
         if target is not bool or not isinstance(value, bool):
-            raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}")
+            raise ConfigError(name, f"{value!r} is not {KINDS[target]}", f"give {KINDS[target]}")
         return value
     try:
         plain = target(value)
         if target is int and plain != float(value):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(name, f"{value!r} is not {_WORD[target]}", f"give {_WORD[target]}") from None
+        raise ConfigError(name, f"{value!r} is not {KINDS[target]}", f"give {KINDS[target]}") from None
     return plain
 
 
-_WORD = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _check(name: str, value: Any, checks: Any) -> None:

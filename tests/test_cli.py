@@ -6,13 +6,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from ear_teacher_cli import __version__
-from ear_teacher_cli.cli import _train
-from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, read_toml
+from ear_teacher_cli.cli import _train, app, get_command
+from ear_teacher_cli.commands.train import RESUMABLE
+from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, preset, read_toml
 from ear_teacher_cli.errors import ConfigError
 
 COMMANDS = [
@@ -58,8 +60,8 @@ SEED_DEFAULTS = dict(
 )
 
 
-def test_the_seeds_preset_has_the_seeds_defaults():
-    config = TrainConfig(**PRESETS["seed"])
+def test_the_original_preset_has_the_seeds_defaults():
+    config = TrainConfig(**PRESETS["original"])
     assert {name: getattr(config, name) for name in SEED_DEFAULTS if not name.startswith("arcface")} | {
         "arcface_margin": config.margin,
         "arcface_scale": config.scale,
@@ -67,9 +69,37 @@ def test_the_seeds_preset_has_the_seeds_defaults():
     assert config.hflip == 0.0 and config.backbone == "convnext_tiny"
 
 
-def test_the_seeds_command_is_accepted_with_its_underscores(manifests, earteach):
+def test_version_0_1_0_called_the_preset_seed():
+    assert preset("seed") == preset("original") == PRESETS["original"] and "seed" not in PRESETS
+
+
+def test_a_preset_in_a_file_is_below_the_files_options_and_the_flags(manifests, tmp_path, earteach):
+    """And below a preset that is typed."""
+
+    def resolved(*words) -> dict:
+        small = "--no-pretrained --backbone test_convnext --image-size 64 --num-workers 0 --batch-size 8 --dry-run -q"
+        said = earteach("train", *manifests, *small.split(), "--config", tmp_path / "c.toml", *words)
+        assert said.code == 0, said.err
+        return tomllib.loads(said.out.decode())
+
+    (tmp_path / "c.toml").write_text('learning_rate = 0.5\npreset = "original"\n')
+    original, recommended = (preset(name) | {"learning_rate": 0.5} for name in ("original", "recommended"))
+    assert original.items() <= resolved().items()
+    assert (original | {"views": 2, "augment": True}).items() <= resolved("--views", 2, "--augment").items()
+    assert recommended.items() <= resolved("--preset", "recommended").items()
+    (tmp_path / "c.toml").write_text('preset = "seed"\n')
+    assert preset("original").items() <= resolved().items()
+    (tmp_path / "c.toml").write_text("max_bad = 0.5\n")
+    assert recommended.items() <= resolved("--learning-rate", 0.5).items()
+    assert original.items() <= resolved("--learning-rate", 0.5, "--preset", "original").items()
+
+
+def test_the_seeds_command_is_accepted_with_its_underscores(ears, manifests, tmp_path, earteach):
+    names = sorted(path.relative_to(ears).as_posix() for path in (ears / "images").glob("p00[0-5]/*.jpg"))
+    (tmp_path / "many.csv").write_text("\n".join(["image_path", *names * 3]))  # 72 rows: a batch is 64
     small = "--no-pretrained --backbone test_convnext --image_size 64 --num_workers 0 --dry-run"
-    said = earteach("train", *manifests, *shlex.split(SEED_COMMAND), *small.split())
+    lists = ["--train-metadata", tmp_path / "many.csv", *manifests[2:], "--root-dir", ears, "--allow-overlap"]
+    said = earteach("train", *lists, *shlex.split(SEED_COMMAND), *small.split())
     assert said.code == 0, said.err
     for line in (
         "batch_size = 64",
@@ -90,7 +120,7 @@ def test_every_option_of_the_seed_takes_its_underscores(option, earteach):
 
 
 def test_options_and_config_fields_are_the_same():
-    own = {"context", "config", "preset", "dry_run", "overwrite", "quiet"}
+    own = {"context", "config", "preset", "dry_run", "overwrite", "quiet", "help_all"}
     assert set(_train.__signature__.parameters) - own == {f.name for f in dataclasses.fields(TrainConfig)}
     for field in dataclasses.fields(TrainConfig):
         assert _train.__signature__.parameters[field.name].default == field.default
@@ -200,14 +230,76 @@ def test_version(earteach):
         (["train", "--batch-sise", "3"], "train: no such option --batch-sise; did you mean --batch-size? See"),
         (["embed", "x"], "OUT"),
         (["resume"], "RUN"),
-        (["train", "--batch-size", "x"], "invalid value for '--batch-size'"),
-        (["--batch-size", "3"], "no such option: --batch-size"),
-        (["train", "--max-epochs"], "see `earteach train --help`"),
+        (["fit"], "no such command 'fit'; see `earteach --help`"),
+        (["eval", "x.npy"], "no such command 'eval'; did you mean evaluate? See `earteach --help`"),
+        (["train", "-x"], "train: no such option -x; see `earteach train --help`"),
+        (["train", "--batch"], "no such option --batch; did you mean --batch-size?"),
+        (["--batch-size", "3"], "no such option --batch-size before the command; give it after: `earteach train "),
+        (["train", "--max-epochs"], "earteach: --max-epochs: no value is given; give a whole number\n"),
+        (["train", "--metric-loss"], "--metric-loss: no value is given; give one of arcface, cosface, none\n"),
+        (
+            ["train", "--experiment-name", "--overwrite"],
+            "--experiment-name: no value is given before --overwrite; give",
+        ),
+        (["train", "--pad=yes"], "--pad: takes no value; give --pad or --no-pad alone\n"),
+        (["train", "more"], "train: too many arguments (more); usage: earteach train [OPTIONS]\n"),
+        (["embed", "a", "b", "c"], "embed: too many arguments (c); usage: earteach embed [OPTIONS] INPUT OUT\n"),
+        (["embed", "x"], "embed: OUT is missing; usage: earteach embed [OPTIONS] INPUT OUT\n"),
+        (["collage", "x"], "--out is missing; add --out FILE.png\n"),
+        (["evaluate", "--compare", "a"], "--compare: needs 2 values; give A B\n"),
+        (
+            ["train", "--batch-size", "many"],
+            "earteach: --batch-size: 'many' is not a whole number; give a whole number\n",
+        ),
+        (["train", "--batch_size=3.5"], "--batch-size: '3.5' is not a whole number; give a whole number\n"),
+        (["train", "--learning-rate", "fast"], "--learning-rate: 'fast' is not a number; give a number\n"),
+        (["evaluate", "x", "--far", "0.1", "--far", "x"], "--far: 'x' is not a number; give a number\n"),
+        (["evaluate", "x", "--bootstrap", "-3"], "--bootstrap: -3 is too small; use at least 0\n"),
+        (["evaluate", "x", "--bootstrap", "1000000"], "--bootstrap: 1000000 is too large; use at most 100000\n"),
     ],
 )
 def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
     said = earteach(*words)
     assert said.code == 2 and hint in said.err and said.out == b"" and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("EARTEACH_NUM_WORKERS", "many", "'many' is not a whole number; give a whole number"),
+        ("EARTEACH_NUM_WORKERS", "-1", "-1 is too small; use at least 0"),
+        ("EARTEACH_QUIET", "perhaps", "'perhaps' is not true or false; give true or false"),
+    ],
+)
+def test_a_wrong_value_in_the_environment_names_the_variable(name, value, found, monkeypatch, earteach):
+    monkeypatch.setenv(name, value)
+    said = earteach("embed", "x", "y.npy")
+    assert said.code == 2 and said.err == f"earteach: {name}: {found}\n"
+
+
+def test_resume_says_of_every_option_of_train_that_the_run_fixes_it(earteach):
+    own = {each.name: each for each in get_command(app).commands["resume"].params}
+    free = [f"--{name.replace('_', '-')}" for name in own if name in RESUMABLE]
+    assert len(free) == len(RESUMABLE)
+    for option in get_command(app).commands["train"].params:
+        for name in [*option.opts, *option.secondary_opts] if option.name not in own else []:
+            said = earteach("resume", "x", name.replace("-", "_").replace("__", "--", 1), "8")
+            fixed = option.name not in ("dry_run", "overwrite", "help_all")
+            assert said.code == 2 and len(said.err.splitlines()) == 1, said.err
+            assert (f"{name}: is fixed by the run; leave it out, or start a new run" in said.err) == fixed, said.err
+            assert (f"(resume may change {', '.join(free[:-1])} and {free[-1]})" in said.err) == fixed
+            assert not (fixed and "did you mean" in said.err)
+
+
+def test_an_option_that_is_given_twice_counts_the_last_time(tmp_path, monkeypatch, earteach):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--batch-size", "64", "--batch_size=1", "--pad", "--no-pad", "--overwrite", "--overwrite"]
+    first, second, last = earteach(*words).err.splitlines()
+    assert first == "--batch-size: given more than once; the last one counts (1)"
+    assert second == "--pad and --no-pad: the last one counts (--no-pad)"
+    assert last == "earteach: --batch-size: 1 is too small; use at least 2"
+    assert earteach(*words, "-q").err.splitlines() == [last]
+    assert "more than once" not in earteach("evaluate", "x.npy", "--far", "0.1", "--far", "0.2").err
 
 
 @pytest.mark.parametrize(
@@ -221,8 +313,11 @@ def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
             "--metric-loss: 'triplet' is not known; choose one of arcface, ",
         ),
         (["train", "--backbone", "convnext_tinny", "--no-pretrained"], "--backbone: timm has no model"),
-        (["train", "--preset", "seed", "--metric-loss", "none", "--reconstruction-weight", "0"], "nothing to learn"),
-        (["train", "--preset", "best"], "--preset: 'best' is not known; choose one of seed, recommended"),
+        (
+            ["train", "--preset", "original", "--metric-loss", "none", "--reconstruction-weight", "0"],
+            "nothing to learn",
+        ),
+        (["train", "--preset", "best"], "--preset: 'best' is not known; choose one of recommended, original"),
         (
             ["train", "--monitor", "val/metric_loss", "--pseudo-classes", "none"],
             "--monitor: val/metric_loss is not part of this run",
@@ -242,6 +337,39 @@ def test_wrong_words_are_exit_2_with_a_hint(words, hint, earteach):
 def test_impossible_values_name_the_flag_and_the_range(words, named, manifests, earteach):
     said = earteach(*words, *manifests)
     assert said.code == 2 and named in said.err and len(said.err.splitlines()) <= 2
+
+
+SMALL_AND_DRY = "--no-pretrained --backbone test_convnext --image-size 64 --num-workers 0 --dry-run -q".split()
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (24, None),
+        (25, None),
+        (33, "33 is more than the 24 images of "),
+        (10**6, "1000000 is more than the 24 images of "),
+    ],
+)
+def test_a_batch_may_be_all_images_and_no_more(size, told, manifests, earteach):
+    """But the default, which nobody typed."""
+    said = earteach("train", *manifests, *SMALL_AND_DRY, "--batch-size", size)
+    if told:
+        assert said.code == 2 and f"--batch-size: {told}" in said.err and said.err.endswith("; use at most 24\n")
+        return
+    assert said.code == 0
+    said = earteach("train", *manifests, *SMALL_AND_DRY[:-1], "--batch-size", size)
+    line = f"batch size: {size} is more than the 24 images there are; every step takes all of them"
+    assert (line in said.err) == (size > 24)
+
+
+def test_more_processes_than_cores_are_warned_of(manifests, monkeypatch, earteach):
+    words = [*SMALL_AND_DRY, "--batch-size", 8, "--accelerator", "cpu", "--devices", 4]
+    monkeypatch.setattr("ear_teacher_cli.commands.train.usable_cores", lambda: 2)
+    said = earteach("train", *manifests, *words)
+    assert said.code == 0 and "--devices: 4 processes are to share 2 CPU cores" in said.err
+    assert said.err.count("warning") == 1 and "use --devices 2 or less" in said.err
+    assert "warning" not in earteach("train", *manifests, *words[:-1], 2).err
 
 
 @pytest.mark.parametrize(
@@ -280,6 +408,16 @@ def test_a_missing_file_is_one_line_and_exit_1(words, tmp_path, monkeypatch, ear
         ("augment = 1", "is not true or false"),
         ("batch-size = 2.5", "2.5 is not a whole number"),
         ("batch-size = 2\nbatch_size = 3", "given twice"),
+        (
+            "views = 2\npreset = 'best'",
+            "c.toml line 2: preset: 'best' is not known; choose one of recommended, original",
+        ),
+        ("preset = ['original']", "c.toml line 1: preset: holds several values"),
+        ("presett = 'original'", "unknown option 'presett'; did you mean preset?"),
+        (
+            "overwrite = true",
+            "c.toml line 1: 'overwrite' cannot be set in a file; give --overwrite on the command line",
+        ),
     ],
 )
 def test_config_files_are_checked(text, named, tmp_path, earteach):

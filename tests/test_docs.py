@@ -202,8 +202,8 @@ def plain(text: str) -> object:
 
 def test_the_seeds_values_and_ours_are_as_the_page_has_them():
     rows = seed_rows()
-    assert set(PRESETS["seed"]) <= set(rows)
-    configs = TrainConfig(**PRESETS["seed"]), TrainConfig()
+    assert set(PRESETS["original"]) <= set(rows)
+    configs = TrainConfig(**PRESETS["original"]), TrainConfig()
     own = {"arcface_margin": "margin", "arcface_scale": "scale"}
     for name, (seed, here) in rows.items():
         if name == "embedding_dim":

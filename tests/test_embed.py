@@ -358,9 +358,39 @@ def test_resume_refuses_other_weights_pictures_and_batches(killed, run, ears, tm
     os.utime(read_manifest(copy / "eval.csv").file(9), (1, 1))
     said = earteach(*words, "--resume")
     assert said.code == 1 and "other pictures or labels" in said.err and not (tmp_path / "x.npy").exists()
-    said = earteach(*words)  # anew
-    assert said.code == 0 and "an unfinished one is dropped" in said.err
-    assert not list(tmp_path.glob(".x*"))
+    assert "start anew with --overwrite instead of --resume" in said.err
+
+
+@pytest.mark.parametrize("number", ["", ".2-of-3"])
+def test_what_a_killed_embed_has_done_is_dropped_only_with_overwrite(number, killed, run, ears, tmp_path, earteach):
+    """Also what another number of processes left."""
+    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
+    left = shutil.copytree(killed, tmp_path / f".x.npy{number}.unfinished")
+    before = {path.name: path.read_bytes() for path in left.iterdir()}
+    (tmp_path / "x.npy").write_bytes(b"an earlier one")  # the line about it would lead to --overwrite alone
+    said = earteach(*words)
+    assert said.code == 2 and len(said.err.splitlines()) == 1 and "6 finished rows" in said.err
+    assert "go on with --resume, or start anew with --overwrite" in said.err
+    assert {path.name: path.read_bytes() for path in left.iterdir()} == before
+    missing = earteach(*words[:4], tmp_path / "nobody.safetensors", *words[5:], "--overwrite")
+    assert missing.code == 1 and {path.name: path.read_bytes() for path in left.iterdir()} == before
+    said = earteach(*words, "--overwrite")
+    assert said.code == 0 and not list(tmp_path.glob(".x*")), said.err
+    assert ("an unfinished one is dropped (--overwrite)" in said.err) == (number == "")
+    assert earteach(*words[:2], "-", *words[3:]).code == 0  # nothing of it is kept
+
+
+def test_what_cannot_be_gone_on_with_is_not_in_the_way(killed, run, ears, tmp_path, earteach):
+    left = shutil.copytree(killed, tmp_path / killed.name)
+    (left / "state.json").unlink()
+    assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS).code == 0
+    shutil.copytree(killed, left)
+    (left / "state.json").write_text("{")
+    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
+    assert "start anew with --overwrite instead of --resume" in earteach(*words, "--resume").err
+    said = earteach(*words)
+    assert said.code == 2 and "left some finished rows" in said.err and "--overwrite" in said.err
+    assert earteach(*words, "--overwrite").code == 0 and not list(tmp_path.glob(".x*"))
 
 
 def test_two_embeds_at_once_into_one_file_are_refused(run, ears, tmp_path, earteach):

@@ -91,7 +91,7 @@ def test_a_cell_is_printable_no_formula_and_comes_back(text):
 
 WORD = st.sampled_from(
     ["train", "resume", "embed", "evaluate", "collage", "export-backbone", "validate-data", "-", "--", "--weights", "--json",
-     "--out", "-o", "--config", "--preset", "seed", "--batch-size", "0", "-1", "1e9", "nan", "x.npy", "x.csv", "/dev/null", ".",
+     "--out", "-o", "--config", "--preset", "original", "--batch-size", "0", "-1", "1e9", "nan", "x.npy", "x.csv", "/dev/null", ".",
      "--quiet", "--dry-run", "--image-size", "--backbone", BACKBONE, "timm:", "--compare", "--root-dir", "--seed", "--overwrite",
      "--resume", "--help", "--margin-preset", "--far", "0.5", "--devices", "999", "--accelerator", "tpu", "--bootstrap"]
 ) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)  # fmt: skip

@@ -84,7 +84,12 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
     os.kill(rank_of(killed.pid, 1), signal.SIGKILL)
     said(killed)
     assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and any(part.exists() for part in parts)
-    code, text = forked.ranks([sys.executable, "-m", "ear_teacher_cli", *three, "--resume"], 3)
+    before = [part.read_bytes() for part in parts if part.exists()]
+    again = [sys.executable, "-m", "ear_teacher_cli", *three]
+    code, text = forked.ranks(again, 3)
+    assert code == 2 and text.count("go on with --resume, or start anew with --overwrite") == 1, text
+    assert [part.read_bytes() for part in parts if part.exists()] == before
+    code, text = forked.ranks([*again, "--resume"], 3)
     assert code == 0 and text.count("599 rows of 64, 1 skipped") == 1, text
     assert output("three") == output("one") and not list(tmp_path.glob(".*"))
     again = [sys.executable, "-m", "ear_teacher_cli", *three, "--resume", "--no-normalize"]

@@ -27,10 +27,10 @@ from ..config import Reading
 from ..core.embedder import Embedder, embed_pictures, load_embedder
 from ..core.ranks import Ranks, joined
 from ..data.dataset import BadPicture
-from ..data.journal import STATE, Journal, folder_of, input_mark, join_journals, put_rows, unfinished
+from ..data.journal import STATE, Journal, folder_of, input_mark, join_journals, parts_of, put_rows, rows_in, unfinished
 from ..data.manifest import Manifest, read_input, tell
 from ..errors import EarTeachError, WordsError
-from ..files import printable, refuse_existing, whole_file
+from ..files import only_writer, printable, refuse_existing, whole_file
 from ..platform import usable_cores
 from ..talk import Talk
 
@@ -68,19 +68,19 @@ def embed(
 
     `normalize`: rows at unit length (L2). `whiten`: as the run fitted it to its training embeddings, where it did;
     rows that are not normalised are not whitened either. `resume`: go on with what a killed one left, to the same
-    bytes. Raises EarTeachError if not one picture could be embedded.
+    bytes; without it, and without `overwrite`, raises WordsError if there is such a thing. Raises EarTeachError if not
+    one picture could be embedded.
     """
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
     if resume and out == "-":
         raise WordsError("--resume: what went to stdout is not kept; name a file")
-    outputs: list[str | Path] = [out, *sidecars.values()] if out != "-" else []
-    for path in outputs:
-        refuse_existing(path, overwrite or resume, inputs=(source, weights))
-    manifest = read_input(source, root_dir, reading)
     with joined() as ranks:
         if ranks.world > 1 and (out == "-" or source == "-"):
             raise WordsError("-: cannot be shared by several processes; name files")
+        if out != "-":
+            _refuse_outputs([out, *sidecars.values()], (source, weights), resume, overwrite, ranks)
+        manifest = read_input(source, root_dir, reading)
         talk = Talk(quiet=True) if ranks.rank else talk
         embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
         talk.say(
@@ -95,6 +95,8 @@ def embed(
         mine = ranks.block(len(manifest), batch_size)
         part = manifest if ranks.world == 1 else manifest.subset(mine)
         going_on = resume and _has_part(out, ranks)
+        if overwrite and not resume and out != "-" and ranks.rank == 0:
+            _drop_other_parts(out, ranks)
         with _files(out, about, batch_size, part, going_on, talk, ranks) as files:
             journal = Journal(*files, part, dim, batch_size)
             if journal.done:
@@ -127,6 +129,30 @@ def embed(
                     _put(whole, out, kind, sidecars, about)
             ranks.wait()  # and so is the output: the parts may go
     return Embedded(count, len(manifest) - count, dim, out)
+
+
+def _refuse_outputs(
+    outputs: list[str | Path], inputs: tuple[str | None, ...], resume: bool, overwrite: bool, ranks: Ranks
+) -> None:
+    """Raise WordsError if something would be lost: an output, or what a killed embed has done of it."""
+    out = Path(outputs[0])
+    parts = parts_of(out)
+    if ranks.any(bool(parts)) and not resume and not overwrite:  # asked of all before one of them writes
+        held = sum(map(rows_in, parts)) or "some"
+        raise WordsError.of_all(
+            f"{printable(out)}: an embed that was killed left {held} finished rows of it; go on with --resume, or start "
+            "anew with --overwrite"
+        )
+    for path in outputs:
+        refuse_existing(path, overwrite or resume, inputs)
+
+
+def _drop_other_parts(out: str, ranks: Ranks) -> None:
+    """Remove what another number of processes left unfinished of `out`; this number's is dropped where it is opened."""
+    mine = {folder_of(_part(out, replace(ranks, rank=rank))) for rank in range(ranks.world)}
+    for folder in set(parts_of(Path(out))) - mine:
+        with only_writer(folder) as writer:
+            writer.remove_folder()
 
 
 def _put(journal: Journal, out: str, kind: str, sidecars: dict[str, Path], about: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -39,6 +40,7 @@ from ..data.pixels import to_unit
 from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
 from ..files import brief, only_writer, printable, shell_word, sweep, whole_file
 from ..machine import complaint, is_first_process, started_processes
+from ..platform import usable_cores
 from ..talk import Talk, clock, counted
 
 
@@ -75,7 +77,7 @@ def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
     """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
     _refuse_begun(folder, overwrite)
-    config, data = _prepare(config, talk)
+    config, data = _prepare(config, talk, new=True)
     module = _new_module(config, talk)
     with _owned(folder):
         _refuse_begun(folder, overwrite)  # by another process, in the meantime
@@ -149,7 +151,7 @@ def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
 
 def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
     """Everything up to one step forward and back on the real data and device; writes nothing."""
-    config, data = _prepare(config, talk)
+    config, data = _prepare(config, talk, new=True)
     module = _new_module(config, talk)
     device = torch.device("cuda" if _uses_cuda(config) else "cpu")
     module.to(device).train()
@@ -175,8 +177,11 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
     return config, Estimate(len(loader), seconds, total, copies * weights * kept, loss)
 
 
-def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModule]:
-    """Fit the configuration to the machine and read the data; say what was settled. Nothing is written."""
+def _prepare(config: TrainConfig, talk: Talk, new: bool = False) -> tuple[TrainConfig, EarDataModule]:
+    """Fit the configuration to the machine and read the data; say what was settled. Nothing is written.
+
+    `new`: a run that begins, whose options may be refused; one that is resumed has them already.
+    """
     settled = []
     if config.precision == "16-mixed" and not _uses_cuda(config):
         settled.append("precision: 16-mixed needs a GPU; training in full precision (32-true)")
@@ -185,17 +190,29 @@ def _prepare(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, EarDataModul
         settled.append(
             f"warm-up: of {counted(config.warmup_epochs, 'epoch')} does not fit into {config.max_epochs}; using {config.warmup:g}"
         )
-    _check_machine(config)
+    _check_machine(config, talk)
     data = EarDataModule(config)
     data.talk = talk
     data.setup("fit")
+    if config.batch_size > len(data.train_set):
+        settled.append(_about_large_batch(config, data, new))
     for line in settled:
         talk.say(line)
     talk.facts([*describe(config), ("data", _describe_data(config, data))])
     return config, data
 
 
-def _check_machine(config: TrainConfig) -> None:
+def _about_large_batch(config: TrainConfig, data: EarDataModule, new: bool) -> str:
+    """What a batch larger than the training list means. Raises ConfigError for a new run if it is larger than the
+    default, too: it was typed, and is most likely a typing error."""
+    images = len(data.train_set)
+    if new and config.batch_size > TrainConfig.batch_size:
+        found = f"{config.batch_size} is more than the {counted(images, 'image')} of {printable(config.train_metadata)}"
+        raise ConfigError("batch_size", found, f"use at most {images}")
+    return f"batch size: {config.batch_size} is more than the {counted(images, 'image')} there are; every step takes all of them"
+
+
+def _check_machine(config: TrainConfig, talk: Talk) -> None:
     """Let Lightning refuse an accelerator or a number of devices before anything is read or written."""
     loggers.require(config)
     started = started_processes()
@@ -208,7 +225,7 @@ def _check_machine(config: TrainConfig) -> None:
         raise ConfigError("num_nodes", "several nodes were not started", "start with torchrun or srun on all of them")
     try:
         with _quiet_lightning():
-            pl.Trainer(
+            trainer = pl.Trainer(
                 accelerator=config.accelerator,
                 devices=config.devices,
                 num_nodes=config.num_nodes,
@@ -222,6 +239,12 @@ def _check_machine(config: TrainConfig) -> None:
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         found = f"{config.accelerator!r} with {config.processes} device(s) is not to be had here ({' '.join(str(error).split())[:160]})"
         raise ConfigError("accelerator", found, "choose another --accelerator or --devices") from error
+    cores = usable_cores()
+    if isinstance(trainer.accelerator, CPUAccelerator) and config.devices > cores and is_first_process():
+        talk.warn(
+            f"--devices: {config.devices} processes are to share {counted(cores, 'CPU core')}, without a GPU, and will be "
+            f"slower than {cores}; use --devices {cores} or less"
+        )
 
 
 def _strategy(config: TrainConfig) -> Strategy | str:

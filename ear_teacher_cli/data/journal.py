@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import EarTeachError, PictureError, WordsError
-from ..files import cell, only_writer, printable, whole_file
+from ..files import cell, has_writer, only_writer, printable, whole_file
 from ..platform import OPEN_FILES_CAN_BE_REMOVED
 from ..talk import Talk
 from .dataset import BadPicture
@@ -118,6 +119,23 @@ def folder_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.unfinished")
 
 
+def parts_of(out: Path) -> list[Path]:
+    """The journals of `out` that can be gone on with, of however many processes, and that nobody is writing."""
+    name = re.escape(out.name)
+    ours = re.compile(rf"\.{name}(\.\d+-of-\d+)?\.unfinished")
+    found = (folder for folder in out.parent.glob(".*.unfinished") if ours.fullmatch(folder.name))
+    return sorted(f for f in found if (f / STATE).is_file() and _holds_rows(f / _ROWS) and not has_writer(f))
+
+
+def rows_in(folder: Path) -> int:
+    """How many rows a journal holds; 0 if it does not say how long they are."""
+    try:
+        dim = json.loads((folder / STATE).read_text(encoding="utf-8"))["dim"]
+        return ((folder / _ROWS).stat().st_size - _HEADER_BYTES) // (4 * dim)
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+        return 0
+
+
 def join_journals(folders: list[Path], rows: BinaryIO, names: BinaryIO) -> None:
     """Write the finished journals of consecutive parts of a manifest, one after the other, as one."""
     rows.write(bytes(_HEADER_BYTES))
@@ -142,8 +160,9 @@ def join_journals(folders: list[Path], rows: BinaryIO, names: BinaryIO) -> None:
 def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The files of a Journal for `out`: rows and names. They go when the body ends well, and stay if it does not.
 
-    `state`: plain values, on which every byte depends. Raises WordsError if there is nothing to `resume`,
-    EarTeachError if that was made with another state, or is being made by another process.
+    `state`: plain values, on which every byte depends. Without `resume` what is there is dropped: ask `parts_of` first.
+    Raises WordsError if there is nothing to `resume`, EarTeachError if that was made with another state, or is being
+    made by another process.
     """
     folder = folder_of(out)
     if resume and not (folder / STATE).is_file():
@@ -157,7 +176,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
             _refuse_other(_state_of(folder, out), state, out)
         else:
             if (folder / _ROWS).exists():
-                talk.say(f"{printable(out)}: an unfinished one is dropped (--resume would go on with it)")
+                talk.say(f"{printable(out)}: an unfinished one is dropped (--overwrite)")
             for name in (STATE, _ROWS, _NAMES):
                 (folder / name).unlink(missing_ok=True)
         try:
@@ -213,7 +232,9 @@ def _state_of(folder: Path, out: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EarTeachError(f"{printable(out)}: what is unfinished of it is damaged; leave --resume out") from error
+        raise EarTeachError(
+            f"{printable(out)}: what is unfinished of it is damaged; start anew with --overwrite instead of --resume"
+        ) from error
     return state if isinstance(state, dict) else {}
 
 
@@ -222,7 +243,7 @@ def _refuse_other(found: dict[str, Any], state: dict[str, Any], out: Path) -> No
         if found.get(name) != value:
             raise EarTeachError(
                 f"{printable(out)}: the unfinished one was made with other {name.replace('_', ' ')} "
-                f"({_brief(found.get(name))}, now {_brief(value)}); leave --resume out to start anew"
+                f"({_brief(found.get(name))}, now {_brief(value)}); go on with those, or start anew with --overwrite instead of --resume"
             )
 
 

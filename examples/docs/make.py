@@ -10,15 +10,13 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from typer.main import get_command
 
+from ear_teacher_cli import help_format
 from ear_teacher_cli.cli import app
-from ear_teacher_cli.config import TrainConfig
 
 PAGES = Path(__file__).parent / "commands"
 PICTURES = Path(__file__).parent / "pictures"
@@ -38,8 +36,8 @@ def pages() -> dict[str, str]:
         paragraphs(program.help),
         "\n".join(["| command | what it does |", "|---|---|", *lines]),
         "## Options of all",
-        f"`{PROGRAM} COMMAND --help` says what is on its page here, and options may be spelt with `_` for `-`.",
-        table(options, {}),
+        f"`{PROGRAM} COMMAND --help` says what is on its page here (of `train`, `{PROGRAM} train --help-all`), and options may be spelt with `_` for `-`.",
+        table(program, options),
         "`...` stands after what may be given more than once.",
     ]
     return found | {"README.md": "\n\n".join(index) + "\n"}
@@ -54,24 +52,20 @@ def page(name: str, command: Any) -> str:
     """The Markdown of one command."""
     arguments = [each for each in shown(command) if each.param_type_name == "argument"]
     options = [each for each in shown(command) if each.param_type_name == "option"]
-    usage = " ".join([PROGRAM, name, "[OPTIONS]", *map(usage_of, arguments)])
+    usage = help_format.usage(command, f"{PROGRAM} {name}")
     parts = [GENERATED, f"# {PROGRAM} {name}", paragraphs(command.help), f"```\n{usage}\n```"]
     if arguments:
         rows = [f"| `{code(spelling(each))}` | {cell(each.help)} |" for each in arguments]
         parts += ["## Arguments", "\n".join(["| argument | what it is |", "|---|---|", *rows])]
-    limits = {spec.name: spec.metadata for spec in fields(TrainConfig)} if name == "train" else {}
-    panels = dict.fromkeys(panel_of(each) for each in options)
-    for panel in panels:
-        parts += [f"## {panel}", table([each for each in options if panel_of(each) == panel], limits)]
+    for group, each in help_format.grouped(options).items():
+        parts += [f"## {group}", table(command, each)]
+    if name == "train":
+        head, *rows = help_format.preset_rows()
+        lines = [head, ["---"] * len(head), *((f"`{option}`", *values) for option, *values in rows)]
+        parts += ["## Presets", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     if command.epilog:
-        parts += ["## Example", paragraphs(command.epilog).removeprefix("Example: ")]
+        parts += ["## Example", f"`{help_format.example(command)}`"]
     return "\n\n".join(parts) + "\n"
-
-
-def usage_of(argument: Any) -> str:
-    """`RUN`, `[LABELS]`, `[MANIFEST]...`."""
-    name = spelling(argument).strip("[].")
-    return (name if argument.required else f"[{name}]") + ("..." if argument.nargs == -1 else "")
 
 
 def shown(command: Any) -> Iterator[Any]:
@@ -79,80 +73,42 @@ def shown(command: Any) -> Iterator[Any]:
     return (each for each in command.params if not getattr(each, "hidden", False))
 
 
-def panel_of(option: Any) -> str:
-    return getattr(option, "rich_help_panel", None) or "Options"
-
-
-def table(options: list[Any], limits: dict[str, Any]) -> str:
-    """`limits`: of an option's name, bounds that config.py checks."""
+def table(command: Any, options: list[Any]) -> str:
     rows = []
     for each in options:
         names = ", ".join(f"`{code(spelling(each, name))}`" for name in each.opts)
         if each.secondary_opts:
             names += " / " + ", ".join(f"`{name}`" for name in each.secondary_opts)
-        rows.append(f"| {names} | {default_of(each)} | {cell(' '.join(said(each, limits.get(each.name, {}))))} |")
+        rows.append(f"| {names} | {default_of(each)} | {cell(' '.join(said(command, each)))} |")
     return "\n".join(["| option | default | what it does |", "|---|---|---|", *rows])
 
 
-def said(option: Any, checks: dict[str, Any]) -> Iterator[str]:
+def said(command: Any, option: Any) -> Iterator[str]:
     """The help, the choices, the bounds."""
     yield option.help or ""
-    if choices := choices_of(option):
+    if choices := help_format.choices_of(option):
         yield f"One of {', '.join(f'`{choice}`' for choice in choices)}."
-    low, high = (checks.get(key, getattr(option, name, None)) for key, name in (("low", "min"), ("high", "max")))
-    if "above" in checks:
-        yield f"Above {checks['above']:g}" + (f", at most {high:g}." if high is not None else ".")
-    elif high is not None:
-        yield f"From {low or 0:.10g} to {high:.10g}."
-    elif low:
-        yield f"At least {low:g}."
+    if limits := help_format.bounds(command, option):
+        yield f"{limits[0].upper()}{limits[1:]}."
     if option.envvar:
         yield f"Environment: `{option.envvar}`."
 
 
 def spelling(parameter: Any, name: str | None = None) -> str:
     """`--json FILE`; of an argument `FILE`."""
+    value = help_format.value_name(parameter)
     if name is None:
-        return parameter.metavar or parameter.name.upper()
-    flag = getattr(parameter, "is_flag", False)
-    return name if flag else f"{name} {metavar_of(parameter)}{' ...' if parameter.multiple else ''}"
-
-
-def metavar_of(option: Any) -> str:
-    if choices_of(option):
-        return "NAME"
-    if option.metavar:
-        return option.metavar
-    kind = type_of(option)
-    return {int: "N", float: "X", str: "TEXT"}.get(kind, "VALUE")
-
-
-def choices_of(option: Any) -> list[str]:
-    """Of a metavar `a|b`, an Enum or a Literal."""
-    kind = type_of(option)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return [str(member.value) for member in kind]
-    if get_origin(kind) is Literal:
-        return [str(choice) for choice in get_args(kind)]
-    words = (option.metavar or "").split("|")
-    return words if len(words) > 1 else []
-
-
-def type_of(option: Any) -> Any:
-    """The Python type of one value."""
-    return getattr(getattr(option, "type_descriptor", None), "annotation", None)
+        return value
+    return name if help_format.is_flag(parameter) else f"{name} {value}{' ...' if parameter.multiple else ''}"
 
 
 def default_of(option: Any) -> str:
-    value = option.default() if callable(option.default) else option.default
     if option.required:
         return "required"
-    if getattr(option, "is_flag", False) and isinstance(value, bool):
-        return "on" if value else "off"
-    if value is None or value == () or value == [] or not option.show_default:
-        return ""
-    values = value if isinstance(value, list | tuple) else [value]
-    return " ".join(f"`{code(str(each.value if isinstance(each, Enum) else each))}`" for each in values)
+    default = help_format.default_of(option)
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(f"`{code(value)}`" for value in default)
 
 
 def first(text: str | None) -> str:
@@ -162,8 +118,7 @@ def first(text: str | None) -> str:
 
 def paragraphs(text: str | None) -> str:
     """Lines of a paragraph joined, and nothing taken for HTML."""
-    joined = [" ".join(part.split()) for part in re.split(r"\n\s*\n", (text or "").strip())]
-    return outside_code("\n\n".join(joined))
+    return outside_code("\n\n".join(help_format.paragraphs(text)))
 
 
 def outside_code(text: str) -> str:

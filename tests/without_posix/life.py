@@ -40,7 +40,7 @@ def main(ears: str, out: str, workers: str, cache: str) -> None:
     else:
         with interrupted(EarTeacherLightningModule, "training_step", 2):
             earteach(
-                *train, "--max-epochs", "1", "--preset", "seed", "--pad", "--pseudo-classes", "fixed", "--no-report"
+                *train, "--max-epochs", "1", "--preset", "original", "--pad", "--pseudo-classes", "fixed", "--no-report"
             )
         earteach("resume", "outputs/first")
         earteach("export-backbone", "outputs/first", "teacher", "--num-workers", "0")
