@@ -31,24 +31,6 @@ NO_PACKAGE = "import sys; sys.modules['ear_teacher_cli'] = None\n"
 
 
 @pytest.fixture(scope="module")
-def whitened(manifests, tmp_path_factory):
-    """A run with a whitening and two sets of weights."""
-    changes = {"whiten": True, "ema_decay": 0.9, "max_epochs": 2}
-    config = small_config(manifests, output_dir=str(tmp_path_factory.mktemp("whitened")), **changes)
-    return train(config, Talk(quiet=True)).experiment
-
-
-@pytest.fixture(scope="module")
-def exports(whitened, tmp_path_factory):
-    """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint."""
-    folder = tmp_path_factory.mktemp("exports")
-    verb.export_backbone(whitened, folder / "teacher.safetensors")
-    verb.export_backbone(whitened, folder / "teacher.onnx", features=True)
-    verb.export_backbone(whitened, folder / "teacher", consent="drawn, nobody", license="MIT | of us")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def images():
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 
@@ -173,7 +155,7 @@ for count in (1, 2, 5):
 @pytest.mark.slow
 def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
     prints = set()
-    for name, count in (("teacher.safetensors", 4), ("teacher.onnx", 3), ("teacher", 9)):
+    for name, count in (("teacher.safetensors", 5), ("teacher.onnx", 4), ("teacher", 10)):
         said = earteach("verify", exports / name)
         lines = said.out.decode().splitlines()
         assert said.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), said
@@ -260,7 +242,7 @@ def say_another_mean(tensors, header):
 def test_what_fits_but_is_another_is_called_wrong(exports, tmp_path, earteach, change):
     said = earteach("verify", changed(exports, tmp_path, change))
     wrong = [line.split()[1] for line in said.out.decode().splitlines() if line.startswith("WRONG")]
-    assert said.code == 1 and wrong == ["fingerprint", "golden"], said
+    assert said.code == 1 and wrong == ["file", "fingerprint", "golden"], said
 
 
 @pytest.mark.parametrize("name", ["features.json", "preprocess.json", "config.json", "model.safetensors"])

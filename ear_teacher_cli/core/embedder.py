@@ -83,7 +83,9 @@ def load_embedder(
         raise WordsError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
     try:
         embedder = (
-            _exported(path, whiten) if path.suffix == ".safetensors" else embedder_of(read_checkpoint(path), whiten)
+            embedder_of_export(path, whiten)
+            if path.suffix == ".safetensors"
+            else embedder_of(read_checkpoint(path), whiten)
         )
     except ForeignWeightsError as error:
         if backbone is None:
@@ -221,7 +223,9 @@ def untouched(module: nn.Module, architecture: str, preprocessing: Preprocessing
     return _ready(module, architecture, preprocessing, receipt or Receipt("random weights", "timm", 0, 0, ""))
 
 
-def _exported(path: Path, whiten: bool) -> Embedder:
+def embedder_of_export(path: Path, whiten: bool = True, trusted: bool = False) -> Embedder:
+    """From a .safetensors of export-backbone. Raises WeightsError if its weights or preprocessing are not those that the
+    fingerprint in its header is of, unless it is `trusted`; an export older than fingerprints always is."""
     about, state = read_export(path)
     whitening = read_whitening(path, about.whitening_sha256) if whiten and about.whitening_sha256 else None
     try:
@@ -232,7 +236,14 @@ def _exported(path: Path, whiten: bool) -> Embedder:
             "export it again"
         ) from error
     receipt = load_state(module, about.architecture, state, printable(path), sha256_of(path))
-    return _ready(module, about.architecture, about.preprocessing, receipt, whitening)
+    embedder = _ready(module, about.architecture, about.preprocessing, receipt, whitening)
+    if not trusted and about.fingerprint not in (None, embedder.fingerprint):
+        raise WeightsError(
+            f"{printable(path)}: is damaged or was changed: its weights and preprocessing have the fingerprint "
+            f"{embedder.fingerprint[:16]}, its header says {printable(about.fingerprint[:16])}; export it again, or use "
+            "another copy"
+        )
+    return embedder
 
 
 def _from_timm(name: str, image_size: int | None) -> Embedder:
