@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .core.embedder import load_backbone
+    from .core.embedder import load_backbone, load_embedder
     from .core.lightning_module import EarTeacherLightningModule
     from .data.crop import load_crop
     from .data.datamodule import EarDataModule
@@ -29,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "load_backbone",
     "load_crop",
+    "load_embedder",
     "normalise",
 ]
 
@@ -38,6 +39,7 @@ _HOME = {
     "EarTeachError": ".errors",
     "TrainConfig": ".config",
     "load_backbone": ".core.embedder",
+    "load_embedder": ".core.embedder",
     "load_crop": ".data.crop",
     "normalise": ".data.pixels",
 }

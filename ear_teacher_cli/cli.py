@@ -673,14 +673,14 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check an export on this machine: weights, fingerprint, golden batch."""
+    """Check an export on this machine: every byte, weights, fingerprint, golden batch."""
     from .commands import verify as verb
 
     checks = verb.verify(export, against)
     width = max(len(check.what) for check in checks)
     for check in checks:
-        typer.echo(f"{'ok    ' if check.passed else 'WRONG '} {check.what:<{width}}  {check.found}")
-    wrong = [check.what for check in checks if not check.passed]
+        typer.echo(f"{verb.MARKS[check.passed]:<6} {check.what:<{width}}  {check.found}")
+    wrong = [check.what for check in checks if check.passed is False]
     if wrong and wrong[0].startswith("against "):
         raise EarTeachError(
             f"{printable(export)}: is in order, but not the same as {printable(against)}; look which you want"

@@ -146,6 +146,29 @@ def run(ears, manifests, tmp_path_factory) -> Path:
     ).experiment
 
 
+@pytest.fixture(scope="session")
+def whitened(manifests, tmp_path_factory) -> Path:
+    """An experiment folder with a whitening and two sets of weights. Tests must not change it."""
+    from ear_teacher_cli.commands.train import train
+    from ear_teacher_cli.talk import Talk
+
+    changes = {"whiten": True, "ema_decay": 0.9, "max_epochs": 2}
+    config = small_config(manifests, output_dir=str(tmp_path_factory.mktemp("whitened")), **changes)
+    return train(config, Talk(quiet=True)).experiment
+
+
+@pytest.fixture(scope="session")
+def exports(whitened, tmp_path_factory) -> Path:
+    """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint. Tests must not change them."""
+    from ear_teacher_cli.commands.export_backbone import export_backbone
+
+    folder = tmp_path_factory.mktemp("exports")
+    export_backbone(whitened, folder / "teacher.safetensors")
+    export_backbone(whitened, folder / "teacher.onnx", features=True)
+    export_backbone(whitened, folder / "teacher", consent="drawn, nobody", license="MIT | of us")
+    return folder
+
+
 def small_config(manifests: list[str], **changes):
     from ear_teacher_cli.config import TrainConfig
 

@@ -337,6 +337,7 @@ def opened(run, ears, tmp_path_factory) -> Path:
         words = {"weights": str(folder / "x.safetensors"), "root_dir": str(ears), "num_workers": 0, "talk": quiet}
         embed(str(folder / "list.csv"), str(folder / out), **words, **options)
     (folder / "zipped.npz").rename(folder / "out.npz")
+    shutil.copy(ears / "images" / "p008" / "00.jpg", folder / "photo.jpg")
     return folder
 
 
@@ -355,6 +356,7 @@ def export_whitened(run: Path, ears: Path, folder: Path) -> Path:
 CHECKS = {
     "numpy:": "assert rows.shape == archive['embeddings'].shape and len(archive['paths']) == len(archive['boxes']) == N",
     "numpy, the whitening put on raw rows:": "assert abs(rows - numpy.load('out.npy')).max() < 1e-5",
+    "numpy, which rows of `embed` are nearest to an image:": "assert nearest.shape == (5,) and query.shape == (1, 64)",
     "pandas:": "assert len(names) == len(table) == N and table.shape[1] == 64 and len(epochs) == 7",
     "FAISS (rows are of unit length, so the inner product is the cosine):": "assert neighbour[:, 0].tolist() == [0, 1, 2, 3, 4] and len(rows) == N",
     "The embedding projector (`tensorboard`'s \"Load\" button, or the one at projector.tensorflow.org, which runs in the browser):": "assert [len(open(f + '.tsv').readlines()) for f in ('vectors', 'metadata')] == [N, N]",
@@ -382,6 +384,68 @@ def test_a_snippet_opens_what_was_written(title, opened):
     code = f"N = {count}\n{code}\n{CHECKS[title]}\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=opened, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def run_snippet(code: str, folder: Path) -> str:
+    """What it prints, run by a Python of its own in that folder."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python_of(path: Path, word: str) -> str:
+    """The block of Python on a page that has `word` in it."""
+    (found,) = [
+        content
+        for language, content in blocks(path.read_text(encoding="utf-8"))
+        if language == "python" and word in content
+    ]
+    return found
+
+
+@pytest.mark.slow
+def test_the_example_of_distillation_runs_after_an_export(run, ears, tmp_path):
+    from ear_teacher_cli.commands.export_backbone import export_backbone
+
+    export_backbone(run, tmp_path / "teacher")
+    shutil.copytree(ears / "images", tmp_path / "ears" / "images")
+    said = run_snippet(python_of(ROOT / "README.md", "bridges"), tmp_path).splitlines()
+    assert said[0] == "[(4, 24), (8, 32), (16, 48), (32, 64)]"
+    losses = [float(line.split()[1]) for line in said[1:]]
+    assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_example_of_embedding_gives_a_row_of_embed(run, ears, tmp_path, earteach):
+    shutil.copy(ears / "images" / "p008" / "00.jpg", tmp_path / "photo.jpg")
+    assert earteach("export-backbone", run, tmp_path / "teacher.safetensors").code == 0
+    (tmp_path / "list.csv").write_text("image_path,x1,y1,x2,y2\nphoto.jpg,40,30,180,260\n")
+    words = ["embed", tmp_path / "list.csv", tmp_path / "x.npy", "--weights", tmp_path / "teacher.safetensors"]
+    assert earteach(*words).code == 0
+    check = "import numpy; assert abs(rows - numpy.load('x.npy')).max() < 1e-5 and rows.shape == (1, 64)"
+    run_snippet(python_of(ROOT / "README.md", "load_embedder") + check, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "from-the-seed.md"], ids=name_of)
+def test_the_example_of_training_runs_without_a_gpu(path, manifests, tmp_path):
+    from conftest import small_config
+
+    code = python_of(path, "pl.Trainer")
+    small = small_config(manifests, output_dir=str(tmp_path), max_epochs=1).as_dict()
+    for option, value in (
+        ("batch_size=32, num_workers=4", "**small"),
+        ("learning_rate=1e-4, max_epochs=100", "**small"),
+        ("max_epochs=100, ", "max_epochs=1, "),
+    ):
+        assert code.count(option) == 1
+        code = code.replace(option, value)
+    assert "cuda" not in code and '"gpu"' not in code
+    run_snippet(
+        f"small = {small!r}\n{code}\nassert (model.trainer.current_epoch, model.trainer.global_step) == (1, 3)",
+        tmp_path,
+    )
 
 
 def test_every_snippet_is_checked():

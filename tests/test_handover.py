@@ -31,24 +31,6 @@ NO_PACKAGE = "import sys; sys.modules['ear_teacher_cli'] = None\n"
 
 
 @pytest.fixture(scope="module")
-def whitened(manifests, tmp_path_factory):
-    """A run with a whitening and two sets of weights."""
-    changes = {"whiten": True, "ema_decay": 0.9, "max_epochs": 2}
-    config = small_config(manifests, output_dir=str(tmp_path_factory.mktemp("whitened")), **changes)
-    return train(config, Talk(quiet=True)).experiment
-
-
-@pytest.fixture(scope="module")
-def exports(whitened, tmp_path_factory):
-    """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint."""
-    folder = tmp_path_factory.mktemp("exports")
-    verb.export_backbone(whitened, folder / "teacher.safetensors")
-    verb.export_backbone(whitened, folder / "teacher.onnx", features=True)
-    verb.export_backbone(whitened, folder / "teacher", consent="drawn, nobody", license="MIT | of us")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def images():
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 
@@ -173,7 +155,7 @@ for count in (1, 2, 5):
 @pytest.mark.slow
 def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
     prints = set()
-    for name, count in (("teacher.safetensors", 4), ("teacher.onnx", 3), ("teacher", 9)):
+    for name, count in (("teacher.safetensors", 5), ("teacher.onnx", 4), ("teacher", 10)):
         said = earteach("verify", exports / name)
         lines = said.out.decode().splitlines()
         assert said.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), said
@@ -260,7 +242,7 @@ def say_another_mean(tensors, header):
 def test_what_fits_but_is_another_is_called_wrong(exports, tmp_path, earteach, change):
     said = earteach("verify", changed(exports, tmp_path, change))
     wrong = [line.split()[1] for line in said.out.decode().splitlines() if line.startswith("WRONG")]
-    assert said.code == 1 and wrong == ["fingerprint", "golden"], said
+    assert said.code == 1 and wrong == ["file", "fingerprint", "golden"], said
 
 
 @pytest.mark.parametrize("name", ["features.json", "preprocess.json", "config.json", "model.safetensors"])
@@ -645,7 +627,7 @@ def test_maps_of_other_models_are_timms(name):
 
 
 @pytest.mark.slow
-def test_the_pages_lines_work_as_written(exports, ears, tmp_path):
+def test_the_pages_lines_work_as_written(exports, ears, tmp_path, earteach):
     manifest = read_manifest(ears / "eval.csv")
     with Image.open(manifest.file(0)) as photo:
         photo.save(tmp_path / "photo.jpg")
@@ -654,9 +636,26 @@ def test_the_pages_lines_work_as_written(exports, ears, tmp_path):
     for suffix in (".safetensors", ".whitening.safetensors"):
         shutil.copy(exports / f"teacher{suffix}", tmp_path / f"x{suffix}")
     text = (Path(__file__).parent.parent / "examples" / "docs" / "formats.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text[text.index("With nothing but timm") :], re.DOTALL)[:2]
-    assert "import timm" in blocks[0] and "load_backbone" in blocks[1]
-    for head, block in ((NO_PACKAGE, blocks[0]), ("", blocks[1])):
-        code = head + block.replace("convnext_tiny", "test_convnext") + "assert embedding.shape == (1, 64)"
+    blocks = re.findall(r"```python\n(.*?)```", text[text.index("With this package, the rows that") :], re.DOTALL)[:3]
+    assert ["load_embedder" in blocks[0], "timm.create_model" in blocks[1], "load_backbone" in blocks[2]] == [True] * 3
+    (box,) = set(re.findall(r"\((\d+, \d+, \d+, \d+)\)", "".join(blocks)))
+    line = "image_path,x1,y1,x2,y2\nphoto.jpg," + box.replace(" ", "") + "\n"
+    (tmp_path / "list.csv").write_text(line)
+    for name, source, flags in (
+        ("whitened", "list.csv", []),
+        ("unit", "list.csv", ["--no-whiten"]),
+        ("raw", "list.csv", ["--no-normalize"]),
+        ("crop", "crop.jpg", []),
+    ):
+        words = ["embed", tmp_path / source, tmp_path / f"{name}.npy", "--weights", tmp_path / "x", *flags]
+        assert earteach(*words).code == 0
+    close = "import numpy\ndef same(a, name): return abs(a - numpy.load(name + '.npy')).max() < 1e-5\n"
+    checks = (
+        "assert same(rows, 'whitened') and same(raw, 'unit')",
+        "assert (rows * numpy.load('crop.npy')).sum() > 0.98",  # timm resizes in its own way
+        "assert same(embedding.numpy(), 'raw')",
+    )
+    for head, block, check in zip(("", NO_PACKAGE, ""), blocks, checks, strict=True):
+        code = head + close + block.replace("convnext_tiny", "test_convnext") + check
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

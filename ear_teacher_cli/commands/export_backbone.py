@@ -24,6 +24,7 @@ from ..core.features import MapStatistics, map_model, open_local_dir, statistics
 from ..core.golden import TOLERANCE, golden_of, relative_difference
 from ..core.model_card import Stated, model_card
 from ..core.onnx_model import OnnxModel, map_names, require_onnx, write_onnx
+from ..core.seal import require_whole, seal
 from ..core.weights import fingerprint
 from ..data.manifest import Manifest, read_manifest
 from ..data.pixels import normalise
@@ -232,6 +233,8 @@ def _write_weights(path: Path, state: dict[str, torch.Tensor], header: dict[str,
     demanded, and returned."""
     write_safetensors(state, path, metadata=header)
     _sort_header(path)
+    seal(path)
+    require_whole(path)
     about, state = read_export(path)
     fresh = timm.create_model(about.architecture, num_classes=0, **sized(about))
     fresh.load_state_dict(state, strict=True)
@@ -260,6 +263,7 @@ def _prove_folder(folder: Path, teacher: Embedder, maps: nn.Module, about: About
 
 def _prove_onnx(path: Path, maps: nn.Module | None, about: About, strides: list[int]) -> float:
     """Compare with torch on the golden batch, at two batch sizes. The largest relative difference, over all outputs."""
+    require_whole(path)
     model = OnnxModel(path)
     pixels = about.golden.pixels
     expected = [about.golden.embeddings]

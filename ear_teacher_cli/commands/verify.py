@@ -1,7 +1,7 @@
 """`verify`: is an export what it says, on this machine?"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.embedder import load_embedder
+from ..core.checkpoint import read_safetensors
+from ..core.embedder import embedder_of_export, load_embedder
 from ..core.exports import (
     CARD,
     CONFIG,
+    ENTRIES,
     FEATURES,
     PREPROCESS,
     WEIGHTS,
     About,
     about_of,
     is_export_folder,
-    read_export,
     sidecars,
 )
 from ..core.features import MapStatistics, map_model, open_local_dir
 from ..core.golden import TOLERANCE, draw, relative_difference
 from ..core.onnx_model import EMBEDDING, OnnxModel
+from ..core.seal import Seal, read_seal, require_whole
 from ..core.weights import fingerprint
 from ..data.pixels import normalise
 from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
@@ -33,9 +35,14 @@ from ..files import brief, printable
 
 @dataclass(frozen=True)
 class Check:
+    """`passed`: None where an older export has nothing to check by; `found` then says so."""
+
     what: str
     found: str
-    passed: bool
+    passed: bool | None
+
+
+MARKS = {True: "ok", False: "WRONG", None: "-"}  # how a Check's `passed` is printed
 
 
 def verify(source: str, against: str | None = None) -> list[Check]:
@@ -49,6 +56,8 @@ def verify(source: str, against: str | None = None) -> list[Check]:
             f"{printable(path)}: is no export by its name; verify takes a .safetensors, a .onnx or a folder"
         )
     if path.suffix == ".onnx":
+        if path.is_file() and (seal := read_seal(path)).broken:
+            return [_file(seal, ())]  # what is damaged is not given to onnxruntime
         about, checks, run = _onnx(path)
     else:
         file = path / WEIGHTS if is_export_folder(path) else path
@@ -64,10 +73,11 @@ def verify(source: str, against: str | None = None) -> list[Check]:
 
 def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.ndarray]]:
     try:
-        about, state = read_export(path)
+        state, header = read_safetensors(path)
+        about = about_of(header, printable(path))
     except ForeignWeightsError as error:
         raise WeightsError(f"{error}; verify checks what export-backbone wrote") from error
-    embedder = load_embedder(str(path))  # strict, and the whitening's sha256
+    embedder = embedder_of_export(path, trusted=True)  # strict, and the whitening's sha256
     embedder.backbone.cpu()
     kind = "float16" if any(tensor.dtype == torch.float16 for tensor in state.values()) else "float32"
     if embedder.embedding_dim != about.embedding_dim:
@@ -76,6 +86,7 @@ def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.
             "export it again"
         )
     checks = [Check("weights", f"{len(state)} tensors ({kind}) fit timm's {about.architecture}, all of them", True)]
+    checks.append(_file(read_seal(path), header))
     mark = fingerprint(about.architecture, state, about.preprocessing)
     checks.append(_fingerprint(about.fingerprint, mark))
 
@@ -97,7 +108,10 @@ def _onnx(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.nda
     except ForeignWeightsError as error:
         raise WeightsError(f"{error}; verify checks what export-backbone wrote") from error
     outputs = ", ".join(model.outputs)
-    checks = [Check("outputs", printable(outputs), model.outputs[:1] == [EMBEDDING])]
+    checks = [
+        Check("outputs", printable(outputs), model.outputs[:1] == [EMBEDDING]),
+        _file(read_seal(path), model.header),
+    ]
     checks.append(_golden(about, lambda pixels: model(pixels)[0]))
     if about.golden is not None:
         one = model(about.golden.pixels[:1])[0]
@@ -110,7 +124,7 @@ def _folder(folder: Path, about: About) -> list[Check]:
     """What lies beside the weights, and whether timm opens it all. Nothing of config.json reaches timm before it is known
     to be what export-backbone writes for these weights: a strange one could build a model of any size."""
     said = {name: _json(folder / name) for name in (CONFIG, PREPROCESS, FEATURES)}
-    embedder = load_embedder(str(folder), whiten=False)
+    embedder = embedder_of_export(folder / WEIGHTS, whiten=False, trusted=True)
     backbone = embedder.backbone.cpu()
     own = map_model(backbone, about.architecture, about.preprocessing.image_size)
     info = own.feature_info
@@ -158,6 +172,20 @@ def _json(path: Path) -> Any:
         raise WeightsError(f"{printable(path)}: is no JSON ({brief(error)}); export the folder again") from error
 
 
+def _file(seal: Seal, entries: Collection[str]) -> Check:
+    """Whether all bytes are as they were written. `entries`: the names in its metadata."""
+    if seal.is_missing(entries, ENTRIES):
+        missing = (
+            "not checked: an earlier earteach wrote it, without a digest of its bytes; export it again to have one"
+        )
+        return Check("file", missing, None)
+    if seal.said is None:
+        return Check("file", "its metadata is damaged: it holds no digest of its bytes", False)
+    if seal.broken:
+        return Check("file", f"damaged or changed: its sha256 is {seal.found[:16]}, not {seal.said[:16]}", False)
+    return Check("file", f"every byte is as it was written, sha256 {seal.said[:16]}", True)
+
+
 def _fingerprint(said: str | None, found: str) -> Check:
     if said is None:
         return Check("fingerprint", "none: of an older earteach; export it again", False)
@@ -183,6 +211,7 @@ def _compared(about: About, run: Callable[[np.ndarray], np.ndarray], against: st
     pixels = about.golden.pixels
     name = f"against {printable(Path(against).name)}"
     if Path(against).suffix == ".onnx":
+        require_whole(Path(against))
         model = OnnxModel(Path(against))
         mark = model.header.get("fingerprint")
     else:

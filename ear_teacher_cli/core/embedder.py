@@ -1,9 +1,12 @@
 """A backbone ready to embed, from any kind of weights, with its preprocessing and its provenance."""
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
+from ..data.crop import ImageSource
 from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
 from ..data.embeddings import Embeddings
+from ..data.given import crops_given
 from ..data.manifest import Manifest
 from ..data.pixels import Preprocessing, normalise, preprocessing_of
 from ..errors import ConfigError, EarTeachError, ForeignWeightsError, WeightsError, WordsError
@@ -31,11 +36,12 @@ from .whitening import Whitening
 
 @dataclass
 class Embedder:
-    """uint8 B,3,H,W -> float32 B,D on the CPU, computed where the backbone lies.
+    """A backbone with its preprocessing: `embed` makes rows of images. Called, it is the backbone alone: uint8 B,3,S,S ->
+    float32 B,D on the CPU, raw, computed where the backbone lies (on the GPU, if there is one).
 
     `source`, `sha256`: which file. `fingerprint`: of weights and preprocessing, wherever they are kept
-    (weights.fingerprint). `whitening`: what the run fitted to its training embeddings, for the caller to apply; None if
-    it did not, or if it is not wanted.
+    (weights.fingerprint). `whitening`: what the run fitted to its training embeddings; None if it did not, or if
+    it is not wanted.
     """
 
     backbone: nn.Module
@@ -47,6 +53,41 @@ class Embedder:
     receipt: Receipt
     fingerprint: str
     whitening: Whitening | None = None
+
+    def embed(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        boxes: Any = None,
+        *,
+        sides: str | Iterable[str | None] | None = None,
+        whiten: bool = True,
+        normalize: bool = True,
+        batch_size: int = 32,
+    ) -> np.ndarray:
+        """float32 [N, D], a row for each image in their order: the row that `earteach embed` writes of it.
+
+        `images`: one or many paths, PIL images, or arrays uint8 H x W x 3 (RGB, upright); an iterator is read a batch at
+        a time. `boxes`: x1, y1, x2, y2 in pixels of the upright image; for many images a list with a box or None for
+        each; None: the images are crops. `sides`: 'left', 'right' or None, likewise; only weights that were trained with
+        --side-policy mirror heed it.
+        `whiten`: as the run fitted it, where it did; False: as `embed --no-whiten`. `normalize`: rows of unit length;
+        False: the backbone's numbers, neither whitened nor of unit length, as `embed --no-normalize`.
+        `batch_size`: crops in memory at a time. Raises PictureError for the first image or box that cannot be used, by
+        its place from 0; EarTeachError where there are no images, or not as many boxes.
+        """
+        if batch_size < 1:
+            raise WordsError(f"batch_size: {batch_size} is less than 1; leave it out")
+        if self.preprocessing.mirror and sides is None:
+            warnings.warn(
+                "these weights want right ears mirrored, and no sides were given: embedded as they are; give sides=",
+                stacklevel=2,
+            )
+        crops = crops_given(images, boxes, sides, preprocessing=self.preprocessing)
+        rows = []
+        while batch := list(islice(crops, batch_size)):
+            vectors = self(torch.from_numpy(np.stack(batch)))
+            rows.append(self.unit_rows(vectors, whiten) if normalize else vectors.numpy())
+        return np.concatenate(rows)
 
     def unit_rows(self, embeddings: torch.Tensor, whiten: bool = True) -> np.ndarray:
         """float32 B,D -> float32 rows of unit length, B,D, or B,K whitened where the run fitted a whitening."""
@@ -61,13 +102,21 @@ class Embedder:
 
 
 def load_embedder(
-    weights: str | None, backbone: str | None = None, image_size: int | None = None, whiten: bool = True
+    path: str | Path | None, backbone: str | None = None, image_size: int | None = None, whiten: bool = True
 ) -> Embedder:
-    """From a run folder, a checkpoint, an export, `timm:NAME`, or (with `backbone`) a plain state dict.
+    """An Embedder of a run folder, a checkpoint, an export (.safetensors or folder), `timm:NAME`, or (with `backbone`, a
+    name in timm, and its input size in pixels) a plain state dict. Not of a .onnx, which is for onnxruntime.
 
-    None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. Raises EarTeachError.
+    None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. `whiten`: with the whitening
+    that the run fitted, if it did; False: its file need not be there, and all rows are raw. Raises EarTeachError.
     """
-    weights = weights or os.environ.get("EARTEACH_WEIGHTS") or _newest()
+    if path is not None and not str(path):
+        raise WordsError("weights: no path was given; name an export, a checkpoint or a run")
+    weights = str(path) if path is not None else os.environ.get("EARTEACH_WEIGHTS") or _newest()
+    return _embedder_of(weights, backbone, image_size, whiten)
+
+
+def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whiten: bool) -> Embedder:
     if weights.startswith("timm:"):
         if backbone is not None:
             raise WordsError(
@@ -83,7 +132,9 @@ def load_embedder(
         raise WordsError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
     try:
         embedder = (
-            _exported(path, whiten) if path.suffix == ".safetensors" else embedder_of(read_checkpoint(path), whiten)
+            embedder_of_export(path, whiten)
+            if path.suffix == ".safetensors"
+            else embedder_of(read_checkpoint(path), whiten)
         )
     except ForeignWeightsError as error:
         if backbone is None:
@@ -105,13 +156,12 @@ def load_embedder(
 def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Module, Preprocessing]:
     """(module, preprocessing) of an export (a .safetensors or a folder), a checkpoint or a run; frozen, on the CPU.
 
-    module: float32 B,3,S,S, normalised as `ear_teacher_cli.normalise(pixels, preprocessing)` does, -> float32 B,D; with
+    module: float32 B,3,S,S, normalised as `ear_teacher_cli.normalise(pixels, preprocessing)` does, -> float32 B,D, raw:
+    neither whitened nor of unit length, so not the rows of `earteach embed` (those are `load_embedder`'s); with
     `features_only` -> list of maps B,C,S/stride,S/stride, fine to coarse, as timm's `features_only` gives them, with
-    timm's `feature_info`. Crops: `ear_teacher_cli.load_crop(path, box, preprocessing)`, uint8 3,S,S.
+    timm's `feature_info`. Crops: `ear_teacher_cli.load_crop(image, box, preprocessing)`, uint8 3,S,S.
     Raises EarTeachError.
     """
-    if not str(path):
-        raise WordsError("load_backbone: no path was given; name an export, a checkpoint or a run")
     embedder = load_embedder(str(path), whiten=False)
     if features_only:
         return map_model(
@@ -221,7 +271,9 @@ def untouched(module: nn.Module, architecture: str, preprocessing: Preprocessing
     return _ready(module, architecture, preprocessing, receipt or Receipt("random weights", "timm", 0, 0, ""))
 
 
-def _exported(path: Path, whiten: bool) -> Embedder:
+def embedder_of_export(path: Path, whiten: bool = True, trusted: bool = False) -> Embedder:
+    """From a .safetensors of export-backbone. Raises WeightsError if its weights or preprocessing are not those that the
+    fingerprint in its header is of, unless it is `trusted`; an export older than fingerprints always is."""
     about, state = read_export(path)
     whitening = read_whitening(path, about.whitening_sha256) if whiten and about.whitening_sha256 else None
     try:
@@ -232,7 +284,14 @@ def _exported(path: Path, whiten: bool) -> Embedder:
             "export it again"
         ) from error
     receipt = load_state(module, about.architecture, state, printable(path), sha256_of(path))
-    return _ready(module, about.architecture, about.preprocessing, receipt, whitening)
+    embedder = _ready(module, about.architecture, about.preprocessing, receipt, whitening)
+    if not trusted and about.fingerprint not in (None, embedder.fingerprint):
+        raise WeightsError(
+            f"{printable(path)}: is damaged or was changed: its weights and preprocessing have the fingerprint "
+            f"{embedder.fingerprint[:16]}, its header says {printable(about.fingerprint[:16])}; export it again, or use "
+            "another copy"
+        )
+    return embedder
 
 
 def _from_timm(name: str, image_size: int | None) -> Embedder:

@@ -5,7 +5,7 @@ Its `whitening`, where the run fitted one, lies beside: timm opens weights only 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..files import printable
 from .checkpoint import read_safetensors
 from .features import MapStatistics
 from .golden import Golden, golden_from
+from .seal import BLANK, KEY
 from .weights import State, sha256_of
 from .whitening import Whitening
 
@@ -28,6 +29,12 @@ WEIGHTS, CONFIG, PREPROCESS, FEATURES, CARD = (
     "preprocess.json",
     "features.json",
     "README.md",
+)
+# Names of the entries of a header.
+_PREPROCESSING = tuple(entry.name for entry in fields(Preprocessing))
+ENTRIES = (
+    *("architecture", "embedding_dim", *_PREPROCESSING, "source_sha256", "earteach", "earteach_export"),
+    *("whitening_sha256", "fingerprint", "golden", KEY),
 )
 FOLDER = (WEIGHTS, "model.whitening.safetensors", CONFIG, PREPROCESS, FEATURES, CARD)
 
@@ -54,13 +61,16 @@ def whitening_beside(export: Path) -> Path:
 
 
 def header_of(about: About, source_sha256: str) -> dict[str, str]:
-    """Metadata of an export, as text. `source_sha256`: of the checkpoint it was made from."""
+    """Metadata of an export, as text, with room for the digest that `seal` writes. `source_sha256`: of the checkpoint
+    it was made from."""
     values: dict[str, Any] = {"architecture": about.architecture, "embedding_dim": about.embedding_dim}
     values |= about.preprocessing.as_dict()
     values |= {"source_sha256": source_sha256, "earteach": __version__, "earteach_export": EXPORT_FORMAT}
     values |= {"whitening_sha256": about.whitening_sha256} if about.whitening_sha256 else {}
     values |= {"fingerprint": about.fingerprint} if about.fingerprint else {}
     values |= {"golden": about.golden.as_text()} if about.golden else {}
+    values[KEY] = BLANK
+    assert values.keys() <= set(ENTRIES)
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
@@ -71,7 +81,7 @@ def about_of(header: dict[str, str], where: str) -> About:
     try:
         values = {
             name: header[name] if name == "interpolation" else json.loads(header[name])
-            for name in ("image_size", "bbox_buffer", "pad", "interpolation", "mean", "std", "mirror")
+            for name in _PREPROCESSING
             if name in header or name != "mirror"
         }
         preprocessing, dim = Preprocessing.from_dict(values, where), int(header["embedding_dim"])

@@ -49,8 +49,8 @@ def model_card(
     channels = "/".join(str(stage.channels) for stage in maps)
     strides = "/".join(str(stage.stride) for stage in maps)
     whitening = (
-        "\n`model.whitening.safetensors` holds a whitening that `earteach embed` applies: "
-        "x -> (x / |x| - mean) @ matrix, then unit length.\n"
+        "\nThe backbone's numbers are raw. `model.whitening.safetensors` holds a whitening that `earteach embed` and "
+        "`load_embedder` of ear_teacher_cli apply: x -> (x / |x| - mean) @ matrix, then unit length.\n"
         if about.whitening_sha256
         else ""
     )

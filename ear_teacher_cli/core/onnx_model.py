@@ -18,6 +18,7 @@ from torch import nn
 from ..data.pixels import Preprocessing, normalise
 from ..errors import EarTeachError, WeightsError
 from ..files import brief, printable
+from .seal import seal
 
 INPUT, EMBEDDING = "pixels", "embedding"
 _MISSING = "pip install 'ear-teacher-cli[onnx]'"
@@ -49,6 +50,7 @@ def write_onnx(
     backbone: nn.Module, preprocessing: Preprocessing, strides: list[int], header: dict[str, str], path: Path
 ) -> None:
     """Write the model with a dynamic batch. `strides`: of the maps it shall give, none or all that timm gives.
+    `header`: of `exports.header_of`.
 
     Raises EarTeachError if the packages are not there, WeightsError if torch cannot export the model.
     """
@@ -87,6 +89,7 @@ def write_onnx(
     except onnx.checker.ValidationError as error:
         raise WeightsError(f"ONNX: torch's model is not valid ({brief(error)}); use a .safetensors") from error
     path.write_bytes(model.SerializeToString(deterministic=True))
+    seal(path)
 
 
 def map_names(strides: list[int]) -> list[str]:
@@ -109,12 +112,12 @@ class OnnxModel:
         options.log_severity_level = 4
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.header: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+            self.outputs = [output.name for output in self.session.get_outputs()]
         except _errors() as error:
             raise WeightsError(
                 f"{printable(path)}: no ONNX model, or damaged ({brief(error)}); export it again"
             ) from error
-        self.header: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
-        self.outputs = [output.name for output in self.session.get_outputs()]
         self.where = printable(path)
 
     def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,10 +20,10 @@ from PIL import Image, UnidentifiedImageError
 
 from .. import platform
 from ..errors import PictureError
-from ..files import brief
+from ..files import brief, printable
 from .boxes import Box
 from .image_suffixes import can_read_heic
-from .jpeg import TURNED, UPRIGHT, part_of
+from .jpeg import TURNED, UPRIGHT, part_of, window
 from .pixels import Preprocessing
 
 # Reasons a PictureError can have, in the words of validate-data's report.
@@ -35,18 +35,20 @@ REASONS = {
     "too-slow": "the picture cannot be decoded in reasonable time",
     "too-large": "absurdly many pixels (decompression bomb)",
     "outside-root": "the path leaves the root folder",
+    "box-not-numbers": "the box is not four numbers",
     "box-not-finite": "the box holds NaN or infinity",
     "box-empty": "the box has x2 <= x1 or y2 <= y1",
     "box-tiny": "the box is under 2 px on a side",
     "box-outside": "the box leaves the picture",
 }
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray  # what `load_crop` reads
 # PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
 _ORIENTATION = 0x0112
 # Decoders of photographs only: others (EPS, say) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _TINY = 2.0  # px; no ear, but a share of the image, or a slip
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-CUT = 1  # to be raised whenever the same picture and box give another crop: kept ones are of the old kind
+CUT = 2  # to be raised whenever the same picture and box give another crop: kept ones are of the old kind
 _MAX_FILE_BYTES = 2**30
 _DECODE_SECONDS = 60  # the largest picture that PIL's limit lets through takes a few
 
@@ -89,8 +91,13 @@ def _opened(file: IO[bytes], head: bytes) -> tuple[Image.Image, int]:
     image = Image.open(file, formats=_formats(head))
     if image.format == "TIFF":  # turns itself upright when it is decoded, and forgets that it was not
         image.load()
+    return image, _orientation_of(image)
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """EXIF 1-8; 1 where there is none."""
     orientation = image.getexif().get(_ORIENTATION, 1)
-    return image, orientation if isinstance(orientation, int) else 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _formats(head: bytes) -> tuple[str, ...]:
@@ -123,6 +130,16 @@ def _decoding() -> Iterator[None]:
 
 def _too_slow() -> PictureError:
     return PictureError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
+
+
+def as_box(numbers: Any) -> Box:
+    """Four numbers of any kind as a box. Raises PictureError."""
+    try:
+        x1, y1, x2, y2 = map(float, () if isinstance(numbers, str | bytes) else numbers)
+    except (TypeError, ValueError) as error:
+        found = printable(repr(numbers))[:60]
+        raise PictureError("box-not-numbers", f"box {found} is not four numbers; give x1, y1, x2, y2") from error
+    return x1, y1, x2, y2
 
 
 def check_box(box: Box) -> None:
@@ -169,11 +186,23 @@ def _resized(
     image: Image.Image, region: Box, inner: tuple[int, int], corner: tuple[int, int], preprocessing: Preprocessing
 ) -> Image.Image:
     resample = Image.Resampling[preprocessing.interpolation.upper()]
+    # Pillow keeps a region's place as float32: without this, pixels would depend on how much was decoded around it
+    seen = window(region, _scale(region, inner, preprocessing), image.size)
+    if seen != (0, 0, *image.size):
+        image, (left, top) = image.crop(seen), seen[:2]
+        region = region[0] - left, region[1] - top, region[2] - left, region[3] - top
     if not preprocessing.pad:
         return image.resize(inner, resample, box=region)
     canvas = Image.new("RGB", (preprocessing.image_size,) * 2, preprocessing.fill)
     canvas.paste(image.resize(inner, resample, box=region), corner)
     return canvas
+
+
+def _scale(region: Box, inner: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float]:
+    """How many times smaller (x, y) a region becomes, as far as pixels are averaged: nearest averages none."""
+    if preprocessing.interpolation == "nearest":
+        return 1.0, 1.0
+    return (region[2] - region[0]) / inner[0], (region[3] - region[1]) / inner[1]
 
 
 def points_in_crop(
@@ -209,27 +238,73 @@ def _placement(
     return region, inner, ((side - inner[0]) // 2, (side - inner[1]) // 2)
 
 
-def load_crop(path: str, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
-    """Read and cut, decoding no more than the crop needs: uint8 3,H,W. Raises PictureError.
+def load_crop(image: ImageSource, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
+    """Cut an ear out of an image: uint8 3,S,S, RGB, with S = `preprocessing.image_size`. Raises PictureError.
 
-    From a large JPEG it is the crop of the whole picture to within what jpeg.SPARE says, else exactly.
+    `image`: a path; a PIL image of any mode, which is turned by the EXIF orientation that it still carries, as a file is;
+    or an array uint8 H,W,3, RGB and upright. `box`: x1, y1, x2, y2 in pixels of the upright image; None: the image is the
+    crop. Right ears are not mirrored, whatever `preprocessing.mirror` says: flip their crops (`crop[:, :, ::-1]`).
+
+    Of a JPEG, by its path or as Pillow has opened it, no more is decoded than the crop needs: where the crop is less than
+    a third of its size in the image, it is that of the whole image to within what jpeg.SPARE says, else exactly.
     """
-    data = _read_bytes(path)
+    box = None if box is None else as_box(box)
+    if isinstance(image, str | os.PathLike):
+        crop = _cut_from(_read_bytes(os.fspath(image)), box, preprocessing)
+    elif isinstance(image, Image.Image) and (data := _undecoded(image)) is not None:
+        crop = _cut_from(data, box, preprocessing)
+    elif isinstance(image, Image.Image | np.ndarray):
+        crop = cut(_in_memory(image), box, preprocessing)
+    else:
+        found = f"is of type {type(image).__name__}"
+        raise PictureError("not-a-picture", f"{found}; give a path, a PIL image, or an array uint8 H x W x 3")
+    return np.stack([np.asarray(band) for band in crop.split()])  # H,W,3 -> 3,H,W
+
+
+def _in_memory(image: Image.Image | np.ndarray) -> Image.Image:
+    """An upright RGB image. Raises PictureError."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            found = f"{image.dtype} {' x '.join(map(str, image.shape))}"
+            raise PictureError("not-a-picture", f"is an array {found}; give uint8 H x W x 3, RGB, from 0 to 255")
+        return Image.fromarray(image)
+    with _decoding():
+        image.load()  # before the orientation is asked for: see _opened
+        orientation = _orientation_of(image)
+        image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
+    if 0 in image.size:
+        raise PictureError("not-a-picture", f"has {image.width} x {image.height} pixels; give an image with some")
+    return image
+
+
+def _undecoded(image: Image.Image) -> bytes | None:
+    """The file of a JPEG that Pillow has opened and not decoded, so that it gives the crop that its path gives; None of
+    anything else, and where the image was changed since (`draft`, its EXIF). Raises PictureError."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or file is None or not image.tile or image.tell():  # type: ignore[attr-defined]
+        return None
+    with _decoding():
+        place = file.tell()
+        file.seek(0)
+        data = file.read()
+        file.seek(place)
+        stored, orientation = _opened(io.BytesIO(data), data[:16])
+    return data if (stored.size, orientation) == (image.size, _orientation_of(image)) else None
+
+
+def _cut_from(data: bytes, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
+    """`cut` of a file's bytes, decoding no more than the crop needs. Raises PictureError."""
     with _decoding():
         image, orientation = _opened(io.BytesIO(data), data[:16])
         size = (image.height, image.width) if orientation in TURNED else image.size
         region, inner, corner = _placement(size, box, preprocessing)
-        scale = (region[2] - region[0]) / inner[0], (region[3] - region[1]) / inner[1]
-        if preprocessing.interpolation == "nearest":
-            scale = 1.0, 1.0  # it averages nothing, so nothing may be averaged before it
-        part = part_of(image, data, orientation, region, scale)
+        part = part_of(image, data, orientation, region, _scale(region, inner, preprocessing))
         if part is not None:
             image, region = part.image, part.region
         else:
             image.load()
             image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-        crop = _resized(_to_rgb(image), region, inner, corner, preprocessing)
-    return np.stack([np.asarray(band) for band in crop.split()])  # H,W,3 -> 3,H,W
+        return _resized(_to_rgb(image), region, inner, corner, preprocessing)
 
 
 # What PIL's decoders raise on damaged bytes: mostly OSError, SyntaxError (broken PNG) and ValueError.

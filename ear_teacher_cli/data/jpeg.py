@@ -54,8 +54,10 @@ def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scal
     upright_size = (height, width) if orientation in TURNED else (width, height)
     wanted = turned(region, _BACK.get(orientation, orientation), upright_size)  # in the picture as it is stored
     x1, y1, x2, y2 = (v / shrink for v in wanted)
-    margin = math.ceil(_MARGIN * max(1, *scale) / shrink)
-    bottom = min(-(-height // shrink), math.ceil(y2) + margin)
+    place = window(
+        (x1, y1, x2, y2), (scale[0] / shrink, scale[1] / shrink), (-(-width // shrink), -(-height // shrink))
+    )
+    bottom = place[3]
     partly = bottom < -(-height // shrink) and _ends(data)
     if shrink == 1 and not partly:
         return None
@@ -67,13 +69,21 @@ def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scal
             return None
     if partly:
         feed.decode_to(bottom, image)
-    place = (max(0, int(x1) - margin), max(0, int(y1) - margin), min(image.width, math.ceil(x2) + margin), bottom)
     piece = image.crop(place)
     inside = (x1 - place[0], y1 - place[1], x2 - place[0], y2 - place[1])
     if orientation in UPRIGHT:
         inside = turned(inside, orientation, piece.size)
         piece = piece.transpose(UPRIGHT[orientation])
     return Part(piece, inside)
+
+
+def window(region: Box, scale: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """What is looked at of a picture of `size` (width, height) to make `region` of it `scale` (x, y) times smaller, in
+    whole pixels. What is cut to its window once stays as it is when it is cut again."""
+    x1, y1, x2, y2 = region
+    margin = math.ceil(_MARGIN * max(1, *scale))
+    right, bottom = min(size[0], math.ceil(x2) + margin), min(size[1], math.ceil(y2) + margin)
+    return max(0, int(x1) - margin), max(0, int(y1) - margin), right, bottom
 
 
 def turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
