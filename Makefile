@@ -16,7 +16,7 @@ INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
 UV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo students quick test check lint docs soak fuzz bench clean
 

@@ -5,6 +5,10 @@
 Prints a table in Markdown. Each row is a process of its own, so that the memory is its own: it builds the model and the
 optimiser, does steps on random crops, the first of which is not counted, and reports the median of the others and the
 largest memory of the process (CPU) or of PyTorch's allocator (GPU). Loading images is not part of it.
+
+On a CPU the last column is computed, not measured: what a GPU would need in 16-mixed, that is 16 bytes a parameter
+(weights, gradients and AdamW's two moments in float32) and half of what autograd saves for the backward pass in float32.
+Workspaces of cuDNN and the allocator's own come on top.
 """
 
 import argparse
@@ -32,15 +36,29 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     from ear_teacher_cli import EarTeacherLightningModule
     from ear_teacher_cli.commands.train import _one_step
     from ear_teacher_cli.config import TrainConfig
+    from ear_teacher_cli.core.finetune import freeze_to_stride
 
     once = {} if views == 2 else {"contrastive_weight": 0.0}
     config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, pretrained=False, **once)
     module = EarTeacherLightningModule(config).to(device).train()
+    freeze_to_stride(module.model.backbone, TrainConfig.freeze_stride)  # as with pretrained weights
     optimizer = torch.optim.AdamW(module.parameters())
     prototypes = torch.randn(512, config.projection_dim, device=device).requires_grad_()
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     made = {"pixels": pixels, "index": torch.arange(batch)} | ({"view": pixels.flip(0)} if views == 2 else {})
-    seconds = []
+    seconds, saved = [], {}
+
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _one_step(module, dict(made), prototypes)
+    optimizer.zero_grad()
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     for _ in range(steps + 1):
         start = time.perf_counter()
         with torch.autocast(device, torch.float16, enabled=device == "cuda"):
@@ -57,6 +75,7 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
         "low": min(per_thousand),
         "high": max(per_thousand),
         "gigabytes": gigabytes,
+        "computed": (16 * trained + sum(saved.values()) / 2) / 1e9,
         "parameters": sum(p.numel() for p in module.model.backbone.parameters()),
     }
 
@@ -78,8 +97,8 @@ def main() -> None:
     if args.row:
         print(json.dumps(measure(*json.loads(args.row), args.device, args.steps)))
         return
-    print("| backbone | parameters, million | image size | views | batch size | s per 1,000 images | memory, GB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| backbone | parameters, million | image size | views | batch size | s per 1,000 images | memory, GB | GPU, 16-mixed, computed, GB |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in ROWS:
         if args.only and row[0] != args.only:
             continue
@@ -98,7 +117,7 @@ def main() -> None:
         backbone, size, views, batch = row
         print(
             f"| `{backbone}` | {found['parameters'] / 1e6:.1f} | {size} | {views} | {batch} | {found['seconds']:.0f} "
-            f"({found['low']:.0f}-{found['high']:.0f}) | {found['gigabytes']:.1f} |",
+            f"({found['low']:.0f}-{found['high']:.0f}) | {found['gigabytes']:.1f} | {found['computed']:.1f} |",
             flush=True,
         )
 
