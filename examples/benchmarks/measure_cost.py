@@ -1,6 +1,6 @@
 """What training costs: time per 1,000 images and memory of a step, for several models, sizes and numbers of views.
 
-    python examples/benchmarks/measure_cost.py [--device cpu|cuda] [--steps 3] [--only NAME]
+    python examples/benchmarks/measure_cost.py [--device cpu|cuda] [--steps 2] [--only NAME]
 
 Prints a table in Markdown. Each row is a process of its own, so that the memory is its own: it builds the model and the
 optimiser, does steps on random crops, the first of which is not counted, and reports the median of the others and the
@@ -90,7 +90,7 @@ def _largest_memory() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", help="the rows of one backbone")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
