@@ -97,8 +97,9 @@ def main() -> None:
     if args.row:
         print(json.dumps(measure(*json.loads(args.row), args.device, args.steps)))
         return
-    print("| backbone | parameters, million | image size | views | batch size | s per 1,000 images | memory, GB | GPU, 16-mixed, computed, GB |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("backbone", "parameters, million", "image size", "views", "batch size", "s per 1,000 images", "memory, GB")
+    print(f"| {' | '.join((*heads, 'GPU, 16-mixed, computed, GB'))} |")
+    print("|---" * (len(heads) + 1) + "|")
     for row in ROWS:
         if args.only and row[0] != args.only:
             continue
