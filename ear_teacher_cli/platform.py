@@ -51,6 +51,20 @@ def _in_main_thread() -> bool:
 
 
 @contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C for the few milliseconds in which processes are started, which inherit that: while Python starts and
+    imports, it would print a traceback. Windows does not let them inherit it."""
+    if not _in_main_thread():  # others cannot say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def child_exits_unnoticed() -> Iterator[None]:
     """Without torch's handler, which raises an error when a DataLoader's worker is killed. Windows has none."""
     if not hasattr(signal, "SIGCHLD") or not _in_main_thread():

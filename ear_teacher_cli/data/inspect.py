@@ -6,19 +6,17 @@
 import hashlib
 import multiprocessing
 import signal
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from ..errors import EarTeachError, PictureError
-from ..platform import usable_cores
+from ..platform import interrupts_ignored, usable_cores
 from .boxes import BOX_FORMATS, Box, from_corners, to_corners
 from .crop import Picture, buffered_box, check_box, check_box_inside, cut, read_picture
 from .manifest import Manifest
@@ -130,27 +128,13 @@ def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, l
     # spawn, not fork: a progress bar's thread may be running here
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt) as pool:
         try:
-            with _interrupts_ignored():
+            with interrupts_ignored():
                 results = pool.map(inspect, photos, chunksize=chunk)
             yield from results
         except BrokenProcessPool as error:
             raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C for the few milliseconds in which processes are started, which inherit that: while Python starts and
-    imports, it would print a traceback. (On Windows they do not inherit it.)"""
-    if threading.current_thread() is not threading.main_thread():  # others cannot say what a signal does
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, earlier)
 
 
 def _ignore_interrupt() -> None:
