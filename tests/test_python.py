@@ -297,15 +297,15 @@ def test_right_ears_are_mirrored_where_the_weights_want_it(embedder, drawn):
     path, box = drawn[1][2], drawn[2][2]
     mirroring = replace(embedder, preprocessing=replace(embedder.preprocessing, mirror=True))
     plain = embedder.embed([path, path], [box, box], sides=["left", "right"])
-    assert np.array_equal(plain[0], plain[1])
+    assert apart(plain[1], plain[0]) < ROUNDING
     left, right, unknown = mirroring.embed([path] * 3, [box] * 3, sides=["L", "right", None])
-    assert np.array_equal(left, plain[0]) and np.array_equal(unknown, left) and np.abs(right - left).max() > 1e-3
+    assert apart(left, plain[0]) < ROUNDING and apart(unknown, left) < ROUNDING and apart(right, left) > 1e-3
     crop = load_crop(path, box, embedder.preprocessing)
     flipped = np.ascontiguousarray(crop[:, :, ::-1].transpose(1, 2, 0))
     assert np.abs(embedder.embed(flipped) - right).max() < CLOSE
     with pytest.warns(UserWarning, match="want right ears mirrored, and no sides were given"):
-        assert np.array_equal(mirroring.embed(path, box)[0], left)
-    assert np.array_equal(mirroring.embed(path, box, sides="right")[0], right)
+        assert apart(mirroring.embed(path, box)[0], left) < ROUNDING  # another batch size
+    assert apart(mirroring.embed(path, box, sides="right")[0], right) < ROUNDING
 
 
 def test_mirrored_rows_are_those_of_embed(exports, drawn, tmp_path, earteach):
