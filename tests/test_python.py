@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROUNDING, apart
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
