@@ -13,6 +13,7 @@ from ear_teacher_cli.config import BOX_FORMATS, Reading
 from ear_teacher_cli.data import boxes
 from ear_teacher_cli.data.boxes import from_corners, to_corners
 from ear_teacher_cli.data.crop import image_size
+from ear_teacher_cli.data.formats import csv_table
 from ear_teacher_cli.data.formats.columns import find_columns
 from ear_teacher_cli.data.manifest import Manifest, keep_rows, read_manifest
 from ear_teacher_cli.errors import ManifestError
@@ -521,3 +522,13 @@ def test_what_spreadsheets_add_is_read_and_decimal_commas_are_named(tmp_path):
     assert list(read_manifest(tmp_path / "list.csv").boxes) == [(1, 2, 30, 40)]
     with pytest.raises(ManifestError, match="decimal commas"):
         read_manifest(table(tmp_path, "image;x1;y1;x2;y2", [("a.png", "1,5", "2,5", "30,5", "40,5")], ";"))
+
+
+def test_of_a_long_csv_nothing_is_kept_that_is_not_asked_for(tmp_path, monkeypatch):
+    """Its text is: a list of 300,000 rows once took minutes, because every line was added to one text."""
+    image(tmp_path)
+    kept = []
+    lines_of = csv_table._Lines
+    monkeypatch.setattr(csv_table, "_Lines", lambda *words: kept.append(lines_of(*words)) or kept[-1])
+    read_manifest(table(tmp_path, "image,x1,y1,x2,y2", [("a.png", 1, 2, 30, 40)] * 100))
+    assert kept and kept[-1].taken() == ""

@@ -42,7 +42,7 @@ def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_colu
     with open(source, "rb") as start:
         mark = start.read(3) == b"\xef\xbb\xbf"
     with (
-        _reading(source, printable(source)) as (reader, lines),
+        _reading(source, printable(source), kept=True) as (reader, lines),
         open(out, "w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file,
     ):
         file.write(lines.taken())
@@ -53,30 +53,33 @@ def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_colu
 
 
 class _Lines:
-    """The lines of a file, and which of them were taken since they were last asked for."""
+    """The lines of a file; with `kept`, those that were taken since they were last asked for, too."""
 
-    def __init__(self, file: IO[str]):
-        self._file, self._taken = file, ""
+    def __init__(self, file: IO[str], kept: bool):
+        self._file, self._kept = file, kept
+        self._taken: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         line = next(self._file)
-        self._taken += line
+        if self._kept:
+            self._taken.append(line)
         return line
 
     def taken(self) -> str:
-        text, self._taken = self._taken, ""
+        text = "".join(self._taken)
+        self._taken.clear()
         return text
 
 
 @contextmanager
-def _reading(path: Path, where: str) -> Iterator[tuple[csv.DictReader, _Lines]]:
-    """A reader that has read the header, and the lines it takes. Raises ManifestError."""
+def _reading(path: Path, where: str, kept: bool = False) -> Iterator[tuple[csv.DictReader, _Lines]]:
+    """A reader that has read the header, and the lines it takes (kept, if they are to be copied). Raises ManifestError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = _Lines(file)
+            lines = _Lines(file, kept)
             header = file.readline()
             stated = header.strip()[4:] if header.casefold().startswith("sep=") else ""  # Excel's own line
             if stated:

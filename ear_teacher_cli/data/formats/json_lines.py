@@ -43,13 +43,14 @@ def read_objects(
         columns = known[names]
         name, boxes, order = read_row(columns, line, where, number, rows.order)
         if any(box is not None for box in boxes):
-            if not first and (order != rows.order or bool(columns.keypoints) != rows.from_points):
+            if first:
+                first, rows.order, rows.from_points = False, order, bool(columns.keypoints)
+                rows.named_by = columns.named_by or (f"its {columns.box_order}" if order else "")
+                rows.open_in_shares = columns.order == "xywh" and [compare(n) for n in columns.four[:2]] == ["x", "y"]
+            elif order != rows.order or bool(columns.keypoints) != rows.from_points:
                 raise ManifestError(
                     f"{where} line {number + 1}: its box is in another order than those before; write all alike"
                 )
-            first, rows.order, rows.from_points = False, order, bool(columns.keypoints)
-            rows.named_by = columns.named_by or (f"its {columns.box_order}" if order else "")
-            rows.open_in_shares = columns.order == "xywh" and [compare(n) for n in columns.four[:2]] == ["x", "y"]
         if columns.size and (size := stated_size(*(line.get(n) for n in columns.size))):
             rows.sizes[name.replace("\\", "/")] = size
         people, sides = (per_box(label_of(line.get(n)), boxes) for n in (columns.identity, columns.side))
