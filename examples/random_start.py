@@ -5,7 +5,7 @@ Training from a file makes the start something that can be measured, too.
     python random_start.py convnext_atto start.safetensors
 """
 
-import sys
+import argparse
 
 import timm
 import torch
@@ -18,4 +18,7 @@ def main(name: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="a timm model, say convnext_atto")
+    parser.add_argument("out", help="the .safetensors file to write")
+    main(**vars(parser.parse_args()))

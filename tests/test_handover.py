@@ -153,9 +153,26 @@ for count in (1, 2, 5):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["teacher.safetensors", "teacher.onnx"])
+def test_a_damaged_or_missing_whitening_is_a_line_of_verify(exports, tmp_path, earteach, form):
+    for name in (form, "teacher.whitening.safetensors"):
+        shutil.copy(exports / name, tmp_path)
+    whitening = tmp_path / "teacher.whitening.safetensors"
+    data = bytearray(whitening.read_bytes())
+    data[len(data) // 2] ^= 1
+    whitening.write_bytes(data)
+    said = earteach("verify", tmp_path / form)
+    wrong = [line for line in said.out.decode().splitlines() if line.startswith("WRONG")]
+    assert said.code == 1 and len(wrong) == 1 and "is damaged, or of another export" in wrong[0], said
+    whitening.unlink()
+    said = earteach("verify", tmp_path / form)
+    assert said.code == 1 and "is not beside it" in said.out.decode() and b"ok     golden batch" in said.out
+
+
+@pytest.mark.slow
 def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
     prints = set()
-    for name, count in (("teacher.safetensors", 5), ("teacher.onnx", 4), ("teacher", 10)):
+    for name, count in (("teacher.safetensors", 5), ("teacher.onnx", 5), ("teacher", 10)):
         said = earteach("verify", exports / name)
         lines = said.out.decode().splitlines()
         assert said.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), said

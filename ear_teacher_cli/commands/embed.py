@@ -204,8 +204,13 @@ def _has_part(out: str, ranks: Ranks) -> bool:
     path = Path(out)
     others = [p.name for p in path.parent.glob(f".{path.name}*.unfinished") if (p / STATE).is_file()]
     worlds = {int(name.split("-of-")[1].split(".")[0]) if "-of-" in name else 1 for name in others}
-    mend = f"start {min(worlds)} processes, as it was" if worlds else "leave --resume out"
-    raise WordsError(f"{printable(out)}: there is nothing unfinished of it by {ranks.world} process(es); {mend}")
+    if not worlds:
+        mend = "it is finished; --overwrite writes it anew" if path.exists() else "leave --resume out"
+        raise WordsError(f"{printable(out)}: there is nothing unfinished of it; {mend}")
+    raise WordsError(
+        f"{printable(out)}: there is nothing unfinished of it by {ranks.world} process(es); start {min(worlds)} processes, as "
+        "it was"
+    )
 
 
 def _part(out: str, ranks: Ranks) -> Path:

@@ -170,7 +170,8 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
     # a forward pass is about a third of a step; validation takes two, whitening and its share of k-means one
     forward = 2 * len(data.val_set) + (min(len(data.train_set), WHITEN_ON) if config.whiten else 0)
     pictures = len(data.train_set) + forward / 3 / config.views
-    total = seconds * pictures / len(batch["index"]) * config.max_epochs / config.processes
+    parallel = config.processes if _uses_cuda(config) else min(config.processes, usable_cores())
+    total = seconds * pictures / len(batch["index"]) * config.max_epochs / parallel
     weights = 4 * sum(p.numel() for p in module.parameters())
     kept = 4 + config.max_epochs // 5
     copies = 3 + (config.kept_share > 0) + (config.ema_decay > 0) + bool(config.kept_share or config.ema_decay)
@@ -194,7 +195,7 @@ def _prepare(config: TrainConfig, talk: Talk, new: bool = False) -> tuple[TrainC
     data = EarDataModule(config)
     data.talk = talk
     data.setup("fit")
-    if config.batch_size > len(data.train_set):
+    if config.batch_size * config.processes > len(data.train_set):
         settled.append(_about_large_batch(config, data, new))
     for line in settled:
         talk.say(line)
@@ -205,11 +206,15 @@ def _prepare(config: TrainConfig, talk: Talk, new: bool = False) -> tuple[TrainC
 def _about_large_batch(config: TrainConfig, data: EarDataModule, new: bool) -> str:
     """What a batch larger than the training list means. Raises ConfigError for a new run if it is larger than the
     default, too: it was typed, and is most likely a typing error."""
-    images = len(data.train_set)
+    images, processes = len(data.train_set), config.processes
+    share = "" if processes == 1 else f" for each of {processes} processes"
     if new and config.batch_size > TrainConfig.batch_size:
-        found = f"{config.batch_size} is more than the {counted(images, 'image')} of {printable(config.train_metadata)}"
-        raise ConfigError("batch_size", found, f"use at most {images}")
-    return f"batch size: {config.batch_size} is more than the {counted(images, 'image')} there are; every step takes all of them"
+        found = f"{config.batch_size}{share} is more than the {counted(images, 'image')} of {printable(config.train_metadata)}"
+        raise ConfigError("batch_size", found, f"use at most {images // processes}")
+    return (
+        f"batch size: {config.batch_size}{share} is more than the {counted(images, 'image')} there are; every step takes all "
+        "of them"
+    )
 
 
 def _check_machine(config: TrainConfig, talk: Talk) -> None:
@@ -515,8 +520,8 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
 
 def describe_estimate(estimate: Estimate) -> str:
     return (
-        f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {estimate.steps_per_epoch} steps "
-        f"an epoch; the run: about {clock(estimate.seconds)} of computing (full precision, loading not counted) and "
+        f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {counted(estimate.steps_per_epoch, 'step')} "
+        f"an epoch; the run: about {clock(estimate.seconds)} of computing (full precision; loading, checkpoints and pictures not counted) and "
         f"{estimate.bytes / 2**20:.0f} MiB of disk"
     )
 

@@ -21,6 +21,7 @@ from ..core.exports import (
     About,
     about_of,
     is_export_folder,
+    read_whitening,
     sidecars,
 )
 from ..core.features import MapStatistics, map_model, open_local_dir
@@ -77,7 +78,7 @@ def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.
         about = about_of(header, printable(path))
     except ForeignWeightsError as error:
         raise WeightsError(f"{error}; verify checks what export-backbone wrote") from error
-    embedder = embedder_of_export(path, trusted=True)  # strict, and the whitening's sha256
+    embedder = embedder_of_export(path, whiten=False, trusted=True)  # strict
     embedder.backbone.cpu()
     kind = "float16" if any(tensor.dtype == torch.float16 for tensor in state.values()) else "float32"
     if embedder.embedding_dim != about.embedding_dim:
@@ -94,10 +95,8 @@ def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.
         return embedder(torch.from_numpy(pixels)).numpy()
 
     checks.append(_golden(about, run))
-    if embedder.whitening is not None:
-        size = " x ".join(map(str, embedder.whitening.matrix.shape))
-        fits = embedder.whitening.matrix.shape[0] == about.embedding_dim
-        checks.append(Check("whitening", f"of this export, {size}", fits))
+    if about.whitening_sha256:
+        checks.append(_whitening(path, about))
     return about, checks, run
 
 
@@ -117,7 +116,18 @@ def _onnx(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.nda
         one = model(about.golden.pixels[:1])[0]
         difference = relative_difference(one, about.golden.embeddings[:1])
         checks.append(Check("batch of 1", f"largest difference {difference:.2g}", difference <= TOLERANCE))
+    if about.whitening_sha256:
+        checks.append(_whitening(path, about))
     return about, checks, lambda pixels: model(pixels)[0]
+
+
+def _whitening(path: Path, about: About) -> Check:
+    """Whether the whitening beside an export is the one that belongs to it."""
+    try:
+        shape = read_whitening(path, about.whitening_sha256 or "").matrix.shape
+    except WeightsError as error:
+        return Check("whitening", str(error).removeprefix(f"{printable(path)}: "), False)
+    return Check("whitening", f"of this export, {' x '.join(map(str, shape))}", shape[0] == about.embedding_dim)
 
 
 def _folder(folder: Path, about: About) -> list[Check]:

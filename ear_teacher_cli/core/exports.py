@@ -148,7 +148,7 @@ def read_whitening(export: Path, sha256: str) -> Whitening:
     if not path.is_file():
         raise WeightsError(f"{printable(export)}: its whitening, {path.name}, is not beside it; copy it there, too")
     if sha256_of(path) != sha256:
-        raise WeightsError(f"{printable(path)}: is of another export than {export.name}; export both again")
+        raise WeightsError(f"{printable(path)}: is damaged, or of another export than {export.name}; export both again")
     return whitening_of(read_safetensors(path)[0])
 
 

@@ -82,7 +82,7 @@ def draw_class_sizes(counts: np.ndarray) -> str:
     edges = np.arange(-0.5, most + 1.5) if most < 40 else np.linspace(-0.5, most + 0.5, 40)
     axis.hist(counts, bins=edges, color=_COLOURS[0], alpha=0.8)
     axis.set_title("Pictures per pseudo-class", fontsize=10, color=_INK, loc="left")
-    axis.set(ylabel="classes", xlim=(-0.5, most + 0.5))
+    axis.set(xlabel="pictures", ylabel="classes", xlim=(-0.5, most + 0.5))
     axis.locator_params(integer=True)
     return _svg(figure, "Pictures per pseudo-class")
 
@@ -113,6 +113,7 @@ def _panel(title: str, lines: Mapping[str, str], rows: Sequence[Mapping[str, str
     axis.xaxis.get_major_locator().set_params(integer=True)
     if axis.get_xlim()[1] - axis.get_xlim()[0] < 1:  # one epoch
         axis.set_xlim(best - 0.5, best + 0.5)
+        axis.set_xticks([best])
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
         figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8, labelcolor=_INK)

@@ -246,7 +246,10 @@ def why_best(folder: Path, best: Path | None, monitor: str) -> str:
     choose, word = (max, "highest") if MONITORS[monitor] == "max" else (min, "lowest")
     rank = f"the {word} so far" if scored[epoch] == choose(scored.values()) else f"the {word} of those that are kept"
     unit = UNITS.get(monitor, "")
-    before = f"; {start:.4g}{unit} before training" if start is not None else ""
+    before = ""
+    if start is not None:
+        better = scored[epoch] > start if MONITORS[monitor] == "max" else scored[epoch] < start
+        before = f"; {'' if better else 'no better than the '}{start:.4g}{unit} before training"
     return f"{monitor} {scored[epoch]:.4g}{unit}, {rank} (epoch {epoch} of {max(scored)}{before})"
 
 

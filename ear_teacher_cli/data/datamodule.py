@@ -25,15 +25,25 @@ from .pixels import preprocessing_for
 
 def read_train_manifest(config: TrainConfig) -> Manifest:
     """A folder is named by its folders where classes are to be identities. Raises ManifestError."""
-    manifest = read_manifest(config.train_metadata, config.root_dir, config.reading)
+    manifest = _read(config.train_metadata, config, "train_metadata")
     return named_by_folders(manifest) if config.pseudo_classes == "identity" else manifest
 
 
 def read_val_manifest(config: TrainConfig) -> Manifest:
     """A folder is named by its folders where identities are classes, or what `monitor` needs. Raises ManifestError."""
-    manifest = read_manifest(config.val_metadata, config.root_dir, config.reading)
+    manifest = _read(config.val_metadata, config, "val_metadata")
     asked = config.pseudo_classes == "identity" or config.monitor in ("val/rank1", "val/eer")
     return named_by_folders(manifest) if asked else manifest
+
+
+def _read(path: str, config: TrainConfig, name: str) -> Manifest:
+    """Raises ManifestError; of a default list that is not there it says how to make one."""
+    if path == getattr(TrainConfig, name) and not os.path.exists(path):
+        raise ManifestError(
+            f"{path}: no such file or folder; make it with `earteach prepare RAW data/preprocessed`, or name your list with "
+            f"--{name.replace('_', '-')}"
+        )
+    return read_manifest(path, config.root_dir, config.reading)
 
 
 _SECONDS_TO_END = 5.0

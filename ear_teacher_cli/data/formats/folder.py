@@ -148,8 +148,8 @@ def _note_unread(found: Found, identity_column: str | None) -> None:
         here = one is not None and (one.has_boxes or one.has_people) and bool(_located(tree, path, one.paths))
         if one and here and one.has_boxes:
             raise ManifestError(
-                f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); name the list "
-                "itself instead of the folder, or rename it (a .csv to *_annotations.csv), or move it elsewhere"
+                f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); rename it (a "
+                ".csv to NAME_annotations.csv), move it elsewhere, or name the list itself instead of the folder"
             )
         if one and here:
             found.naming.append(path)
