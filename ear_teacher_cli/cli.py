@@ -1,4 +1,4 @@
-"""The mouth: words in, one verb called, what it returned printed. Only this and the help know Typer.
+"""The Typer command line: parse arguments, call one command, print its result. Only this and the help know Typer.
 
 stdout is data, stderr is talk. Exit 0 done, 1 your data or file, 2 your words, 130 interrupted. Verbs are
 imported when called, so that `--help` loads neither torch nor numpy.

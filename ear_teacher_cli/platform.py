@@ -14,7 +14,7 @@ import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
@@ -50,31 +50,29 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> AbstractContextManager[None]:
     """Ignore Ctrl-C for the few milliseconds in which processes are started, which inherit that: while Python starts and
     imports, it would print a traceback. Windows does not let them inherit it."""
-    if not _in_main_thread():  # others cannot say what a signal does
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return _handled("SIGINT", signal.SIG_IGN)
+
+
+def child_exits_unnoticed() -> AbstractContextManager[None]:
+    """Without torch's handler, which raises an error when a DataLoader's worker is killed. Windows has none."""
+    return _handled("SIGCHLD", signal.SIG_DFL)
 
 
 @contextmanager
-def child_exits_unnoticed() -> Iterator[None]:
-    """Without torch's handler, which raises an error when a DataLoader's worker is killed. Windows has none."""
-    if not hasattr(signal, "SIGCHLD") or not _in_main_thread():
+def _handled(name: str, handler: Any) -> Iterator[None]:
+    """Set the handler of a signal for a while, where the system has it and this thread may."""
+    if not hasattr(signal, name) or not _in_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    number = getattr(signal, name)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        signal.signal(number, before)
 
 
 @contextmanager

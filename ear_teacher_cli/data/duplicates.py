@@ -1,4 +1,4 @@
-"""Ears that are of no use or there twice: what to drop, what to merge, and what must stay on one side of a split.
+"""Ears that cannot be used, or are there twice: what to drop, what to merge, and what must stay on one side of a split.
 
 Copies are files of the same bytes (sha256). Near duplicates are crops of ears whose perceptual hashes are alike, also if
 one is mirrored, and whole images of two sources whose hashes are: an export of the same photos, written anew, with other
