@@ -54,12 +54,18 @@ class Tally:
 def forked(work: Callable[[], object]) -> int:
     """Do it in a process (and a process group) of its own; its number."""
     sys.stdout.flush()
+    ready, begun = os.pipe()
     number = os.fork()
     if number:
+        os.close(begun)
+        os.read(ready, 1)  # until it has its group, which may be killed as a whole
+        os.close(ready)
         return number
     code = 1
     try:
+        os.close(ready)
         os.setsid()
+        os.close(begun)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = work() or 0
@@ -142,6 +148,7 @@ def kill_until_done(
     """Start it, and go on with it, each time killed at a random moment, `most` times; then let it finish. False on a
     fault."""
     words, kills = first, 0
+    (folder / "log.txt").touch()  # a process may be killed before it opens it
     while True:
         number = forked(said(words, folder / "log.txt"))
         code = ended(number, chance.uniform(0, seconds * 0.8) if kills < most else PATIENCE)
