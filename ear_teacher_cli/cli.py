@@ -322,7 +322,9 @@ def validate_data(
     box_units: BoxUnits = AUTO,
     identity_column: IdentityColumn = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report as JSON; - for stdout.")] = None,
-    contact_sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw photos with their boxes, and the worst crops.")] = None,
+    contact_sheet: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw photos with their boxes, and the worst crops.")
+    ] = None,
     write_clean: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Write the manifest without the rows that have errors (.npy, .csv, .jsonl)."),
