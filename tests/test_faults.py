@@ -119,7 +119,7 @@ def test_a_checkpoint_with_a_part_that_does_not_fit_is_one_line(part, run, tmp_p
     content[part] = {"state": 1} if isinstance(content.get(part), dict) else [{"state": {}, "param_groups": []}]
     torch.save(content, path)
     said = earteach("resume", copy)
-    assert said.code == 1 and re.search(r"last\.ckpt: cannot be gone on with .*another checkpoint$", said.err.strip())
+    assert said.code == 1 and re.search(r"last\.ckpt: cannot resume from it .*another checkpoint$", said.err.strip())
 
 
 class Limited:

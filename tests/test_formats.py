@@ -222,7 +222,7 @@ def test_all_layouts_embed_to_the_same_vectors(run, ears, truth, tmp_path, earte
         said = earteach("embed", source, out, "--weights", run, *words)
         assert said.code == 0, said.err
         assert "24 with boxes" in said.err and "0 whole images" in said.err
-        return np.load(out)  # noqa: TID251
+        return np.load(out)  # noqa: TID251  (plain numpy, as users open the rows)
 
     expected = embedded(ears / "train_teacher.npy")
     for number, (layout, make) in enumerate(LISTS.items()):
@@ -357,7 +357,7 @@ def test_a_cleaned_list_keeps_layout_order_and_names(layout, ears, truth, tmp_pa
     if source.suffix == ".jsonl":
         assert out.read_text() == source.read_text()
     if source.suffix == ".npy":
-        old, new = (np.load(path, allow_pickle=True).item() for path in (source, out))  # noqa: TID251
+        old, new = (np.load(path, allow_pickle=True).item() for path in (source, out))  # noqa: TID251  (what users of the original package call)
         assert list(old) == list(new) and all(type(old[key]) is type(new[key]) for key in old)
         assert all(np.shape(old[key]) == np.shape(new[key]) for key in old)
     kept = [i for i in range(len(manifest)) if i % 3]
@@ -372,7 +372,7 @@ def test_of_several_boxes_of_a_row_one_is_dropped(tmp_path):
     three = [[1, 2, 30, 40], [5, 5, 20, 20], [9, 9, 30, 30]]
     source = save(tmp_path, image_paths=["a.png", "a.png"], bboxes=[three, three[:1]], box_format="xyxy")
     keep_rows(read_manifest(source), [0, 2, 3], tmp_path / "clean.npy")
-    content = np.load(tmp_path / "clean.npy", allow_pickle=True).item()  # noqa: TID251
+    content = np.load(tmp_path / "clean.npy", allow_pickle=True).item()  # noqa: TID251  (what users of the original package call)
     assert content["bboxes"] == [[three[0], three[2]], three[:1]] and content["image_paths"] == ["a.png", "a.png"]
 
 

@@ -148,7 +148,7 @@ def test_the_lists_train(raw, earteach):
 def test_the_original_packages_trainer_reads_them(raw, earteach):
     assert earteach("prepare", raw, "data").code == 0
     for side in ("train", "val"):
-        content = np.load(f"data/{side}_teacher.npy", allow_pickle=True).item()  # noqa: TID251
+        content = np.load(f"data/{side}_teacher.npy", allow_pickle=True).item()  # noqa: TID251  (what users of the original package call)
         assert len(content["image_paths"]) == len(content["bboxes"])
         for path, (x1, y1, x2, y2) in zip(content["image_paths"], content["bboxes"], strict=True):
             with Image.open(path) as image:

@@ -320,7 +320,7 @@ def _fit(
                 raise
             else:
                 raise WeightsError(
-                    f"{printable(checkpoint)}: cannot be gone on with ({brief(error)}); use another checkpoint"
+                    f"{printable(checkpoint)}: cannot resume from it ({brief(error)}); use another checkpoint"
                 ) from error
         except SystemExit:  # how Lightning ends a run after Ctrl-C
             if trainer.state.status is not TrainerStatus.INTERRUPTED:

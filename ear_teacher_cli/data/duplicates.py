@@ -229,7 +229,8 @@ def link_groups(found: Mixed, examined: Examined, merged: list[Merged], near: Li
         links.link([one.kept, *one.copies])
     for paths in same_photo(found, examined):
         links.link(paths)
-    for path, identity in zip(found.ears.paths, found.ears.identities or (), strict=False):
+    nobody = [""] * len(found.ears)
+    for path, identity in zip(found.ears.paths, found.ears.identities or nobody, strict=True):
         if identity:
             links.link([path, ("identity", identity)])
     return links
