@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .core.embedder import load_backbone, load_embedder
-    from .core.lightning_module import EarTeacherLightningModule
     from .data.crop import load_crop
     from .data.datamodule import EarDataModule
-    from .data.pixels import normalise
+    from .data.preprocessing import normalise
+    from .embedding.embedder import load_backbone, load_embedder
     from .errors import EarTeachError
+    from .training.module import EarTeacherLightningModule
 
 __version__ = "0.2.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before timm loads it: nothing is sent anywhere
@@ -35,13 +35,13 @@ __all__ = [
 
 _HOME = {
     "EarDataModule": ".data.datamodule",
-    "EarTeacherLightningModule": ".core.lightning_module",
+    "EarTeacherLightningModule": ".training.module",
     "EarTeachError": ".errors",
     "TrainConfig": ".config",
-    "load_backbone": ".core.embedder",
-    "load_embedder": ".core.embedder",
+    "load_backbone": ".embedding.embedder",
+    "load_embedder": ".embedding.embedder",
     "load_crop": ".data.crop",
-    "normalise": ".data.pixels",
+    "normalise": ".data.preprocessing",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m ear_teacher_cli` is `earteach`."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def earteach(capfdbinary, monkeypatch):
     """`earteach('embed', 'x', 'y.npy')` -> Said(exit code, stdout, stderr), in this process."""
-    from ear_teacher_cli.cli import main
+    from ear_teacher_cli.cli.app import main
 
     def say(*words) -> Said:
         monkeypatch.setattr(sys, "argv", ["earteach", *map(str, words)])
@@ -137,8 +137,8 @@ def manifests(ears) -> list[str]:
 @pytest.fixture(scope="session")
 def run(ears, manifests, tmp_path_factory) -> Path:
     """An experiment folder of a small run: 6 epochs on the drawn ears. Tests must not change it."""
-    from ear_teacher_cli.commands.train import train
-    from ear_teacher_cli.talk import Talk
+    from ear_teacher_cli.console import Talk
+    from ear_teacher_cli.training.run import train
 
     outputs = tmp_path_factory.mktemp("outputs")
     return train(
@@ -149,8 +149,8 @@ def run(ears, manifests, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whitened(manifests, tmp_path_factory) -> Path:
     """An experiment folder with a whitening and two sets of weights. Tests must not change it."""
-    from ear_teacher_cli.commands.train import train
-    from ear_teacher_cli.talk import Talk
+    from ear_teacher_cli.console import Talk
+    from ear_teacher_cli.training.run import train
 
     changes = {"whiten": True, "ema_decay": 0.9, "max_epochs": 2}
     config = small_config(manifests, output_dir=str(tmp_path_factory.mktemp("whitened")), **changes)
@@ -160,7 +160,7 @@ def whitened(manifests, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exports(whitened, tmp_path_factory) -> Path:
     """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint. Tests must not change them."""
-    from ear_teacher_cli.commands.export_backbone import export_backbone
+    from ear_teacher_cli.export.export import export_backbone
 
     folder = tmp_path_factory.mktemp("exports")
     export_backbone(whitened, folder / "teacher.safetensors")

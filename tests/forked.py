@@ -32,7 +32,7 @@ class _Forked:
     def __init__(
         self, command: Sequence[object], *, env=None, cwd=None, stdout=None, stderr=None, start_new_session=False, **_
     ):
-        import ear_teacher_cli.commands.train  # noqa: F401  (what a command would take seconds to import)
+        import ear_teacher_cli.training.run  # noqa: F401  (what a command would take seconds to import)
 
         self.args, self.returncode = list(map(str, command)), None
         pipes = {number: os.pipe() for number, target in ((1, stdout), (2, stderr)) if target == PIPE}

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from ear_teacher_cli.data.crop import buffered_box, check_box, cut, load_crop
-from ear_teacher_cli.data.embeddings import read_embeddings
 from ear_teacher_cli.data.manifest import read_manifest, write_manifest
-from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.data.preprocessing import Preprocessing
+from ear_teacher_cli.embedding.files import read_embeddings
 from ear_teacher_cli.errors import EarTeachError
 from ear_teacher_cli.files import printable
 
@@ -163,11 +163,11 @@ def weights_corpus(folder: Path) -> list[tuple[str, bytes]]:
     import torch
     from safetensors.torch import save_file
 
-    from ear_teacher_cli.commands.export_backbone import export_backbone
-    from ear_teacher_cli.commands.train import train
     from ear_teacher_cli.config import TrainConfig
-    from ear_teacher_cli.core.checkpoint import read_checkpoint
-    from ear_teacher_cli.talk import Talk
+    from ear_teacher_cli.console import Talk
+    from ear_teacher_cli.export.export import export_backbone
+    from ear_teacher_cli.model.checkpoint import read_checkpoint
+    from ear_teacher_cli.training.run import train
 
     (folder / "ears").mkdir()
     for i in range(8):
@@ -204,8 +204,8 @@ def mutated_weights(data: bytes, others: list[bytes], chance: np.random.Generato
 
 
 def try_weights(path: Path) -> None:
-    from ear_teacher_cli.core.checkpoint import read_checkpoint, read_tensors, require_fit
-    from ear_teacher_cli.core.embedder import load_embedder
+    from ear_teacher_cli.embedding.embedder import load_embedder
+    from ear_teacher_cli.model.checkpoint import read_checkpoint, read_tensors, require_fit
 
     if path.suffix == ".ckpt":
         checkpoint = read_checkpoint(path)

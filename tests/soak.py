@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ear_teacher_cli import cli
-from ear_teacher_cli.commands import collage, embed, export_backbone, train  # noqa: F401  (imported before the fork)
-from ear_teacher_cli.core.checkpoint import read_checkpoint, read_safetensors
+import ear_teacher_cli.training.run  # noqa: F401  (imported before the fork)
+from ear_teacher_cli.cli.app import app
+from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -83,7 +83,7 @@ def said(words: list, log: Path) -> Callable[[], None]:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.argv = ["earteach", *map(str, words)]
-        cli.main()
+        app.main()
 
     return work
 

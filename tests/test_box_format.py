@@ -240,7 +240,7 @@ def test_no_image_there_is_said(tmp_path):
 
 
 def test_of_many_images_a_sample_is_opened(tmp_path, monkeypatch):
-    from ear_teacher_cli.data import corners as reader
+    from ear_teacher_cli.data import resolve_boxes as reader
 
     opened = []
     monkeypatch.setattr(reader, "_size", lambda path: opened.append(path) or (400.0, 400.0))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import small_config
 
-from ear_teacher_cli.commands.train import train
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.console import Talk
+from ear_teacher_cli.training.run import train
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: the extra 'browser' has it"

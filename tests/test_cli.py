@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from ear_teacher_cli import __version__
-from ear_teacher_cli.cli import _train, app, get_command
-from ear_teacher_cli.commands.train import RESUMABLE
+from ear_teacher_cli.cli.app import _train, app, get_command
 from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, preset, read_toml
 from ear_teacher_cli.errors import ConfigError
+from ear_teacher_cli.training.run import RESUMABLE
 
 COMMANDS = [
     "prepare",
@@ -136,7 +136,7 @@ def test_every_help_page_ends_in_an_example(command, earteach):
 
 def test_help_loads_neither_torch_nor_numpy_nor_pillow():
     code = (
-        "import sys; sys.argv = ['earteach', '--help']\nfrom ear_teacher_cli.cli import main\n"
+        "import sys; sys.argv = ['earteach', '--help']\nfrom ear_teacher_cli.cli.app import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'PIL', 'timm', 'pytorch_lightning') if m in sys.modules])"
     )
@@ -147,7 +147,7 @@ def test_help_loads_neither_torch_nor_numpy_nor_pillow():
 def test_validate_data_loads_no_torch(ears):
     code = (
         f"import sys; sys.argv = ['earteach', 'validate-data', {str(ears / 'val_teacher.npy')!r}]\n"
-        "from ear_teacher_cli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        "from ear_teacher_cli.cli.app import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False"
@@ -210,7 +210,7 @@ def test_the_shell_completes_commands_options_and_choices(words, expected):
         "COMP_CWORD": str(len(f"earteach {words}".split(" ")) - 1),
     }
     done = subprocess.run(
-        [sys.executable, "-c", "from ear_teacher_cli.cli import main; main()"],
+        [sys.executable, "-c", "from ear_teacher_cli.cli.app import main; main()"],
         env=os.environ | shell,
         capture_output=True,
         text=True,
@@ -365,7 +365,7 @@ def test_a_batch_may_be_all_images_and_no_more(size, told, manifests, earteach):
 
 def test_more_processes_than_cores_are_warned_of(manifests, monkeypatch, earteach):
     words = [*SMALL_AND_DRY, "--batch-size", 8, "--accelerator", "cpu", "--devices", 4]
-    monkeypatch.setattr("ear_teacher_cli.commands.train.usable_cores", lambda: 2)
+    monkeypatch.setattr("ear_teacher_cli.training.run.usable_cores", lambda: 2)
     said = earteach("train", *manifests, *words)
     assert said.code == 0 and "--devices: 4 processes are to share 2 CPU cores" in said.err
     assert said.err.count("warning") == 1 and "use --devices 2 or less" in said.err

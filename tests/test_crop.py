@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ear_teacher_cli.data.crop import buffered_box, check_box, check_box_inside, cut, load_crop, read_picture
-from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.data.preprocessing import Preprocessing
 from ear_teacher_cli.errors import PictureError
 
 PLAIN = Preprocessing(64, 0.10, True, "bilinear", (0.5, 0.25, 0.0), (0.5, 0.5, 0.5))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ear_teacher_cli.core.diagnostics import Health, degraded, health, judge, judged_rows, retrieval, verdict
+from ear_teacher_cli.quality import collapse
+from ear_teacher_cli.quality.collapse import Health, degraded, health, judge, judged_rows, retrieval, verdict
 
 
 def normal(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -55,9 +56,8 @@ def test_what_finds_pictures_better_than_its_start_has_not_collapsed():
 
 
 def test_of_many_pictures_whole_people_are_judged(monkeypatch):
-    from ear_teacher_cli.core import diagnostics
 
-    monkeypatch.setattr(diagnostics, "JUDGED_ON", 100)
+    monkeypatch.setattr(collapse, "JUDGED_ON", 100)
     assert judged_rows([None] * 80) == list(range(80))
     assert judged_rows([None] * 1000)[::99] == [0, 999] and len(judged_rows([""] * 1000)) == 100
     people = [f"p{row // 10}" for row in range(1000)]  # ten pictures each, in order

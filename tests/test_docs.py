@@ -16,7 +16,7 @@ import pytest
 from conftest import read_table
 
 from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.console import Talk
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "examples" / "docs"
@@ -320,8 +320,8 @@ def test_the_manifests_on_the_page_are_one_list(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def opened(run, ears, tmp_path_factory) -> Path:
     """A folder with what the snippets open. One of the embedded pictures is missing."""
-    from ear_teacher_cli.commands.embed import embed
-    from ear_teacher_cli.commands.export_backbone import export_backbone
+    from ear_teacher_cli.embedding.writer import embed
+    from ear_teacher_cli.export.export import export_backbone
 
     folder = tmp_path_factory.mktemp("opened")
     names = (ears / "eval.csv").read_text().splitlines()
@@ -345,7 +345,7 @@ def export_whitened(run: Path, ears: Path, folder: Path) -> Path:
     """A run of one epoch that fits a whitening."""
     from conftest import small_config
 
-    from ear_teacher_cli.commands.train import train
+    from ear_teacher_cli.training.run import train
 
     manifests = ["", str(ears / "train_teacher.npy"), "", str(ears / "val_teacher.npy")]
     config = small_config(manifests, output_dir=str(folder), experiment_name="white", max_epochs=1, whiten=True)
@@ -406,7 +406,7 @@ def python_of(path: Path, word: str) -> str:
 
 @pytest.mark.slow
 def test_the_example_of_distillation_runs_after_an_export(run, ears, tmp_path):
-    from ear_teacher_cli.commands.export_backbone import export_backbone
+    from ear_teacher_cli.export.export import export_backbone
 
     export_backbone(run, tmp_path / "teacher")
     shutil.copytree(ears / "images", tmp_path / "ears" / "images")

@@ -18,12 +18,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ear_teacher_cli.core import runs
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.embedder import load_embedder
+from ear_teacher_cli import run_folder
 from ear_teacher_cli.data.crop import load_crop
-from ear_teacher_cli.data.embeddings import read_embeddings
 from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.embedding.embedder import load_embedder
+from ear_teacher_cli.embedding.files import read_embeddings
+from ear_teacher_cli.model.checkpoint import read_checkpoint
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -54,7 +54,7 @@ def test_rows_names_and_provenance(embedded, run, ears):
     assert [entry["path"] for entry in names] == list(read_manifest(ears / "eval.csv").paths)
     assert {entry["status"] for entry in names} == {"ok"}
     assert about["rows"] == 12 and about["normalized"] is True and about["preprocessing"]["image_size"] == 64
-    best = runs.best_checkpoint(run)
+    best = run_folder.best_checkpoint(run)
     import hashlib
 
     assert about["weights_sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
@@ -166,7 +166,7 @@ def test_impossible_outputs_are_known_at_once(words, run, ears, tmp_path, monkey
 
 
 def test_every_kind_of_weights_gives_the_same_rows(run, ears, tmp_path, earteach, embedded, monkeypatch):
-    best = runs.best_checkpoint(run)
+    best = run_folder.best_checkpoint(run)
     assert earteach("export-backbone", run, tmp_path / "e.safetensors").code == 0
     plain = read_checkpoint(best).backbone_state
     save_file(plain, tmp_path / "plain.safetensors")
@@ -264,7 +264,7 @@ def test_odd_names_come_back_as_they_are(run, ears, tmp_path, earteach, monkeypa
 def killed_after(batches: int, words: list, folder: Path, number: int = signal.SIGKILL) -> None:
     """Run `earteach` in a process of its own, killed when it has written so many batches of rows."""
     script = (
-        "import os, signal, sys; from ear_teacher_cli.data.journal import Journal; from ear_teacher_cli.cli import main\n"
+        "import os, signal, sys; from ear_teacher_cli.embedding.journal import Journal; from ear_teacher_cli.cli.app import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a script's background has it ignored
         "add, calls = Journal.add, []\n"
         "def counted(self, *arguments):\n"

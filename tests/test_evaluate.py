@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ear_teacher_cli.data.embeddings import read_embeddings
+from ear_teacher_cli.embedding.files import read_embeddings
 
 
 def write(folder: Path, name: str = "x", people: int = 24, photos: int = 4, noise: float = 0.6, seed: int = 0) -> Path:
@@ -331,7 +331,7 @@ def test_embeddings_are_scored_without_torch(tmp_path):
     x = write(tmp_path)
     code = (
         f"import sys; sys.argv = ['earteach', 'evaluate', {str(x)!r}, '--plots', {str(tmp_path / 'p')!r}]\n"
-        "from ear_teacher_cli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        "from ear_teacher_cli.cli.app import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr

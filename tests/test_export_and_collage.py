@@ -11,17 +11,17 @@ from conftest import ROUNDING, apart
 from PIL import Image
 from safetensors import safe_open
 
-from ear_teacher_cli.commands import export_backbone as verb
-from ear_teacher_cli.core import runs
-from ear_teacher_cli.core.weights import sha256_of
+from ear_teacher_cli import run_folder
 from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.export import export as verb
+from ear_teacher_cli.model.weights import sha256_of
 
 
 @pytest.mark.slow
 def test_export_opens_in_timm_without_this_package(run, tmp_path, earteach):
     said = earteach("export-backbone", run / "checkpoints" / "last.ckpt", tmp_path / "e.safetensors")
     assert said.code == 0 and "largest difference 0" in said.err
-    from ear_teacher_cli.core.embedder import load_embedder
+    from ear_teacher_cli.embedding.embedder import load_embedder
 
     batch = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     teacher = load_embedder(str(run / "checkpoints" / "last.ckpt"))
@@ -53,7 +53,7 @@ def test_the_header_says_all_that_inference_needs(run, tmp_path, earteach):
         "true",
         "bicubic",
     )
-    assert header["source_sha256"] == sha256_of(runs.best_checkpoint(run))
+    assert header["source_sha256"] == sha256_of(run_folder.best_checkpoint(run))
     assert len(names) == 99 and "head.norm.weight" in names and not any("head.fc" in name for name in names)
 
 

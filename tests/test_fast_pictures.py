@@ -19,7 +19,7 @@ from ear_teacher_cli.data import jpeg
 from ear_teacher_cli.data.crop_cache import CropCaches
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.data.preprocessing import Preprocessing
 from ear_teacher_cli.errors import PictureError
 
 WIDTH, HEIGHT = 1200, 900

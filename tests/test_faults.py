@@ -18,14 +18,14 @@ import torch
 from conftest import SMALL, read_table, small_config
 from test_resume import assert_same_weights
 
-from ear_teacher_cli.commands.train import resume, train
-from ear_teacher_cli.core import runs
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli import run_folder
+from ear_teacher_cli.console import Talk
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError
-from ear_teacher_cli.machine import complaint
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.system_errors import complaint
+from ear_teacher_cli.training.module import EarTeacherLightningModule
+from ear_teacher_cli.training.run import resume, train
 
 QUIET = Talk(quiet=True)
 
@@ -70,9 +70,9 @@ def test_a_whole_checkpoint_can_be_named_where_the_last_is_damaged(run, tmp_path
 
 def test_without_times_the_newest_epoch_is_the_newest(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
-    for age, path in enumerate(runs.checkpoints(copy)):
+    for age, path in enumerate(run_folder.checkpoints(copy)):
         os.utime(path, (age, age))
-    names = [path.name for path in runs.checkpoints(copy)]
+    names = [path.name for path in run_folder.checkpoints(copy)]
     epochs = [int(re.search(r"epoch_(\d+)", name)[1]) for name in names[1:]]
     assert names[0] == "last.ckpt" and epochs == sorted(epochs, reverse=True)
 
@@ -241,7 +241,7 @@ def test_a_killed_or_hanging_loader_ends_the_run_with_one_line(own_ears, tmp_pat
     """In a process of its own: a picture of row 5 kills its worker, or takes for ever there."""
     for what, words in (("os.kill(os.getpid(), 9)", "was killed"), ("time.sleep(600)", "--load-timeout")):
         script = (
-            "import os, sys, time; from ear_teacher_cli.data import dataset; from ear_teacher_cli.cli import main\n"
+            "import os, sys, time; from ear_teacher_cli.data import dataset; from ear_teacher_cli.cli.app import main\n"
             "read = dataset.load_crop\n"
             "def evil(path, box, preprocessing):\n"
             f"    if path.endswith('p001/01.jpg') and os.getpid() != {os.getpid()} and dataset.torch.utils.data.get_worker_info():\n"
@@ -271,7 +271,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_ones_lock_is_nobodys(mani
             said = earteach(*again)
             assert said.code == 1 and f"process {other.pid} on " in said.err, said.err
         other.kill()
-    done = read_checkpoint(runs.last_checkpoint(folder)).epoch
+    done = read_checkpoint(run_folder.last_checkpoint(folder)).epoch
     assert resume(folder, QUIET, max_epochs=done + 1).epochs == done + 1
 
 
@@ -327,7 +327,7 @@ def test_weights_that_are_no_numbers_replace_no_checkpoint(manifests, tmp_path, 
 @pytest.mark.parametrize("group", [True, False])
 def test_a_stopped_run_with_workers_says_so_and_nothing_else(manifests, tmp_path, sign, group):
     words = ["train", *manifests, *SMALL, "--num-workers", 2, "--max-epochs", 500, "--output-dir", tmp_path]
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ear_teacher_cli.cli import main; main()"
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ear_teacher_cli.cli.app import main; main()"
     command = [sys.executable, "-c", start, *map(str, words)]
     with forked.Popen(command, stderr=forked.PIPE, text=True, start_new_session=True) as process:
         said, sent = "", False
@@ -377,8 +377,8 @@ def test_too_much_memory_is_one_line(manifests, tmp_path):
     """A limit of memory in a process of its own, and crops that cannot fit into it."""
     script = (
         "import resource, sys, torch, timm, pytorch_lightning\n"
-        "from ear_teacher_cli.cli import main\n"
-        "import ear_teacher_cli.commands.train\n"
+        "from ear_teacher_cli.cli.app import main\n"
+        "import ear_teacher_cli.training.run\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)\n"
         "main()"

@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 from test_prepare import BOX, both, draw, report, write_coco, write_table
 
 from ear_teacher_cli.config import Reading
-from ear_teacher_cli.data import inspect
+from ear_teacher_cli.console import Silence
+from ear_teacher_cli.data import image_checks
 from ear_teacher_cli.data.duplicates import examine, merge_copies
 from ear_teacher_cli.data.folder_ears import joined
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.data.mixed import Mixed, read_mixed
+from ear_teacher_cli.data.mixed_sources import Mixed, read_mixed
 from ear_teacher_cli.errors import ManifestError
-from ear_teacher_cli.talk import Silence
 
 LABEL = "0 0.5 0.5 0.6 0.75\n"  # BOX, in images of 100 x 120
 NAMES = [f"{number}.png" for number in range(4)]
@@ -349,17 +349,17 @@ def test_root_dir_says_where_the_paths_of_a_list_start(tmp_path, monkeypatch, ea
 def test_ctrl_c_is_ignored_by_processes_from_their_start(tmp_path, monkeypatch):
     """Else one that is still importing prints a traceback of its own."""
     handlers = []
-    real = inspect.ProcessPoolExecutor.map
+    real = image_checks.ProcessPoolExecutor.map
 
     def started(*words, **options):
         results = real(*words, **options)  # starts the processes, which inherit that a signal is ignored
         handlers.append(signal.getsignal(signal.SIGINT))
         return results
 
-    monkeypatch.setattr(inspect, "usable_cores", lambda: 2)
-    monkeypatch.setattr(inspect.ProcessPoolExecutor, "map", started)
+    monkeypatch.setattr(image_checks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(image_checks.ProcessPoolExecutor, "map", started)
     path = draw(tmp_path / "a.png", 1)
     earlier = signal.getsignal(signal.SIGINT)
-    results = list(inspect.inspect_all([inspect.Photo(0, str(path), [(0, None)])] * 128, 2))
+    results = list(image_checks.inspect_all([image_checks.Photo(0, str(path), [(0, None)])] * 128, 2))
     assert len(results) == 128 and all(crops for _, crops in results)
     assert handlers == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) is earlier is not signal.SIG_IGN

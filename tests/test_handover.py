@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ear_teacher_cli import load_backbone, load_crop, normalise
-from ear_teacher_cli.commands import export_backbone as verb
-from ear_teacher_cli.commands.train import train
-from ear_teacher_cli.core import golden
-from ear_teacher_cli.core.checkpoint import read_checkpoint, read_safetensors
-from ear_teacher_cli.core.exports import about_of
-from ear_teacher_cli.core.features import map_model, statistics
-from ear_teacher_cli.core.onnx_model import OnnxModel
-from ear_teacher_cli.core.runs import best_checkpoint
+from ear_teacher_cli.console import Talk
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import WeightsError
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.export import export as verb
+from ear_teacher_cli.export.onnx import OnnxModel
+from ear_teacher_cli.model import golden
+from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
+from ear_teacher_cli.model.export_format import about_of
+from ear_teacher_cli.model.feature_maps import map_model, statistics
+from ear_teacher_cli.run_folder import best_checkpoint
+from ear_teacher_cli.training.run import train
 
 NO_PACKAGE = "import sys; sys.modules['ear_teacher_cli'] = None\n"
 
@@ -342,7 +342,7 @@ def test_strange_headers_are_refused_in_a_line(exports, tmp_path, earteach, name
     ],
 )
 def test_strange_whitenings_are_refused(exports, tmp_path, earteach, tensors):
-    from ear_teacher_cli.core.weights import sha256_of
+    from ear_teacher_cli.model.weights import sha256_of
 
     whitening = tmp_path / "teacher.whitening.safetensors"
     save_file(tensors, tmp_path / "w.safetensors")
@@ -433,7 +433,7 @@ def test_weights_beyond_float16_are_refused(whitened, tmp_path, monkeypatch):
     def large(checkpoint):
         return {k: torch.full_like(v, 1e6) if k == "stem.0.bias" else v for k, v in state(checkpoint).items()}
 
-    monkeypatch.setattr("ear_teacher_cli.core.checkpoint.Checkpoint.backbone_state", property(large))
+    monkeypatch.setattr("ear_teacher_cli.model.checkpoint.Checkpoint.backbone_state", property(large))
     with pytest.raises(WeightsError, match=r"stem.0.bias holds numbers that float16 cannot"):
         verb.export_backbone(whitened, tmp_path / "half.safetensors", half=True)
     assert list(tmp_path.iterdir()) == []

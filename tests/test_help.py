@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ear_teacher_cli import help_format
+from ear_teacher_cli.cli.app import help_format
 from ear_teacher_cli.config import COMMON, PRESETS, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "docs"))

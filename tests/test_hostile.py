@@ -19,12 +19,12 @@ from conftest import SMALL
 from PIL import Image
 from safetensors.torch import save_file
 
-from ear_teacher_cli.core.checkpoint import read_checkpoint, read_safetensors, read_tensors
 from ear_teacher_cli.data.crop import load_crop, read_picture
 from ear_teacher_cli.data.manifest import pictures_manifest, read_manifest
 from ear_teacher_cli.data.npy import map_npy, read_npy, read_npz
-from ear_teacher_cli.data.pixels import preprocessing_of
+from ear_teacher_cli.data.preprocessing import preprocessing_of
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError, WeightsError
+from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors, read_tensors
 
 
 def npy_of(path: Path, header: dict, data: bytes) -> Path:

@@ -9,11 +9,11 @@ import torch
 from conftest import SMALL, read_table, small_config
 from test_resume import assert_same_weights
 
-from ear_teacher_cli.commands.train import resume, train
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli.console import Talk
 from ear_teacher_cli.data.dataset import EpochSampler
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.training.module import EarTeacherLightningModule
+from ear_teacher_cli.training.run import resume, train
 
 QUIET = Talk(quiet=True)
 RECIPES = {
@@ -141,7 +141,7 @@ def test_a_loader_that_dies_of_the_same_signal_does_not_make_a_stop_an_error(man
     monkeypatch.setattr(datamodule, "leave_stopping_to_the_parent", killed)
     words = ["train", *manifests, *SMALL, "--num-workers", "1", "--max-epochs", "1", "--output-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["earteach", *words])
-    from ear_teacher_cli.cli import main
+    from ear_teacher_cli.cli.app import main
 
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from ear_teacher_cli.config import METRIC_LOSSES
-from ear_teacher_cli.core.losses import LOGITS, arcface_logits, cosface_logits, cosines, margin_at, metric_loss, psnr
+from ear_teacher_cli.training.losses import (
+    LOGITS,
+    arcface_logits,
+    cosface_logits,
+    cosines,
+    margin_at,
+    metric_loss,
+    psnr,
+)
 
 
 def test_arcface_is_cos_of_theta_plus_margin():

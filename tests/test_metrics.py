@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from ear_teacher_cli.core import metrics, pairs, whitening
-from ear_teacher_cli.core.metrics import auc, eer, measure, rank1_and_eer, resamples, roc, tar_at
-from ear_teacher_cli.core.pairs import Side, arrange, tally
 from ear_teacher_cli.errors import EarTeachError
+from ear_teacher_cli.model import whitening
+from ear_teacher_cli.quality import identity_metrics, pairs
+from ear_teacher_cli.quality.identity_metrics import auc, eer, measure, rank1_and_eer, resamples, roc, tar_at
+from ear_teacher_cli.quality.pairs import Side, arrange, tally
 
 
 def people(count: int, photos: int, dim: int, noise: float, seed: int = 0) -> tuple[np.ndarray, list[str]]:
@@ -173,13 +174,13 @@ def test_a_resample_counts_pairs_as_often_as_their_people_were_drawn():
     side = Side(rows, codes, found.group)
     part = tally(side, side, found.groups, pairs.coarse_bins(side))
     weights = resamples(8, 20, seed=3)
-    drawn = auc(*roc(*metrics._weighted_histograms(part, weights)))
+    drawn = auc(*roc(*identity_metrics._weighted_histograms(part, weights)))
     similarity, genuine = all_pairs(rows, codes)
     one, other = (codes[i] for i in np.triu_indices(len(rows), 1))
     for row, value in zip(weights, drawn, strict=True):
         weight = np.where(genuine, row[one], row[one] * row[other])
         assert value == pytest.approx(roc_auc_score(genuine, similarity, sample_weight=weight), abs=2e-3)
-    rank1 = metrics._weighted_mean(part, part.first == 1, weights)
+    rank1 = identity_metrics._weighted_mean(part, part.first == 1, weights)
     assert rank1[0] == pytest.approx(np.average(part.first == 1, weights=weights[0][codes]))
 
 
@@ -213,7 +214,7 @@ def test_the_same_seed_gives_the_same_interval_and_0_resamples_none():
     one, again, other = (measure(rows[order.index], order, [], resamples(10, 50, seed)) for seed in (1, 1, 2))
     assert one.figures == again.figures and one.figures != other.figures
     assert all(np.isnan(figure.low) for figure in measure(rows[order.index], order, [], None).figures)
-    assert np.isnan(metrics.interval(np.array([np.nan, np.nan]))).all()
+    assert np.isnan(identity_metrics.interval(np.array([np.nan, np.nan]))).all()
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@ import timm
 import torch
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.model import TeacherModel
-from ear_teacher_cli.data.pixels import from_unit, normalise, preprocessing_of, to_unit
+from ear_teacher_cli.data.preprocessing import from_unit, normalise, preprocessing_of, to_unit
 from ear_teacher_cli.errors import ConfigError
+from ear_teacher_cli.model.teacher import TeacherModel
 
 
 def config(**changes):

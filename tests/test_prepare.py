@@ -12,8 +12,8 @@ import pytest
 from conftest import SMALL
 from PIL import Image
 
-from ear_teacher_cli.commands import prepare as verb
-from ear_teacher_cli.data.inspect import NEAR_BITS, perceptual_hash
+from ear_teacher_cli.data import prepare as verb
+from ear_teacher_cli.data.image_checks import NEAR_BITS, perceptual_hash
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
 from ear_teacher_cli.data.split import Group, Links, choose_validation
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from ear_teacher_cli.commands.verify import verify
-from ear_teacher_cli.core.checkpoint import read_safetensors
-from ear_teacher_cli.core.embedder import load_embedder
-from ear_teacher_cli.core.seal import KEY, read_seal
+from ear_teacher_cli.embedding.embedder import load_embedder
 from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.export.verify import verify
+from ear_teacher_cli.model.checkpoint import read_safetensors
+from ear_teacher_cli.model.file_digest import KEY, read_seal
 
 
 def flipped(data: bytes, place: int, bit: int) -> bytes:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ear_teacher_cli.data.crop import buffered_box, check_box, check_box_inside, cut, points_in_crop
 from ear_teacher_cli.data.manifest import read_manifest, write_manifest
-from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.data.preprocessing import Preprocessing
 from ear_teacher_cli.errors import EarTeachError, PictureError
 from ear_teacher_cli.files import cell, printable, uncell
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from ear_teacher_cli.core.pseudo_classes import (
+from ear_teacher_cli.data.manifest import pictures_manifest
+from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.training.pseudo_labels import (
     PseudoClasses,
     agreement_of_rounds,
     class_count,
@@ -17,8 +19,6 @@ from ear_teacher_cli.core.pseudo_classes import (
     kmeans_by_side,
     same_photo,
 )
-from ear_teacher_cli.data.manifest import pictures_manifest
-from ear_teacher_cli.errors import WeightsError
 
 
 def blobs(groups: int, each: int, seed: int = 0, spread: float = 0.05):

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 import ear_teacher_cli
 from ear_teacher_cli import EarTeachError, load_crop, load_embedder
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.runs import best_checkpoint
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.data.preprocessing import Preprocessing
 from ear_teacher_cli.errors import PictureError
+from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.run_folder import best_checkpoint
 
 PLAIN = Preprocessing(64, 0.10, True, "bilinear", (0.5, 0.25, 0.0), (0.5, 0.5, 0.5))
 CLOSE = 1e-5  # on one machine; batches may round otherwise
@@ -311,9 +311,9 @@ def test_right_ears_are_mirrored_where_the_weights_want_it(embedder, drawn):
 
 def test_mirrored_rows_are_those_of_embed(exports, drawn, tmp_path, earteach):
     """A teacher of --side-policy mirror, by its header alone: its fingerprint is another one."""
-    from ear_teacher_cli.core.checkpoint import read_safetensors
-    from ear_teacher_cli.core.exports import about_of
-    from ear_teacher_cli.core.weights import fingerprint
+    from ear_teacher_cli.model.checkpoint import read_safetensors
+    from ear_teacher_cli.model.export_format import about_of
+    from ear_teacher_cli.model.weights import fingerprint
 
     tensors, header = read_safetensors(exports / "teacher.safetensors")
     header["mirror"] = "true"

@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from conftest import BACKBONE, SMALL, read_epochs, read_table, small_config
 
-from ear_teacher_cli.commands.train import resume, train
+from ear_teacher_cli import run_folder
 from ear_teacher_cli.config import PRESETS, TrainConfig, from_dict
-from ear_teacher_cli.core import runs
-from ear_teacher_cli.core.checkpoint import read_checkpoint, read_safetensors
-from ear_teacher_cli.core.finetune import freeze_to_stride, keep_statistics, parameter_groups
-from ear_teacher_cli.core.losses import consistency_loss, contrastive_loss
+from ear_teacher_cli.console import Talk
 from ear_teacher_cli.data.augment import Augment
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.manifest import read_manifest, write_manifest
-from ear_teacher_cli.data.pixels import preprocessing_of
+from ear_teacher_cli.data.preprocessing import preprocessing_of
 from ear_teacher_cli.errors import ConfigError, EarTeachError
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
+from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics, parameter_groups
+from ear_teacher_cli.quality import collapse
+from ear_teacher_cli.training.losses import consistency_loss, contrastive_loss
+from ear_teacher_cli.training.run import resume, train
 
 QUIET = Talk(quiet=True)
 # The recommended recipe on a small scale.
@@ -159,7 +160,7 @@ def test_whitened_training_embeddings_are_white(recommended, ears, tmp_path, ear
         == 0
     )
     rows = np.load(tmp_path / "x.npy").astype(float)  # noqa: TID251  (what our users will call)
-    state = read_checkpoint(runs.best_checkpoint(recommended)).content["whitening"]
+    state = read_checkpoint(run_folder.best_checkpoint(recommended)).content["whitening"]
     white = (rows - state["mean"].numpy()) @ state["matrix"].numpy()
     assert np.abs(white.mean(0)).max() < 1e-3
     covariance = np.cov(white, rowvar=False, bias=True)
@@ -173,7 +174,7 @@ def test_the_monitor_picks_the_best(monitor, pick, manifests, tmp_path):
     folder = train(small_config(manifests, output_dir=str(tmp_path), max_epochs=3, monitor=monitor), QUIET).experiment
     rows = read_epochs(folder)
     wanted = pick(float(row[monitor]) for row in rows)
-    best = read_checkpoint(runs.best_checkpoint(folder)).epoch
+    best = read_checkpoint(run_folder.best_checkpoint(folder)).epoch
     assert float(rows[best - 1][monitor]) == pytest.approx(wanted, abs=1e-4)
 
 
@@ -282,16 +283,15 @@ def test_augmentation_is_a_function_of_the_seed():
 
 @pytest.mark.slow
 def test_a_collapse_is_named_and_can_end_the_run(manifests, tmp_path, monkeypatch, earteach):
-    from ear_teacher_cli.core import diagnostics
 
-    monkeypatch.setattr(diagnostics, "FALLEN_RANK", 1e9)  # whatever it is, it counts as fallen
+    monkeypatch.setattr(collapse, "FALLEN_RANK", 1e9)  # whatever it is, it counts as fallen
     words = ["train", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path]
     said = earteach(*words, "--experiment-name", "a")
     assert said.code == 0 and "embeddings COLLAPSED: effective rank" in said.err
     said = earteach(*words, "--experiment-name", "b", "--fail-on-collapse")
     assert said.code == 1 and "the embeddings collapse: effective rank" in said.err
     with pytest.raises(EarTeachError, match="holds no checkpoint"):
-        runs.checkpoint_of(tmp_path / "b", best=True)
+        run_folder.checkpoint_of(tmp_path / "b", best=True)
 
 
 def test_a_monitor_that_cannot_be_measured_is_refused_before_training(manifests, tmp_path, earteach):

@@ -21,15 +21,16 @@ from conftest import SMALL, read_table, small_config
 from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ear_teacher_cli.commands.train import train
-from ear_teacher_cli.core import loggers
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.diagnostics import health
-from ear_teacher_cli.core.look import look_at
-from ear_teacher_cli.core.reporter import why_best
-from ear_teacher_cli.core.runs import best_checkpoint
+from ear_teacher_cli.console import Talk
 from ear_teacher_cli.errors import EarTeachError, Stopped
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.quality import collapse
+from ear_teacher_cli.quality.collapse import health
+from ear_teacher_cli.report.validation_embeddings import look_at
+from ear_teacher_cli.run_folder import best_checkpoint
+from ear_teacher_cli.training import loggers
+from ear_teacher_cli.training.progress import why_best
+from ear_teacher_cli.training.run import train
 
 QUIET = Talk(quiet=True)
 NEEDS_NOTHING = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -226,9 +227,8 @@ def test_the_best_is_what_is_said_to_be_the_best(run, tmp_path):
 
 
 def test_a_collapse_is_said_even_when_quiet(manifests, tmp_path, monkeypatch, earteach):
-    from ear_teacher_cli.core import diagnostics
 
-    monkeypatch.setattr(diagnostics, "FALLEN_RANK", 1e9)
+    monkeypatch.setattr(collapse, "FALLEN_RANK", 1e9)
     said = earteach("train", "-q", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path)
     assert said.code == 0 and said.err.startswith("warning: embeddings COLLAPSED: effective rank")
 
@@ -259,7 +259,7 @@ def test_strange_names_stay_names(manifests, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [EarTeachError("no room"), OSError(28, "no room"), Stopped(15)])
 def test_a_report_that_fails_does_not_fail_the_run(error, manifests, tmp_path, monkeypatch, earteach):
-    from ear_teacher_cli.commands import train as verb
+    from ear_teacher_cli.training import run as verb
 
     def fail(*words):
         raise error

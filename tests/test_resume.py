@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import SMALL, read_epochs, small_config
 
-from ear_teacher_cli.commands.train import resume, train
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.schedule import rate_at
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.console import Talk
+from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.training.optimisation import rate_at
+from ear_teacher_cli.training.run import resume, train
 
 QUIET = Talk(quiet=True)
 

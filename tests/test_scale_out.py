@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import SMALL, read_table
 
-from ear_teacher_cli.core.checkpoint import read_checkpoint
-from ear_teacher_cli.core.ranks import Ranks
+from ear_teacher_cli.distributed import Ranks
+from ear_teacher_cli.model.checkpoint import read_checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # torchrun's choice, and part of what the last bits depend on
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ear_teacher_cli.core.schedule import rate_at
+from ear_teacher_cli.training.optimisation import rate_at
 
 
 def test_warmup_starts_above_zero_and_reaches_the_peak():

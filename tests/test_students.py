@@ -107,7 +107,7 @@ def test_landmarks_and_nme_in_shares_of_the_side(ears):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-    from ear_teacher_cli.commands.export_backbone import export_backbone
+    from ear_teacher_cli.export.export import export_backbone
 
     path = tmp_path_factory.mktemp("students") / "teacher"
     export_backbone(run, path)

@@ -16,7 +16,7 @@ import measure  # noqa: E402  (after the path of the study, which is no package)
 import study  # noqa: E402  (the same)
 
 from ear_teacher_cli.data.crop import cut, points_in_crop  # noqa: E402  (after those)
-from ear_teacher_cli.data.pixels import preprocessing_of  # noqa: E402  (after those)
+from ear_teacher_cli.data.preprocessing import preprocessing_of  # noqa: E402  (after those)
 
 
 def words_of(ears: Path, start: Path) -> list[str]:
@@ -101,7 +101,7 @@ def test_a_rival_learns_from_two_views_and_leaves_a_teacher(name, ears, start, t
     from rivals import train_rival
 
     from ear_teacher_cli.config import TrainConfig
-    from ear_teacher_cli.core.embedder import load_embedder
+    from ear_teacher_cli.embedding.embedder import load_embedder
 
     config = TrainConfig(
         train_metadata=str(ears / "train_teacher.npy"),
@@ -155,7 +155,7 @@ def test_points_go_where_the_crop_puts_them(pad):
 def test_the_probe_is_seeded_and_tests_on_other_people(ears, start):
     from landmark_probe import draw, probe, read_ears
 
-    from ear_teacher_cli.core.embedder import load_embedder
+    from ear_teacher_cli.embedding.embedder import load_embedder
 
     embedder = load_embedder(str(start), "convnext_atto", 64)
     first, again = (probe(embedder, ears / "ears.jsonl", seed=1) for _ in range(2))

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.reporter import Reporter
-from ear_teacher_cli.talk import Silence, Talk
+from ear_teacher_cli.console import Silence, Talk
+from ear_teacher_cli.training.progress import Reporter
 
 FIGURES = {
     "train/loss": 11.4412, "train/recon_loss": 0.1338, "train/metric_loss": 12.04, "train/contrastive_loss": 5.283,

@@ -15,14 +15,13 @@ from conftest import SMALL, read_epochs, read_table, small_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
-from ear_teacher_cli.commands.train import train
+from ear_teacher_cli import EarDataModule, EarTeacherLightningModule, run_folder
 from ear_teacher_cli.config import METRIC_LOSSES
-from ear_teacher_cli.core import runs
-from ear_teacher_cli.core.checkpoint import read_checkpoint
+from ear_teacher_cli.console import Talk
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.errors import EarTeachError, WordsError
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.training.run import train
 
 QUIET = Talk(quiet=True)
 
@@ -77,7 +76,7 @@ def test_the_best_checkpoints_are_the_three_lowest_validation_losses(run):
     losses = sorted(float(row["val/loss"]) for row in read_epochs(run))
     kept = sorted(float(re.search(r"loss_([\d.]+)\.ckpt", p.name)[1]) for p in (run / "checkpoints").glob("best-*"))
     assert kept == pytest.approx(losses[:3], abs=1e-4)
-    assert str(runs.best_checkpoint(run)).endswith(f"{kept[0]:.4f}.ckpt")
+    assert str(run_folder.best_checkpoint(run)).endswith(f"{kept[0]:.4f}.ckpt")
 
 
 def test_every_checkpoint_loads_without_pickle_and_holds_no_absolute_path(run):
@@ -244,7 +243,7 @@ def test_an_experiment_name_with_a_slash_is_refused(manifests):
 
 def test_hflip_alone_flips_and_does_nothing_else():
     from ear_teacher_cli.data.augment import Augment
-    from ear_teacher_cli.data.pixels import preprocessing_of
+    from ear_teacher_cli.data.preprocessing import preprocessing_of
 
     plain = preprocessing_of("test_convnext", 64, 0.1, True)
     pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
@@ -336,7 +335,9 @@ def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earte
     plain, compiled = (read_epochs(tmp_path / name) for name in ("plain", "compiled"))
     for name in ("train/loss", "val/recon_loss", "val/psnr"):
         assert float(compiled[0][name]) == pytest.approx(float(plain[0][name]), rel=0.01), name
-    weights = [read_checkpoint(runs.last_checkpoint(tmp_path / name)).backbone_state for name in ("plain", "compiled")]
+    weights = [
+        read_checkpoint(run_folder.last_checkpoint(tmp_path / name)).backbone_state for name in ("plain", "compiled")
+    ]
     assert weights[0].keys() == weights[1].keys()
 
 

@@ -10,7 +10,7 @@ from conftest import read_table
 from PIL import Image
 from test_crop import bad_pictures
 
-from ear_teacher_cli.data.inspect import NEAR_BITS, near_pairs, perceptual_hash
+from ear_teacher_cli.data.image_checks import NEAR_BITS, near_pairs, perceptual_hash
 from ear_teacher_cli.data.manifest import read_manifest
 
 

@@ -10,9 +10,9 @@ import torchvision
 from safetensors.torch import save_file
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.checkpoint import read_checkpoint, read_tensors
-from ear_teacher_cli.core.weights import load_file, load_pretrained
 from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.model.checkpoint import read_checkpoint, read_tensors
+from ear_teacher_cli.model.weights import load_file, load_pretrained
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

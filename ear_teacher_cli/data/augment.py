@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from .pixels import Preprocessing
+from .preprocessing import Preprocessing
 
 
 class Augment:

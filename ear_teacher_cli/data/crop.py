@@ -24,7 +24,7 @@ from ..files import brief, printable
 from .boxes import Box
 from .image_suffixes import can_read_heic
 from .jpeg import TURNED, UPRIGHT, part_of, window
-from .pixels import Preprocessing
+from .preprocessing import Preprocessing
 
 # Reasons a PictureError can have, in the words of validate-data's report.
 REASONS = {

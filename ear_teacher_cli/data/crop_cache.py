@@ -24,7 +24,7 @@ from .. import platform
 from ..files import printable
 from .crop import CUT
 from .manifest import Manifest
-from .pixels import Preprocessing
+from .preprocessing import Preprocessing
 
 FOLDER, SUFFIX = ".crops", ".crops"
 _HEAD = struct.Struct("<qqqQII")  # the picture's mark, CRC-32 of the pixels, _WORD

@@ -1,6 +1,7 @@
 """The data card of lists of ears: what is in them, what is wrong with them, and what their owners agreed to."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -87,3 +88,8 @@ def _digest(source: Path) -> str:
 def _text(value: str) -> str:
     """On one line of a table."""
     return printable(" ".join(value.split())).replace("|", "\\|")
+
+
+def stated(given: str | None, name: str) -> str:
+    """What a card says of `name` (consent, license): what was given, else the environment's EARTEACH_NAME."""
+    return given or os.environ.get(f"EARTEACH_{name.upper()}") or "not stated"

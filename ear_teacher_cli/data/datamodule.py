@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
+from ..console import Talk
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
 from ..platform import child_exits_unnoticed, usable_cores
-from ..talk import Talk
 from .augment import Augment
 from .crop_cache import FOLDER, CropCaches
 from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
 from .manifest import Manifest, has_drive, named_by_folders, read_manifest, tell
-from .pixels import preprocessing_for
+from .preprocessing import preprocessing_for
 
 
 def read_train_manifest(config: TrainConfig) -> Manifest:

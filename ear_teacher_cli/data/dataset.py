@@ -19,7 +19,7 @@ from .augment import Augment
 from .crop import load_crop
 from .crop_cache import CropCache
 from .manifest import Manifest
-from .pixels import Preprocessing
+from .preprocessing import Preprocessing
 
 Batch = dict[str, Any]
 

@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ..talk import Talk
+from ..console import Talk
 from .boxes import Box
 from .crop import REASONS as UNUSABLE
 from .folder_ears import are_same, match_boxes
-from .inspect import CropStats, Photo, inspect_all, near_pairs, photos_of
-from .mixed import Mixed
+from .image_checks import CropStats, Photo, inspect_all, near_pairs, photos_of
+from .mixed_sources import Mixed
 from .split import Links
 
 COPY, REPEATED = "duplicate-picture", "duplicate-row"

@@ -14,10 +14,10 @@ from ..config import Reading
 from ..errors import ManifestError
 from ..files import printable
 from .boxes import Box
-from .corners import Corners, Files, to_pixels
 from .formats import folder
 from .formats.folder import Found
 from .formats.rows import Rows
+from .resolve_boxes import Corners, Files, to_pixels
 
 SAME = 2.0  # pixels that the edges of two boxes of one ear may be apart: exports round
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import Reading
+from ..console import Talk
 from ..errors import ManifestError, PictureError
 from ..files import printable, whole_file
-from ..talk import Talk
 from .boxes import Box, Boxes
-from .corners import Corners, Files, to_pixels
 from .folder_ears import read_ears
 from .formats import FORMATS
 from .formats.rows import Rows
 from .image_suffixes import HEIC, IMAGES
+from .resolve_boxes import Corners, Files, to_pixels
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     import torch
 
     from ear_teacher_cli import EarTeacherLightningModule
-    from ear_teacher_cli.commands.train import _one_step
     from ear_teacher_cli.config import TrainConfig
-    from ear_teacher_cli.core.finetune import freeze_to_stride
+    from ear_teacher_cli.model.freezing import freeze_to_stride
+    from ear_teacher_cli.training.run import _one_step
 
     once = {} if views == 2 else {"contrastive_weight": 0.0}
     config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, pretrained=False, **once)

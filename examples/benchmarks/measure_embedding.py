@@ -21,9 +21,9 @@ from photos import crops, drawn, enlarged
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from ear_teacher_cli.core.embedder import embed_pictures, load_embedder
+from ear_teacher_cli.console import Talk
+from ear_teacher_cli.embedding.embedder import embed_pictures, load_embedder
 from ear_teacher_cli.platform import usable_cores
-from ear_teacher_cli.talk import Talk
 
 BATCH = 16
 SCRIPT = Path(__file__).with_name("of_thingsvision.py")

@@ -14,8 +14,8 @@ from photos import drawn
 SCRIPT = """
 import sys
 import numpy as np, torch
-from ear_teacher_cli.commands import embed as verb
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.embedding import writer as verb
+from ear_teacher_cli.console import Talk
 
 def made_up(embedder, manifest, batch_size, workers, timeout, talk, start):
     for first in range(start, len(manifest), batch_size):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ear_teacher_cli.data import jpeg
 from ear_teacher_cli.data.crop import buffered_box, cut, load_crop, read_picture
-from ear_teacher_cli.data.pixels import Preprocessing
+from ear_teacher_cli.data.preprocessing import Preprocessing
 
 SIDE = 224
 PREPROCESSING = Preprocessing(SIDE, 0.1, True, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -14,11 +14,11 @@ from bench import Line, in_turn, rate, speed_up
 from photos import drawn
 
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
-from ear_teacher_cli.commands.train import train
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.losses import contrastive_loss, metric_loss
-from ear_teacher_cli.data.pixels import normalise, to_unit
-from ear_teacher_cli.talk import Talk
+from ear_teacher_cli.console import Talk
+from ear_teacher_cli.data.preprocessing import normalise, to_unit
+from ear_teacher_cli.training.losses import contrastive_loss, metric_loss
+from ear_teacher_cli.training.run import train
 
 EPOCHS = 3  # of which the first is not counted
 
@@ -133,7 +133,7 @@ def _one_run(config: TrainConfig) -> dict[str, float]:
             super().validation_step(batch, index)
             marks["passes"] += time.perf_counter() - start
 
-    import ear_teacher_cli.commands.train as verb
+    import ear_teacher_cli.training.run as verb
 
     theirs, verb.EarTeacherLightningModule = verb.EarTeacherLightningModule, Timed
     try:

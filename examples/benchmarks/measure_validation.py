@@ -12,9 +12,9 @@ import numpy as np
 from bench import Line, in_turn, rate, speed_up
 from photos import enlarged
 
-from ear_teacher_cli.commands.validate_data import _duplicate_rows
+from ear_teacher_cli.data.audit import _duplicate_rows
 from ear_teacher_cli.data.crop import read_picture
-from ear_teacher_cli.data.inspect import near_pairs
+from ear_teacher_cli.data.image_checks import near_pairs
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.platform import usable_cores
 

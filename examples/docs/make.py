@@ -15,8 +15,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from ear_teacher_cli import help_format
-from ear_teacher_cli.cli import app
+from ear_teacher_cli.cli.app import app, help_format
 
 PAGES = Path(__file__).parent / "commands"
 PICTURES = Path(__file__).parent / "pictures"

@@ -7,10 +7,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.exports import About, header_of
-from ear_teacher_cli.core.model import build_backbone, embedding_size
-from ear_teacher_cli.core.weights import load_pretrained
-from ear_teacher_cli.data.pixels import preprocessing_for
+from ear_teacher_cli.data.preprocessing import preprocessing_for
+from ear_teacher_cli.model.export_format import About, header_of
+from ear_teacher_cli.model.teacher import build_backbone, embedding_size
+from ear_teacher_cli.model.weights import load_pretrained
 
 
 def start_of(config: TrainConfig) -> nn.Module:

@@ -12,7 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ear_teacher_cli.core.pseudo_classes import figures, kmeans
+from ear_teacher_cli.training.pseudo_labels import figures, kmeans
 
 CENTRES, SPREAD, CHUNK = 10_000, 0.7, 16_384
 

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from ear_teacher_cli.core.embedder import Embedder, load_embedder
-from ear_teacher_cli.core.features import map_model
 from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.data.pixels import Preprocessing, normalise
+from ear_teacher_cli.data.preprocessing import Preprocessing, normalise
+from ear_teacher_cli.embedding.embedder import Embedder, load_embedder
 from ear_teacher_cli.errors import EarTeachError, ManifestError
+from ear_teacher_cli.model.feature_maps import map_model
 
 STRIDES = (4, 8, 16, 32)
 GRID_STRIDE = 8

@@ -22,17 +22,18 @@ from backbones import save_teacher, start_of
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from ear_teacher_cli.commands.export_backbone import export_backbone
 from ear_teacher_cli.config import TrainConfig, preset
-from ear_teacher_cli.core import metrics, pairs, whitening
-from ear_teacher_cli.core.embedder import Embedder, load_embedder
-from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
 from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
 from ear_teacher_cli.data.dataset import BadPicture, collate
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
-from ear_teacher_cli.data.pixels import Preprocessing, preprocessing_for
+from ear_teacher_cli.data.preprocessing import Preprocessing, preprocessing_for
+from ear_teacher_cli.embedding.embedder import Embedder, load_embedder
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError
+from ear_teacher_cli.export.export import export_backbone
+from ear_teacher_cli.model import whitening
 from ear_teacher_cli.platform import usable_cores
+from ear_teacher_cli.quality import identity_metrics, pairs
+from ear_teacher_cli.training.module import EarTeacherLightningModule
 
 GREY_SIDE = 32
 RESAMPLES = 2000
@@ -116,7 +117,7 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 
 def _earteach_train(folder: Path, options: dict[str, Any]) -> None:
-    from ear_teacher_cli.cli import main
+    from ear_teacher_cli.cli.app import main
 
     sys.argv = ["earteach", "train", *words_of(options), "--output-dir", str(folder), "--experiment-name", "run"]
     try:
@@ -216,10 +217,10 @@ def _measure_list(
     if job["kind"] == "shuffled":
         people, sides = np.random.default_rng(job["seed"]).permutation(people).tolist(), None
     order = pairs.arrange(people, sides)
-    drawn = metrics.resamples(order.groups, RESAMPLES, 0)
+    drawn = identity_metrics.resamples(order.groups, RESAMPLES, 0)
     figures, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
     for way, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
-        measured = metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
+        measured = identity_metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
         figures[way] = {key: measured.figure(word).value for key, word in FIGURES.items()}
         draws |= {f"{way}_{key}": measured.draws[word] for key, word in FIGURES.items()}
     np.savez(folder / f"{name}.npz", **draws)

@@ -23,11 +23,11 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import nn
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.finetune import freeze_to_stride, keep_statistics, parameter_groups
-from ear_teacher_cli.core.schedule import rate_at
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.dataset import derive_seed
-from ear_teacher_cli.data.pixels import normalise
+from ear_teacher_cli.data.preprocessing import normalise
+from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics, parameter_groups
+from ear_teacher_cli.training.optimisation import rate_at
 
 
 class SimCLR(nn.Module):
@@ -145,6 +145,6 @@ def _step(
 
 
 def _dim(backbone: nn.Module, config: TrainConfig) -> int:
-    from ear_teacher_cli.core.model import embedding_size
+    from ear_teacher_cli.model.teacher import embedding_size
 
     return embedding_size(backbone, config.image_size)

@@ -26,11 +26,11 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.core.diagnostics import JUDGED_ON, Health, degraded, verdict
-from ear_teacher_cli.core.metrics import interval
-from ear_teacher_cli.core.runs import read_metrics
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError, WordsError
+from ear_teacher_cli.quality.collapse import JUDGED_ON, Health, degraded, verdict
+from ear_teacher_cli.quality.identity_metrics import interval
+from ear_teacher_cli.run_folder import read_metrics
 
 
 @dataclass(frozen=True)

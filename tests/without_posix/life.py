@@ -14,8 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def main(ears: str, out: str, workers: str, cache: str) -> None:
-    from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
-    from ear_teacher_cli.data.journal import Journal
+    from ear_teacher_cli.embedding.journal import Journal
+    from ear_teacher_cli.training.module import EarTeacherLightningModule
 
     os.chdir(out)
     lists = [os.path.join(ears, name) for name in ("train_teacher.npy", "val_teacher.npy")]
@@ -54,7 +54,7 @@ def main(ears: str, out: str, workers: str, cache: str) -> None:
 
 
 def earteach(*words: str) -> None:
-    from ear_teacher_cli.cli import main
+    from ear_teacher_cli.cli.app import main
 
     sys.argv = ["earteach", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `main` leaves it to the system

@@ -1,1 +1,0 @@
-"""The model, its losses and its training."""

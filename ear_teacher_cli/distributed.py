@@ -1,0 +1,105 @@
+"""The processes of one run: which one this is, how many a launcher started, and how `embed` divides work among them.
+
+During training Lightning handles the communication; `embed` uses `distributed_context`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from .errors import EarTeachError
+from .files import brief
+
+
+def is_first_process() -> bool:
+    """Whether this is the process the user started, or the first of those that torchrun or SLURM did. Lightning starts
+    the other ranks by running the same command again."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "").strip() in ("", "0") for name in ranks)
+
+
+def started_processes() -> int | None:
+    """How many processes torchrun or SLURM's srun started, this one among them; None if neither did."""
+    for mark, count in (("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_TASKS")):
+        if mark in os.environ and os.environ.get(count, "").isdigit():
+            number = int(os.environ[count])
+            # a batch script is itself a step of one task, whatever the job may start
+            return number if mark == "TORCHELASTIC_RUN_ID" or number > 1 else None
+    return None
+
+
+_TO_START = timedelta(minutes=10)
+_TO_FINISH = timedelta(days=7)  # ranks wait for the slowest; one that is gone is noticed at once, by its connection
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is number `rank` of `world`."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 1  # processes on this machine
+    group: Any = None  # of torch.distributed
+
+    def block(self, items: int, batch_size: int) -> range:
+        """This rank's items: consecutive, in whole batches, so that every batch is the one a single process would make."""
+        batches = -(-items // batch_size)
+        first, last = (batches * number // self.world * batch_size for number in (self.rank, self.rank + 1))
+        return range(first, min(last, items))
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so for one of them."""
+        everything = [mine] * self.world
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.all_gather_object(everything, mine, self.group)
+        return any(everything)
+
+    def wait(self) -> None:
+        """For all the others to get here. Raises RuntimeError if one of them has ended."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier(self.group)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes of this launch, each with a GPU of its own where there are GPUs."""
+    place = _place()
+    if place is None or place.world_size() == 1:
+        yield Ranks()
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank() % torch.cuda.device_count())
+    os.environ.update(MASTER_ADDR=place.main_address, MASTER_PORT=str(place.main_port))
+    rank, world = place.global_rank(), place.world_size()
+    dist.init_process_group("gloo", timeout=_TO_START, rank=rank, world_size=world)
+    try:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+        yield Ranks(rank, world, local, dist.new_group(backend="gloo", timeout=_TO_FINISH))
+    finally:
+        dist.destroy_process_group()
+
+
+def _place() -> Any:
+    """Lightning's word for how this process was started; None if by hand."""
+    if started_processes() is None:
+        return None
+    from lightning_fabric.plugins import environments  # seconds to import
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may itself have been started by SLURM
+        return environments.TorchElasticEnvironment()
+    try:
+        return environments.SLURMEnvironment()
+    except RuntimeError as error:
+        raise EarTeachError(
+            f"SLURM: {brief(error)}; start it as Lightning wants it (srun --ntasks-per-node N)"
+        ) from error

@@ -1,0 +1,327 @@
+"""A backbone ready to embed, from any kind of weights, with its preprocessing and its provenance."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import run_folder
+from ..config import TrainConfig
+from ..console import Talk
+from ..data.crop import ImageSource
+from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
+from ..data.given_images import crops_given
+from ..data.manifest import Manifest
+from ..data.preprocessing import Preprocessing, normalise, preprocessing_of
+from ..errors import ConfigError, EarTeachError, ForeignWeightsError, WeightsError, WordsError
+from ..files import printable
+from ..model.checkpoint import Checkpoint, read_checkpoint, read_tensors
+from ..model.export_format import WEIGHTS, is_export_folder, read_export, read_whitening, whitening_of
+from ..model.feature_maps import map_model
+from ..model.teacher import build_backbone, embedding_size
+from ..model.weights import Receipt, fingerprint, load_from_hub, load_state, sha256_of
+from ..model.whitening import Whitening
+from ..platform import usable_cores
+from .files import Embeddings
+
+
+@dataclass
+class Embedder:
+    """A backbone with its preprocessing: `embed` makes rows of images. Called, it is the backbone alone: uint8 B,3,S,S ->
+    float32 B,D on the CPU, raw, computed where the backbone lies (on the GPU, if there is one).
+
+    `source`, `sha256`: which file. `fingerprint`: of weights and preprocessing, wherever they are kept
+    (weights.fingerprint). `whitening`: what the run fitted to its training embeddings; None if it did not, or if
+    it is not wanted.
+    """
+
+    backbone: nn.Module
+    architecture: str
+    embedding_dim: int
+    preprocessing: Preprocessing
+    source: str
+    sha256: str
+    receipt: Receipt
+    fingerprint: str
+    whitening: Whitening | None = None
+
+    def embed(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        boxes: Any = None,
+        *,
+        sides: str | Iterable[str | None] | None = None,
+        whiten: bool = True,
+        normalize: bool = True,
+        batch_size: int = 32,
+    ) -> np.ndarray:
+        """float32 [N, D], a row for each image in their order: the row that `earteach embed` writes of it.
+
+        `images`: one or many paths, PIL images, or arrays uint8 H x W x 3 (RGB, upright); an iterator is read a batch at
+        a time. `boxes`: x1, y1, x2, y2 in pixels of the upright image; for many images a list with a box or None for
+        each; None: the images are crops. `sides`: 'left', 'right' or None, likewise; only weights that were trained with
+        --side-policy mirror heed it.
+        `whiten`: as the run fitted it, where it did; False: as `embed --no-whiten`. `normalize`: rows of unit length;
+        False: the backbone's numbers, neither whitened nor of unit length, as `embed --no-normalize`.
+        `batch_size`: crops in memory at a time. Raises PictureError for the first image or box that cannot be used, by
+        its place from 0; EarTeachError where there are no images, or not as many boxes.
+        """
+        if batch_size < 1:
+            raise WordsError(f"batch_size: {batch_size} is less than 1; leave it out")
+        if self.preprocessing.mirror and sides is None:
+            warnings.warn(
+                "these weights want right ears mirrored, and no sides were given: embedded as they are; give sides=",
+                stacklevel=2,
+            )
+        crops = crops_given(images, boxes, sides, preprocessing=self.preprocessing)
+        rows = []
+        while batch := list(islice(crops, batch_size)):
+            vectors = self(torch.from_numpy(np.stack(batch)))
+            rows.append(self.unit_rows(vectors, whiten) if normalize else vectors.numpy())
+        return np.concatenate(rows)
+
+    def unit_rows(self, embeddings: torch.Tensor, whiten: bool = True) -> np.ndarray:
+        """float32 B,D -> float32 rows of unit length, B,D, or B,K whitened where the run fitted a whitening."""
+        rows = F.normalize(embeddings, dim=1).numpy()
+        return self.whitening.apply(rows) if self.whitening and whiten else rows
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        device = next(self.backbone.parameters()).device
+        images = normalise(pixels.to(device, non_blocking=True), self.preprocessing)
+        return self.backbone(images.to(memory_format=torch.channels_last)).float().cpu()
+
+
+def load_embedder(
+    path: str | Path | None, backbone: str | None = None, image_size: int | None = None, whiten: bool = True
+) -> Embedder:
+    """An Embedder of a run folder, a checkpoint, an export (.safetensors or folder), `timm:NAME`, or (with `backbone`, a
+    name in timm, and its input size in pixels) a plain state dict. Not of a .onnx, which is for onnxruntime.
+
+    None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. `whiten`: with the whitening
+    that the run fitted, if it did; False: its file need not be there, and all rows are raw. Raises EarTeachError.
+    """
+    if path is not None and not str(path):
+        raise WordsError("weights: no path was given; name an export, a checkpoint or a run")
+    weights = str(path) if path is not None else os.environ.get("EARTEACH_WEIGHTS") or _newest()
+    return _embedder_of(weights, backbone, image_size, whiten)
+
+
+def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whiten: bool) -> Embedder:
+    if weights.startswith("timm:"):
+        if backbone is not None:
+            raise WordsError(
+                f"--backbone {printable(backbone)}: {printable(weights)} says it already; leave the option out"
+            )
+        return _from_timm(weights.removeprefix("timm:"), image_size)
+    path = Path(weights)
+    if is_export_folder(path):
+        path = path / WEIGHTS
+    elif path.is_dir():
+        path = run_folder.checkpoint_of(path, best=True)
+    if path.suffix == ".onnx":
+        raise WordsError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
+    try:
+        embedder = (
+            embedder_of_export(path, whiten)
+            if path.suffix == ".safetensors"
+            else embedder_of(read_checkpoint(path), whiten)
+        )
+    except ForeignWeightsError as error:
+        if backbone is None:
+            raise WeightsError(
+                f"{printable(path)}: is not of earteach; say of which model it is with --backbone NAME"
+            ) from error
+        preprocessing = _default_preprocessing(backbone, image_size)
+        module = build_backbone(backbone, preprocessing.image_size)
+        receipt = load_state(module, backbone, read_tensors(path), printable(path), sha256_of(path))
+        return _ready(module, backbone, preprocessing, receipt)
+    name, size = embedder.architecture, embedder.preprocessing.image_size
+    if backbone not in (None, name) or image_size not in (None, size):
+        raise WordsError(
+            f"{printable(path)}: is of {name} at {size} px and says so; leave --backbone and --image-size out"
+        )
+    return embedder
+
+
+def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Module, Preprocessing]:
+    """(module, preprocessing) of an export (a .safetensors or a folder), a checkpoint or a run; frozen, on the CPU.
+
+    module: float32 B,3,S,S, normalised as `ear_teacher_cli.normalise(pixels, preprocessing)` does, -> float32 B,D, raw:
+    neither whitened nor of unit length, so not the rows of `earteach embed` (those are `load_embedder`'s); with
+    `features_only` -> list of maps B,C,S/stride,S/stride, fine to coarse, as timm's `features_only` gives them, with
+    timm's `feature_info`. Crops: `ear_teacher_cli.load_crop(image, box, preprocessing)`, uint8 3,S,S.
+    Raises EarTeachError.
+    """
+    embedder = load_embedder(str(path), whiten=False)
+    if features_only:
+        return map_model(
+            embedder.backbone, embedder.architecture, embedder.preprocessing.image_size
+        ), embedder.preprocessing
+    return embedder.backbone.cpu(), embedder.preprocessing
+
+
+def embed_pictures(
+    embedder: Embedder,
+    manifest: Manifest,
+    batch_size: int,
+    num_workers: int,
+    load_timeout: int,
+    talk: Talk,
+    start: int = 0,
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
+    """A batch at a time, in order, from the picture `start` on: indices B, embeddings float32 B,D (None if B is 0), and
+    what could not be read."""
+    if embedder.preprocessing.mirror:
+        unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
+        if unknown:
+            talk.warn(
+                f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
+                "embedded as they are. A manifest with a side column puts it right"
+            )
+    batches = crops_of(
+        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, talk, "embedding", start
+    )
+    for good, pixels, bad in batches:
+        yield good, embedder(pixels) if good else None, bad
+
+
+def embed_manifest(
+    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk, whiten: bool = True
+) -> Embeddings:
+    """All that can be read, in memory, at unit length. Raises EarTeachError if nothing can."""
+    rows, kept = [], []
+    for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, talk):
+        if good:
+            rows.append(embedder.unit_rows(vectors, whiten))
+            kept += good
+    if not kept:
+        raise EarTeachError(
+            f"{printable(manifest.source)}: not one of {len(manifest)} pictures could be read; nothing to score"
+        )
+    part = manifest.subset(kept)
+    return Embeddings(
+        manifest.source,
+        np.concatenate(rows),
+        part.paths,
+        part.boxes,
+        part.identities,
+        part.sides,
+        Path(embedder.source).name,
+        embedder.whitening is not None and whiten,
+        embedder.fingerprint,
+        manifest.root,
+    )
+
+
+def crops_of(
+    manifest: Manifest,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    num_workers: int,
+    load_timeout: int,
+    talk: Talk,
+    what: str,
+    start: int = 0,
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
+    """A batch at a time, in order, from the picture `start` on: indices B, uint8 B,3,H,W (None if B is 0), and what
+    could not be read, which is said. `what` is done to them: for the progress bar."""
+    workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
+    loader = DataLoader(
+        EarDataset(manifest, preprocessing),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_stopping_to_the_parent,
+        sampler=range(start, len(manifest)),
+        timeout=load_timeout if workers else 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    with talk.progress(what, len(manifest) - start, "pictures") as steps:
+        for batch in loader:
+            for bad in batch["bad"]:
+                talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
+            good = batch["index"].tolist()
+            yield good, batch["pixels"] if good else None, batch["bad"]
+            steps.advance(len(good) + len(batch["bad"]))
+
+
+def embedder_of(checkpoint: Checkpoint, whiten: bool = True) -> Embedder:
+    """From a checkpoint that was read."""
+    name, preprocessing = checkpoint.config.backbone, checkpoint.preprocessing
+    module = build_backbone(name, preprocessing.image_size)
+    receipt = load_state(
+        module, name, checkpoint.backbone_state, printable(checkpoint.path), sha256_of(checkpoint.path)
+    )
+    fitted = checkpoint.content.get("whitening") if whiten else None
+    return _ready(module, name, preprocessing, receipt, whitening_of(fitted) if fitted else None)
+
+
+def untouched(module: nn.Module, architecture: str, preprocessing: Preprocessing, receipt: Receipt | None) -> Embedder:
+    """From a backbone that has learned nothing yet; without a receipt its weights are random."""
+    return _ready(module, architecture, preprocessing, receipt or Receipt("random weights", "timm", 0, 0, ""))
+
+
+def embedder_of_export(path: Path, whiten: bool = True, trusted: bool = False) -> Embedder:
+    """From a .safetensors of export-backbone. Raises WeightsError if its weights or preprocessing are not those that the
+    fingerprint in its header is of, unless it is `trusted`; an export older than fingerprints always is."""
+    about, state = read_export(path)
+    whitening = read_whitening(path, about.whitening_sha256) if whiten and about.whitening_sha256 else None
+    try:
+        module = build_backbone(about.architecture, about.preprocessing.image_size)
+    except ConfigError as error:
+        raise WeightsError(
+            f"{printable(path)}: says it is of {printable(about.architecture)}, which timm does not have; update timm, or "
+            "export it again"
+        ) from error
+    receipt = load_state(module, about.architecture, state, printable(path), sha256_of(path))
+    embedder = _ready(module, about.architecture, about.preprocessing, receipt, whitening)
+    if not trusted and about.fingerprint not in (None, embedder.fingerprint):
+        raise WeightsError(
+            f"{printable(path)}: is damaged or was changed: its weights and preprocessing have the fingerprint "
+            f"{embedder.fingerprint[:16]}, its header says {printable(about.fingerprint[:16])}; export it again, or use "
+            "another copy"
+        )
+    return embedder
+
+
+def _from_timm(name: str, image_size: int | None) -> Embedder:
+    preprocessing = _default_preprocessing(name, image_size)
+    backbone = build_backbone(name, preprocessing.image_size)
+    receipt = load_from_hub(backbone, name, f"give --weights FILE with --backbone {name}")
+    return _ready(backbone, name, preprocessing, receipt)
+
+
+def _default_preprocessing(backbone: str, image_size: int | None) -> Preprocessing:
+    return preprocessing_of(backbone, image_size or TrainConfig.image_size, TrainConfig.bbox_buffer, TrainConfig.pad)
+
+
+def _ready(
+    backbone: nn.Module, name: str, preprocessing: Preprocessing, receipt: Receipt, whitening: Whitening | None = None
+) -> Embedder:
+    dim = embedding_size(backbone, preprocessing.image_size)
+    mark = fingerprint(name, backbone.state_dict(), preprocessing)
+    backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # what convolutions are fast in
+    if torch.cuda.is_available():
+        backbone.cuda()
+    return Embedder(backbone, name, dim, preprocessing, receipt.source, receipt.sha256, receipt, mark, whitening)
+
+
+def _newest() -> str:
+    output_dir = Path(TrainConfig.output_dir)
+    run = run_folder.newest_run(output_dir)
+    if run is None:
+        raise EarTeachError(
+            f"weights: none given, EARTEACH_WEIGHTS is not set and there is no run under {output_dir}/; "
+            "pass --weights (a run, a checkpoint, an export, or timm:NAME)"
+        )
+    return str(run)

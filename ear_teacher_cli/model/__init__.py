@@ -1,0 +1,1 @@
+"""The teacher network, its weights and its files."""

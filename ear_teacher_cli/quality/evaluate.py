@@ -1,0 +1,240 @@
+"""`evaluate`: embeddings and who is on them in; identity scores with intervals, curves and a look-alike sheet out.
+
+No torch on the way, unless pictures are to be embedded first (`weights`).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..config import Reading
+from ..console import Talk
+from ..data.manifest import read_input, tell
+from ..embedding.files import Embeddings, read_embeddings, read_rows, space_of
+from ..errors import EarTeachError, WordsError
+from ..files import printable, refuse_existing, whole_file
+from ..model.whitening import Whitening, centre, fit
+from . import identity_metrics
+from .evaluation import Evaluation, System, excludes_0, look_alike_sheet, score
+
+_BLOCK = 4096
+
+
+def evaluate(
+    sources: Sequence[str],
+    labels: str | None = None,
+    *,
+    weights: str | None = None,
+    backbone: str | None = None,
+    image_size: int | None = None,
+    centre_on: Sequence[str] = (),
+    whiten_on: Sequence[str] = (),
+    whiten_dim: int | None = None,
+    whitened: bool = True,
+    fars: Sequence[float] = (),
+    by_sides: bool = True,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    json_file: str | None = None,
+    plots: str | None = None,
+    sheet: str | None = None,
+    root_dir: str | None = None,
+    reading: Reading | None = None,
+    batch_size: int = 32,
+    num_workers: int = 8,
+    overwrite: bool = False,
+    talk: Talk,
+) -> Evaluation:
+    """Score one file of embeddings, or compare two on the rows both have.
+
+    `labels`: a manifest with identities, or None for what the embeddings' own list says, else the name of each
+    picture's folder. `whitened`: pictures are embedded with the whitening of their `weights`, where these have one.
+    `centre_on`, `whiten_on`: none, or for each source a file of embeddings or 'none'. `fars` empty:
+    identity_metrics.FARS as far as the impostor pairs carry them. Raises EarTeachError.
+    """
+    beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
+    inputs: list[str | Path | None] = [*sources, *beside, labels, weights, *centre_on, *whiten_on]
+    _refuse_outputs(json_file, plots, sheet, overwrite, inputs)
+    if sheet and len(sources) > 1:
+        raise WordsError("--sheet: shows one file's pairs; leave --compare out")
+    transforms = _transforms(sources, centre_on, whiten_on, whiten_dim)
+    if weights is not None:
+        if len(sources) > 1:
+            raise WordsError("--weights: --compare takes embeddings; embed the pictures with each first")
+        from ..embedding.embedder import embed_manifest, load_embedder
+
+        manifest = read_input(sources[0], root_dir, reading)
+        embedder = load_embedder(weights, backbone, image_size, whitened)
+        tell(manifest, talk)
+        talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
+        files = [embed_manifest(embedder, manifest, batch_size, num_workers, talk, whitened)]
+    else:
+        files = [read_embeddings(source) for source in sources]
+    for flag, fitted_on in (("--center", centre_on), ("--whiten", whiten_on)):
+        for file, other in zip(files, fitted_on, strict=False):
+            _refuse_mixture(file, flag, other, talk)
+    report = score(
+        files,
+        transforms,
+        labels,
+        fars=fars,
+        by_sides=by_sides,
+        bootstrap=bootstrap,
+        seed=seed,
+        root_dir=root_dir,
+        reading=reading,
+        talk=talk,
+    )
+    if len(files) > 1 and files[0].whitened != files[1].whitened and not whiten_on:
+        talk.warn(
+            "--compare: one file is whitened by its run and the other is not, which is part of the difference; "
+            "--whiten FILE for the other, or embed with --no-whiten, takes it out"
+        )
+    if json_file not in (None, "-"):
+        with whole_file(json_file) as temporary:
+            temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if plots is not None:
+        _write_plots(report, Path(plots))
+    if sheet is not None:
+        from ..drawing import save_picture
+
+        drawn = look_alike_sheet(report, files[-1], root_dir or report.root or files[-1].root, talk)
+        save_picture(drawn, sheet)
+    return report
+
+
+def table(report: Evaluation) -> str:
+    """For people: shares in per cent, differences in points."""
+    two = len(report.systems) > 1
+    names = [printable(Path(system.name).name) for system in report.systems]
+    heads = [
+        [f"{letter}: {name}", *_described(system)]
+        for letter, name, system in zip("AB"[: len(names)], names, report.systems, strict=True)
+    ]
+    lines = [", ".join(head if two else [head[0][3:], *head[1:]]) for head in heads]
+    counts = report.counts
+    kinds = (
+        f"{counts['identities']} ears of {counts['people']} people" if report.by_sides else f"{counts['people']} people"
+    )
+    lines.append(
+        f"{counts['pictures']} pictures, {kinds}; {counts['queries']} queries, {counts['genuine_pairs']} genuine and "
+        f"{counts['impostor_pairs']} impostor pairs; rank-1 by chance {100 * report.chance:.1f} %"
+    )
+    interval = f"95 % interval ({report.resamples} resamples)" if report.resamples else ""
+    rows = [["", "A, %", "B, %", "B - A", interval, ""] if two else ["", "%", interval]]
+    for place, figure in enumerate(report.systems[0].measured.figures):
+        if two:
+            change = report.difference[place]
+            values = [f"{100 * figure.value:.1f}", f"{100 * report.systems[1].measured.figures[place].value:.1f}"]
+            mark = "*" if excludes_0(change) else ""
+            rows.append([figure.name, *values, f"{100 * change.value:+.1f}", _interval(change, "+"), mark])
+        else:
+            rows.append([figure.name, f"{100 * figure.value:.1f}", _interval(figure)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = range(1, 4) if two else range(1, 2)
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    if two and report.resamples:
+        lines.append("* the interval of the difference excludes 0")
+    return "\n".join(lines)
+
+
+def _described(system: System) -> list[str]:
+    return [part for part in (f"weights {printable(system.weights)}" if system.weights else "", f"{system.dim} numbers a picture", printable(system.transform)) if part]  # fmt: skip
+
+
+def _interval(figure: identity_metrics.Figure, sign: str = "") -> str:
+    return "" if math.isnan(figure.low) else f"[{100 * figure.low:{sign}.1f}, {100 * figure.high:{sign}.1f}]"
+
+
+def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None, overwrite: bool, inputs: Sequence[str | Path | None]) -> None:  # fmt: skip
+    from .plots import PLOTS
+
+    for path in [None if json_file == "-" else json_file, sheet]:
+        if path is not None:
+            refuse_existing(path, overwrite, inputs)
+    if sheet is not None and Path(sheet).suffix.lower() != ".png":
+        raise WordsError(f"--sheet {printable(sheet)}: is drawn as PNG; name a .png file")
+    if plots is not None:
+        if Path(plots).exists() and not Path(plots).is_dir():
+            raise EarTeachError(f"{printable(plots)}: is a file; --plots names a folder")
+        refuse_existing(Path(plots) / "x" if Path(plots).is_dir() else plots, overwrite, inputs)
+        for name in PLOTS if Path(plots).is_dir() else ():
+            refuse_existing(Path(plots) / name, overwrite, inputs)
+
+
+def _transforms(
+    sources: Sequence[str], centre_on: Sequence[str], whiten_on: Sequence[str], whiten_dim: int | None
+) -> list[tuple[Whitening | None, str]]:
+    """For each source what is done to its rows, and how that is said."""
+    for flag, given in (("--center", centre_on), ("--whiten", whiten_on)):
+        if given and len(given) != len(sources):
+            raise WordsError(
+                f"{flag}: given {len(given)} times for {len(sources)} files of embeddings; give it once for each, in "
+                "their order ('none' leaves one as it is)"
+            )
+    if whiten_dim is not None and not any(name != "none" for name in whiten_on):
+        raise WordsError("--whiten-dim: has nothing to whiten; give --whiten FILE too")
+    found = []
+    for place in range(len(sources)):
+        chosen = [given[place] if given else "none" for given in (centre_on, whiten_on)]
+        if "none" not in chosen:
+            raise WordsError("--center: --whiten centres already; give one of the two for each file")
+        centred, whitened = chosen
+        if centred != "none":
+            found.append((centre(_finite(centred)), f"centred on {Path(centred).name}"))
+        elif whitened != "none":
+            transform = fit(_finite(whitened), whiten_dim)
+            found.append((transform, f"whitened on {Path(whitened).name}"))
+        else:
+            found.append((None, ""))
+    return found
+
+
+def _refuse_mixture(file: Embeddings, flag: str, other: str, talk: Talk) -> None:
+    """Rows of two teachers, or raw and whitened ones, have nothing to say to each other."""
+    if other == "none":
+        return
+    mark, whitened = space_of(other)
+    if not mark or not file.fingerprint:
+        unknown = printable(file.source if mark else other)
+        talk.warn(
+            f"{flag} {printable(other)}: the .json beside {unknown} names no weights, so they may be of another teacher"
+        )
+        return
+    if (mark, whitened) == (file.fingerprint, file.whitened):
+        return
+    kinds = ["raw", "whitened by its run"]
+    found = (
+        f"was embedded with other weights or preprocessing (fingerprint {printable(mark[:16])}, not {printable(file.fingerprint[:16])})"
+        if mark != file.fingerprint
+        else f"is {kinds[whitened]}, {printable(file.source)} is {kinds[file.whitened]}"
+    )
+    raise EarTeachError(f"{flag} {printable(other)}: {found}; embed both alike")
+
+
+def _finite(source: str) -> np.ndarray:
+    rows = read_rows(source)
+    for start in range(0, len(rows), _BLOCK):
+        bad = np.flatnonzero(~np.isfinite(rows[start : start + _BLOCK]).all(1))
+        if len(bad):
+            raise EarTeachError(f"{printable(source)} row {start + bad[0]}: holds NaN or infinity; embed again")
+    return rows
+
+
+def _write_plots(report: Evaluation, folder: Path) -> None:
+    from .plots import Curve, draw_plots
+
+    folder.mkdir(exist_ok=True)
+    names = [Path(system.name).stem for system in report.systems]
+    if len(names) > 1:
+        names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
+    curves = [Curve(printable(name), system.measured) for name, system in zip(names, report.systems, strict=True)]
+    draw_plots(folder, curves, identity_metrics.smallest_far(report.counts["impostor_pairs"]))

@@ -1,0 +1,269 @@
+"""Identity scores of embeddings in memory: what `evaluate` prints, and what a run's report compares. No torch here."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..config import Reading
+from ..console import Talk
+from ..data.manifest import Manifest
+from ..embedding.files import Embeddings
+from ..errors import EarTeachError, PictureError, WordsError
+from ..files import printable
+from ..model.whitening import Whitening, unit
+from . import identity_metrics, pairs
+from .identity_metrics import Measured
+from .labels import common_rows, distinct_rows, labelled_rows, labels_of
+from .pairs import Order
+
+FEW_PEOPLE = 20
+LOOK_ALIKES = 12
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class System:
+    """One file's part of a report. `transform`: what was done to its rows, as in 'whitened on x.npy'."""
+
+    name: str
+    weights: str
+    dim: int
+    transform: str
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`difference`: second minus first, of two systems. `root`: where the pictures of the labels' list are."""
+
+    systems: list[System]
+    difference: list[identity_metrics.Figure]
+    counts: dict[str, int]
+    left_out: dict[str, int]
+    by_sides: bool
+    chance: float
+    resamples: int
+    seed: int
+    drawn: int
+    look_alikes: dict[str, list[dict[str, Any]]]
+    root: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; shares are from 0 to 1, and null where there is none."""
+        return {
+            "systems": [
+                {
+                    "file": system.name,
+                    "weights": system.weights,
+                    "dim": system.dim,
+                    "transform": system.transform,
+                    "figures": [_figure(figure) for figure in system.measured.figures],
+                    "cmc": [[_number(value) for value in rank] for rank in system.measured.cmc.tolist()],
+                }
+                for system in self.systems
+            ],
+            "difference": [_figure(figure) | {"excludes_0": excludes_0(figure)} for figure in self.difference],
+            "identity": "person and side" if self.by_sides else "person",
+            "counts": self.counts,
+            "left_out": self.left_out,
+            "rank-1 by chance": self.chance,
+            "bootstrap": {"resamples": self.resamples, "seed": self.seed, "drawn": self.drawn},
+            "look_alikes": self.look_alikes,
+        }
+
+
+def score(
+    files: Sequence[Embeddings],
+    transforms: Sequence[tuple[Whitening | None, str]],
+    labels: str | None = None,
+    *,
+    fars: Sequence[float] = (),
+    by_sides: bool = True,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    root_dir: str | None = None,
+    reading: Reading | None = None,
+    talk: Talk,
+) -> Evaluation:
+    """Scores of one file's rows, or of two on the pictures both have, and their difference.
+
+    `transforms`: for each file what is done to its rows, and how that is said. `labels`: a manifest with identities, or
+    None for what the embeddings' own list says, else the name of each picture's folder. `fars` empty: identity_metrics.FARS as
+    far as the impostor pairs carry them. Raises EarTeachError.
+    """
+    left_out: dict[str, int] = {}
+    rows = common_rows(files, left_out, talk)
+    people, sides, root = labels_of(files, rows, labels, root_dir, reading, talk)
+    rows, people, sides = labelled_rows(rows, people, sides if by_sides else None, left_out, talk)
+    rows, people, sides = distinct_rows(files, rows, people, sides, left_out, talk)
+    order = pairs.arrange(people, sides, seed)
+    places = [np.asarray(own)[order.index] for own in rows]
+    fars = _fars(order, fars, talk)
+    drawn = identity_metrics.resamples(order.groups, bootstrap, seed)
+    systems = []
+    for file, own, (transform, said) in zip(files, places, transforms, strict=True):
+        measured = identity_metrics.measure(_unit_rows(file, own, transform), order, fars, drawn)
+        made = ", ".join(part for part in ("whitened by its run" if file.whitened else "", said) if part)
+        systems.append(System(file.source, file.weights, _dim(file, transform), made, measured))
+    found = _report(systems, order, sides is not None, left_out, bootstrap, seed, root)
+    found.look_alikes.update(_look_alikes(systems[-1], order, files[-1], places[-1], people, sides))
+    _say_limits(found, talk)
+    return found
+
+
+def excludes_0(figure: identity_metrics.Figure) -> bool:
+    return figure.low > 0 or figure.high < 0
+
+
+def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | None, talk: Talk) -> Image.Image:
+    """The hardest pairs of the last system, `file`, drawn. Raises EarTeachError if not one can be read."""
+    from ..data.crop import cut, read_picture
+    from ..data.image_checks import PREVIEW
+    from ..drawing import Pair, pairs_sheet
+
+    manifest = Manifest(file.source, None if root is None else Path(root), file.paths, file.boxes, range(len(file)))
+    look = replace(PREVIEW, image_size=132, interpolation="bicubic")
+    sections: list[tuple[str, list[Pair]]] = []
+    bad: Counter[str] = Counter()
+    titles = {"impostor": "Different identities, most alike", "genuine": "The same identity, least alike"}
+    for kind, title in titles.items():
+        drawn = []
+        for pair in report.look_alikes[kind]:
+            rows = [picture["row"] for picture in pair["pictures"]]
+            try:
+                left, right = (cut(read_picture(manifest.file(row)).image, file.boxes[row], look) for row in rows)
+            except PictureError as error:
+                bad[error.detail] += 1
+                continue
+            one, other = (printable(" ".join(_said(picture))) for picture in pair["pictures"])
+            drawn.append(Pair(left, right, f"similarity {pair['similarity']:.3f}", (one, other)))
+        sections.append((title, drawn))
+    if bad:
+        talk.warn(
+            f"look-alike sheet: {bad.total()} pairs left out, a picture of theirs cannot be read "
+            f"({printable(bad.most_common(1)[0][0])}); --root-dir says where the pictures are"
+        )
+    if not any(drawn for _, drawn in sections):
+        raise EarTeachError("look-alike sheet: not one pair's pictures could be read; give --root-dir")
+    return pairs_sheet(sections)
+
+
+def _fars(order: Order, asked: Sequence[float], talk: Talk) -> list[float]:
+    """The FARs asked for, or those of the usual ones that there are impostor pairs for."""
+    count = identity_metrics.impostor_pairs(order)
+    least = identity_metrics.smallest_far(count)
+    for far in asked:
+        if not 0 < far < 1:
+            raise WordsError(f"--far {far:g}: is no rate; give one between 0 and 1")
+        if far < least:
+            digits = 10 ** (1 - math.floor(math.log10(least)))
+            raise WordsError(
+                f"--far {far:g}: too small for {count} impostor pairs, of which it accepts {far * count:.2g}; the "
+                f"smallest they carry ({identity_metrics.FALSE_ACCEPTS} false accepts) is {math.ceil(least * digits) / digits:g}"
+            )
+    if asked:
+        return sorted(set(asked), reverse=True)
+    usual = [far for far in identity_metrics.FARS if far >= least]
+    if not usual:
+        talk.say(
+            f"no TAR: {count} impostor pairs carry no FAR of {max(identity_metrics.FARS):g} ({identity_metrics.FALSE_ACCEPTS} false accepts)"
+        )
+    return usual
+
+
+def _unit_rows(file: Embeddings, places: np.ndarray, transform: Whitening | None) -> np.ndarray:
+    """float32 [N, D] unit rows of the places, a block at a time."""
+    rows = np.empty((len(places), _dim(file, transform)), np.float32)
+    for start in range(0, len(places), _BLOCK):
+        block = file.rows[places[start : start + _BLOCK]]
+        if transform is not None and block.shape[1] != len(transform.mean):
+            raise EarTeachError(
+                f"{printable(file.source)}: has {block.shape[1]} numbers a row, the file to centre or whiten on "
+                f"{len(transform.mean)}; embed both with the same weights"
+            )
+        rows[start : start + _BLOCK] = unit(block) if transform is None else transform.apply(block)
+    return rows
+
+
+def _dim(file: Embeddings, transform: Whitening | None) -> int:
+    return file.rows.shape[1] if transform is None or transform.matrix is None else transform.matrix.shape[1]
+
+
+def _report(
+    systems: list[System],
+    order: Order,
+    by_sides: bool,
+    left_out: dict[str, int],
+    bootstrap: int,
+    seed: int,
+    root: Path | None,
+) -> Evaluation:
+    tally = systems[0].measured.tally
+    counts = {
+        "pictures": len(order.index),
+        "identities": len(np.unique(order.ear)),
+        "people": order.people,
+        "singletons": int((np.bincount(order.ear) == 1).sum()),
+        "queries": len(tally.first),
+        "genuine_pairs": identity_metrics.genuine_pairs(order),
+        "impostor_pairs": identity_metrics.impostor_pairs(order),
+    }
+    difference = []
+    if len(systems) > 1:
+        first, second = (system.measured for system in systems)
+        for one, other in zip(first.figures, second.figures, strict=True):
+            draws = second.draws[one.name] - first.draws[one.name] if one.name in first.draws else None
+            difference.append(
+                identity_metrics.Figure(one.name, other.value - one.value, *identity_metrics.interval(draws))
+            )
+    chance = float(tally.chance.mean())
+    return Evaluation(systems, difference, counts, left_out, by_sides, chance, bootstrap, seed, order.groups, {}, root)
+
+
+def _say_limits(report: Evaluation, talk: Talk) -> None:
+    counts = report.counts
+    if counts["singletons"]:
+        talk.say(f"{counts['singletons']} identities have one picture: they are impostors only, never queries")
+    if report.drawn < counts["people"] and report.resamples:
+        talk.say(f"the bootstrap draws {report.drawn} random groups of the {counts['people']} people")
+    if counts["people"] < FEW_PEOPLE and report.resamples:
+        talk.warn(f"intervals over {counts['people']} people are themselves rough; evaluate on {FEW_PEOPLE} or more")
+
+
+def _look_alikes(
+    system: System, order: Order, file: Embeddings, places: np.ndarray, people: list[str], sides: list[str] | None
+) -> dict[str, list[dict[str, Any]]]:
+    """The hardest pairs: one for each pair of identities, and one for each identity."""
+    tally = system.measured.tally
+    chosen = {
+        "impostor": pairs.hardest(tally.nearest, order.ear, LOOK_ALIKES, high=True),
+        "genuine": pairs.hardest(tally.farthest, order.ear, LOOK_ALIKES, high=False),
+    }
+
+    def about(row: int) -> dict[str, Any]:
+        old = int(order.index[row])
+        found = {"row": int(places[row]), "path": file.paths[places[row]], "identity": people[old]}
+        return found | ({"side": sides[old]} if sides else {})
+
+    return {
+        kind: [{"similarity": similarity, "pictures": [about(row), about(other)]} for similarity, row, other in found]
+        for kind, found in chosen.items()
+    }
+
+
+def _said(picture: dict[str, Any]) -> list[str]:
+    return [picture["identity"], *([picture["side"]] if "side" in picture else []), picture["path"]]
+
+
+def _figure(figure: identity_metrics.Figure) -> dict[str, Any]:
+    return {"name": figure.name, "value": figure.value, "low": _number(figure.low), "high": _number(figure.high)}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

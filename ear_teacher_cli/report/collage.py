@@ -1,0 +1,68 @@
+"""`collage`: originals above, what the teacher remembers of them below."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import run_folder
+from ..config import Reading
+from ..data.dataset import EarDataset
+from ..data.manifest import read_manifest
+from ..drawing import collage as draw_collage
+from ..drawing import psnr_of_bytes, save_picture
+from ..errors import EarTeachError, ManifestError, WordsError
+from ..files import printable, refuse_existing
+from ..model.checkpoint import read_checkpoint, require_fit
+from ..training.callbacks import sample_pixels
+from ..training.module import EarTeacherLightningModule
+
+
+@dataclass(frozen=True)
+class Collage:
+    path: Path
+    pictures: int
+    psnr: float  # mean, dB
+    metadata: str
+
+
+def collage(
+    source: str | Path,
+    out: str | Path,
+    *,
+    metadata: str | None = None,
+    root_dir: str | None = None,
+    reading: Reading | None = None,
+    num_samples: int = 10,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Collage:
+    """Draw `num_samples` pictures of `metadata` (default: what the run was validated on) with their reconstructions."""
+    if Path(out).suffix.lower() != ".png":
+        raise WordsError(f"{printable(out)}: name a .png file; other pictures are not written")
+    out = refuse_existing(out, overwrite, inputs=(source, metadata))
+    checkpoint = read_checkpoint(run_folder.checkpoint_of(Path(source), best=True))
+    config = checkpoint.config
+    try:
+        manifest = (
+            read_manifest(metadata, root_dir, reading)
+            if metadata
+            else read_manifest(config.val_metadata, root_dir or config.root_dir, config.reading)
+        )
+    except ManifestError as error:
+        where = (
+            ""
+            if metadata
+            else " (the run's paths start from the folder where it was trained; or name pictures with --metadata)"
+        )
+        raise ManifestError(f"{error}{where}") from error
+    module = EarTeacherLightningModule(config)
+    require_fit(checkpoint, module.model.state_dict())
+    module.model.load_state_dict(checkpoint.model_state, strict=True)
+    pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
+    if pixels is None:
+        raise EarTeachError(
+            f"{manifest.source}: not one picture could be read; check --root-dir, or run earteach validate-data"
+        )
+    remade = module.reconstruct(pixels)
+    decibels = psnr_of_bytes(pixels, remade)
+    save_picture(draw_collage(pixels, remade, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)
+    return Collage(out, len(pixels), sum(decibels) / len(decibels), manifest.source)

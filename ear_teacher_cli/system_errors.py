@@ -1,0 +1,65 @@
+"""What errors of torch and of the system mean, with the option that helps."""
+
+import re
+
+from .errors import EarTeachError
+
+
+def complaint(error: BaseException | None) -> EarTeachError | None:
+    """An error of torch about the machine in our words, with the option that helps; None if it is another. An error that
+    was raised while cleaning up after one is taken for that one."""
+    while error is not None:
+        text = str(error).strip()
+        if "Traceback (most recent call last)" in text:  # a loader's: its last line is what was raised
+            text = text.splitlines()[-1]
+        text = " ".join(text.split())
+        for pattern, words in _COMPLAINTS:
+            if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
+                return EarTeachError(f"{words} ({text[:120]})" if text else words)
+        error = error.__context__
+    return None
+
+
+# What torch says (class and text) and what it means. The first that fits counts: shared memory before memory.
+_COMPLAINTS = (
+    (
+        r"InvalidCxxCompiler|C\+\+ compiler|CxxCompileError|TritonMissing",
+        "--compile: needs a working compiler (g++, and Triton on a GPU); install it, or leave the option out",
+    ),
+    (
+        r"shared memory|bus error|\bshm\b|/torch_\d",
+        "shared memory (/dev/shm): too small for the processes that load pictures; use --num-workers 0, or give the "
+        "container more (docker run --shm-size 8g)",
+    ),
+    (
+        r"No space left on device|File too large|Disk quota",
+        "the disk, or the shared memory (/dev/shm) of the processes that load pictures, is full; make room, or use "
+        "--num-workers 0",
+    ),
+    (
+        r"DataLoader timed out",
+        "loading pictures: no batch came in time; look after the disk, raise --load-timeout, or find the picture that "
+        "hangs with earteach validate-data",
+    ),
+    (
+        r"DataLoader worker .*(killed|exited)",
+        "loading pictures: a process that does it was killed, mostly for want of memory; lower --num-workers or "
+        "--batch-size",
+    ),
+    (
+        r"^OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+        "GPU memory: too small; lower --batch-size or --image-size, or use --precision 16-mixed",
+    ),
+    (
+        r"Too many open files|received \d+ items of ancdata",
+        "open files: too many for this shell's limit; raise it (ulimit -n 65536), or lower --num-workers",
+    ),
+    (
+        r"connection (closed|reset) by peer|NCCL error|gloo/transport|^Dist(Store|Network|Backend)Error",
+        "another process of this run ended; what it said tells why. Then go on with earteach resume, or embed --resume",
+    ),
+    (
+        r"^MemoryError|can't allocate memory|not enough memory",
+        "memory: too small; lower --batch-size, --image-size or --num-workers",
+    ),
+)

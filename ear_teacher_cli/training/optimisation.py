@@ -1,0 +1,38 @@
+"""The learning rate: linear warm-up that starts above zero, then a cosine to the end of the run."""
+
+import math
+from typing import Any
+
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from ..config import TrainConfig
+
+
+def rate_at(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Share of the peak learning rate in optimiser step `step` (from 0), in (0, 1].
+
+    Warm-up: (step + 1) / warmup_steps. Then 0.5 * (1 + cos(pi * t)) with t from 0 at the first step after the
+    warm-up to just under 1 at the last (SGDR, Loshchilov and Hutter 2017, eq. 5, one period, minimum 0).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    t = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
+
+
+def parameter_groups(module: nn.Module, backbone: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups over all of `module` that learns: weight decay on weights alone, the rate of each layer of
+    `backbone` that of the next times `layer_decay` (BEiT, Bao et al. 2022, app. D), the rest at `head_rate`."""
+    if config.layer_decay == config.head_rate == 1:
+        return param_groups_weight_decay(module, config.weight_decay)
+    inside = {id(p) for p in backbone.parameters()}
+    layers = param_groups_layer_decay(backbone, config.weight_decay, layer_decay=config.layer_decay)
+    rest = [(p, config.weight_decay if p.ndim > 1 else 0.0) for p in module.parameters() if id(p) not in inside]
+    heads = [
+        {"params": params, "weight_decay": decay, "lr_scale": config.head_rate}
+        for decay in sorted({d for _, d in rest})
+        if (params := [p for p, d in rest if d == decay and p.requires_grad])
+    ]
+    groups = [{**group, "lr": config.learning_rate * group["lr_scale"]} for group in [*layers, *heads]]
+    return [{k: v for k, v in group.items() if k in ("params", "weight_decay", "lr")} for group in groups]
