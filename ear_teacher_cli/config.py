@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from .errors import ConfigError, EarTeachError, WordsError
+from .errors import ConfigError, EarTeachError, UsageError
 
 PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
 AUGMENTATIONS = ("mild", "strong")
@@ -48,7 +48,7 @@ MARGIN_PRESETS: dict[str, tuple[float, float | None]] = {"paper": (64.0, None), 
 
 # What the original package, ear_teacher, had for the options whose defaults are others here. Those defaults are the
 # recommended recipe (examples/study has the evidence), which `recommended` spells out.
-_ORIGINAL: dict[str, Any] = {
+ORIGINAL: dict[str, Any] = {
     "pad": False,
     "augment": False,
     "augmentation": "mild",
@@ -56,14 +56,14 @@ _ORIGINAL: dict[str, Any] = {
     "freeze_stride": 0,
     "freeze_statistics": False,
     "learning_rate": 1e-4,
-    "head_rate": 1.0,
+    "head_lr_mult": 1.0,
     "warmup_epochs": 10,
     "max_epochs": 100,
     "contrastive_weight": 0.0,
     "pseudo_classes": "batch",
     "metric_weight": 0.1,
     "margin_preset": "paper",
-    "keep_start": 0.0,
+    "baseline_weight": 0.0,
     "whiten": False,
     "monitor": "val/loss",
 }
@@ -143,27 +143,27 @@ class TrainConfig:
     # fmt: off
     train_metadata: str = option("data/preprocessed/train_teacher.npy", "Data", "Manifest (or folder of cropped ears) to learn from.")
     val_metadata: str = option("data/preprocessed/val_teacher.npy", "Data", "Manifest (or folder) to validate on.")
-    root_dir: str | None = option(None, "Data", "Folder the manifests' paths start from, and must not leave. Default: the working directory, or the manifest's own folder when the pictures are only there.")
+    root_dir: str | None = option(None, "Data", "Folder the manifests' paths start from, and must not leave. Default: the working directory, or the manifest's own folder when the images are only there.")
     box_format: str = option(AUTO, "Data", "Order of a box's numbers in lists that do not name it (.npy, a bbox column): xyxy, xywh (x, y, width, height) or cxcywh (centre first); auto: judged by all boxes and the sizes of their images, or refused.", choices=BOX_FORMATS)
     box_units: str = option(AUTO, "Data", "Units of boxes in lists that do not name them: pixels, or relative (shares of the image's width and height); auto: relative if no number is above 1.1.", choices=BOX_UNITS)
     identity_column: str | None = option(None, "Data", "Column of the lists that says who is on an image. Default: identity, if there is one.")
     allow_overlap: bool = option(False, "Data", "Train although images of the validation list are in the training list, too.")
-    batch_size: int = option(32, "Data", "Pictures per step and device.", low=2)
-    num_workers: int = option(8, "Data", "Processes that load pictures; at most one per CPU core is used.", low=0)
+    batch_size: int = option(32, "Data", "Images per step and device.", low=2)
+    num_workers: int = option(8, "Data", "Processes that load images; at most one per CPU core is used.", low=0)
     load_timeout: int = option(300, "Data", "Seconds that loading a batch in another process may take before the run stops; 0: for ever.", low=0)
     cache: str = option("auto", "Data", "Where crops are kept once they are cut, so that no photo is decoded again: ram, disk (a folder .crops/ in --output-dir), off; auto: in memory if they fit into half of what is free, else on disk.", choices=CACHES)
     cache_limit: float = option(20.0, "Data", "GB that the kept crops may take; of what does not fit, the photos are decoded every time.", low=0.0)
     image_size: int = option(224, "Data", "Side of the square input in pixels, a multiple of 32.", low=32, high=2048, multiple=32)
     bbox_buffer: float = option(0.10, "Data", "Room around the box: this share of its width to the left and right, of its height above and below.", low=0.0, high=2.0)
     pad: bool = option(True, "Data", "Pad the crop to a square with the mean colour; --no-pad squashes it, as the original package did.")
-    augment: bool = option(True, "Data", "Vary the training pictures, as --augmentation says.")
-    augmentation: str = option("strong", "Data", "How --augment, and the second view of validation, vary a picture: rotation (15 degrees), shift (5 %), scale (0.8-1.1) and mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greys, lost resolution.", choices=AUGMENTATIONS)
-    views: int = option(2, "Data", "Augmented views of each picture in a step; 2 doubles its cost.", low=1, high=2)
+    augment: bool = option(True, "Data", "Vary the training images, as --augmentation says.")
+    augmentation: str = option("strong", "Data", "How --augment, and the second view of validation, vary an image: rotation (15 degrees), shift (5 %), scale (0.8-1.1) and mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greys, lost resolution.", choices=AUGMENTATIONS)
+    views: int = option(2, "Data", "Augmented views of each image in a step; 2 doubles its cost.", low=1, high=2)
     side_policy: str = option("as-is", "Data", "What to do with known sides: nothing; mirror every right ear to a left one; or separate them, so that no pseudo-class holds both.", choices=SIDE_POLICIES)
     hflip: float = option(0.0, "Data", "Probability of a horizontal flip. 0 because a flipped left ear is a right ear: another ear, not the same one again.", low=0.0, high=1.0)
-    max_bad: float = option(0.01, "Data", "Share of pictures that may turn out unreadable (each is skipped and listed in bad_images.csv) before the run stops.", low=0.0, high=1.0)
+    max_bad: float = option(0.01, "Data", "Share of images that may turn out unreadable (each is skipped and listed in bad_images.csv) before the run stops.", low=0.0, high=1.0)
 
-    backbone: str = option("convnext_tiny", "Model", "Any timm model that pools to one vector per picture.")
+    backbone: str = option("convnext_tiny", "Model", "Any timm model that pools to one vector per image.")
     pretrained: bool = option(True, "Model", "Start from pretrained weights; --no-pretrained starts from random ones.")
     pretrained_path: str = option("models/convnext_tiny_22k_224.pth", "Model", "Weights in Facebook's, torchvision's, timm's or Lightning's key names (.pth, .ckpt, .safetensors). Where the default file is absent, timm's hub is asked.")
     embedding_dim: int | None = option(None, "Model", "Size of the embedding. Taken from the backbone (ConvNeXt-Tiny: 768); if given, it must agree.", low=1)
@@ -174,32 +174,32 @@ class TrainConfig:
 
     learning_rate: float = option(3e-4, "Training", "Peak learning rate.", above=0.0)
     layer_decay: float = option(1.0, "Training", "Learning rate of each layer of the backbone, as a share of the next one's; 1: all alike.", above=0.0, high=1.0)
-    head_rate: float = option(10.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0)
+    head_lr_mult: float = option(10.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0)
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
     max_epochs: int = option(10, "Training", "Epochs to train.", low=1)
     reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0)
-    denoise: bool = option(False, "Training", "Reconstruct the picture in its own light: augmented in place and size only.")
-    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of a picture among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
+    denoise: bool = option(False, "Training", "Reconstruct the image in its own light: augmented in place and size only.")
+    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of an image among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES)
-    pseudo_classes: str = option("kmeans", "Training", "What a picture's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the original package's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
-    num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 pictures each. 0: as many as leave 4 each.", low=0)
+    pseudo_classes: str = option("kmeans", "Training", "What an image's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the original package's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
+    num_pseudo_classes: int = option(512, "Training", "Most pseudo-classes to use; kmeans uses fewer where that leaves under 4 images each. 0: as many as leave 4 each.", low=0)
     cluster_every: int = option(20, "Training", "Epochs between two rounds of kmeans (none in the last fifth of the run).", low=1)
     arcface_margin: float | None = option(None, "Training", "Margin (radians for arcface, cosine for cosface), instead of --margin-preset's.", low=0.0, high=1.5)
     arcface_scale: float | None = option(None, "Training", "Scale of the cosines before the softmax, instead of --margin-preset's.", above=0.0)
     margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss: paper: 64, and the margin of the loss's paper; gentle: 30 and 0.2, for classes that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(0, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "Keep a moving average of the weights, this share of it old at each step, to validate, export and embed with; 0: none.", low=0.0, high=0.99999)
-    keep_start: float = option(0.5, "Training", "Validate, export and embed with a pretrained backbone's weights moved back this share of the way to where they started (WiSE-FT): against forgetting what other cameras show.", low=0.0, high=1.0)
+    baseline_weight: float = option(0.5, "Training", "Validate, export and embed with a pretrained backbone's weights moved back this share of the way to where they started (WiSE-FT): against forgetting what other cameras show.", low=0.0, high=1.0)
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings at the end of every epoch; it travels with checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop when --monitor has not improved for so many epochs; 0: never.", low=0)
-    monitor: str = option("val/retrieval", "Training", "What picks the best checkpoint. retrieval: share of validation pictures found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
-    fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse, or tell pictures apart less well than before training.")
-    images: bool = option(True, "Training", "Draw collages; --no-images keeps every picture out of TensorBoard and the experiment folder.")
-    num_collage_samples: int = option(10, "Training", "Validation pictures in the collage.", low=1, high=100)
+    monitor: str = option("val/retrieval", "Training", "What picks the best checkpoint. retrieval: share of validation images found from their own augmented view; rank1, eer: need identities in the validation manifest.", choices=tuple(MONITORS))
+    fail_on_collapse: bool = option(False, "Training", "Stop with exit 1 when the embeddings collapse, or tell images apart less well than before training.")
+    images: bool = option(True, "Training", "Draw collages; --no-images keeps every image out of TensorBoard and the experiment folder.")
+    num_collage_samples: int = option(10, "Training", "Validation images in the collage.", low=1, high=100)
     precision: str = option("16-mixed", "Training", "Arithmetic; where the hardware cannot, 32-true is used and said.", choices=PRECISIONS)
     seed: int = option(0, "Training", "Seed of everything random.", low=0, high=2**32 - 1)
 
@@ -209,7 +209,7 @@ class TrainConfig:
     strategy: str = option("auto", "Machine", "How several devices share the work; auto: ddp (Lightning's DistributedDataParallel) where there are several.", choices=STRATEGIES)
     compile: bool = option(False, "Machine", "Compile backbone and decoder (torch.compile): a minute or two at the start, then faster steps on some machines. Try it with --dry-run.")
 
-    logger: str = option("tensorboard", "Output", "Who is told the figures beside metrics.csv: TensorBoard's events, always; wandb or mlflow (Lightning's loggers, when installed) as well. Pictures go to TensorBoard alone.", choices=LOGGERS)
+    logger: str = option("tensorboard", "Output", "Who is told the figures beside metrics.csv: TensorBoard's events, always; wandb or mlflow (Lightning's loggers, when installed) as well. Images go to TensorBoard alone.", choices=LOGGERS)
     projector: bool = option(False, "Output", "At the end, put validation embeddings, with thumbnails unless --no-images, into TensorBoard's projector.")
     report: bool = option(True, "Output", "At the end, write report.html (earteach report).")
     output_dir: str = option("ear_teacher/outputs/", "Output", "Where experiments are kept.")
@@ -240,7 +240,7 @@ class TrainConfig:
             if getattr(self, name) and self.views != 2:
                 raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or --{flag} 0")
         if self.cache == "disk" and not self.images:
-            raise ConfigError("cache", "disk keeps pictures, --no-images keeps none", "use --cache ram, or --images")
+            raise ConfigError("cache", "disk keeps images, --no-images keeps none", "use --cache ram, or --images")
         if self.num_pseudo_classes == 1:
             raise ConfigError(
                 "num_pseudo_classes", "1 leaves nothing to tell apart", "use 2 or more, or 0 for no bound"
@@ -250,7 +250,7 @@ class TrainConfig:
         if self.views == 2 and not self.augment:
             raise ConfigError(
                 "views",
-                "2 of a picture that does not vary are one",
+                "2 of an image that does not vary are one",
                 "add --augment, or --views 1 --contrastive-weight 0",
             )
 
@@ -261,7 +261,7 @@ class TrainConfig:
 
     @property
     def compares_views(self) -> bool:
-        """Whether a loss between two views of a picture is part of the run."""
+        """Whether a loss between two views of an image is part of the run."""
         return self.contrastive_weight > 0 or self.consistency_weight > 0
 
     @property
@@ -276,7 +276,7 @@ class TrainConfig:
 
     @property
     def kept_share(self) -> float:
-        return self.keep_start if self.pretrained else 0.0
+        return self.baseline_weight if self.pretrained else 0.0
 
     @property
     def keeps_statistics(self) -> bool:
@@ -323,13 +323,14 @@ def preset(name: str) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {name: getattr(TrainConfig, name) for name in _ORIGINAL},
-    "original": _ORIGINAL,
+    "recommended": {name: getattr(TrainConfig, name) for name in ORIGINAL},
+    "original": ORIGINAL,
 }
 _EARLIER_NAMES = {"seed": "original"}  # what version 0.1.0 called it
 
 
 # Version 0.1.0 read every unnamed box as corners in pixels, and let lists overlap.
+_RENAMED = {"head_rate": "head_lr_mult", "keep_start": "baseline_weight"}  # as versions before 0.2.0 wrote them
 _BEFORE = {"box_format": "xyxy", "box_units": "pixels", "allow_overlap": True}
 
 
@@ -339,12 +340,13 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
 
     Raises EarTeachError if names are unknown to this version.
     """
+    values = {_RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
     if unknown:
         raise EarTeachError(
             f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
         )
-    return TrainConfig(**_ORIGINAL | _BEFORE | values)
+    return TrainConfig(**ORIGINAL | _BEFORE | values)
 
 
 def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -365,6 +367,7 @@ def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
     below: dict[str, Any] = {}
     for key, value in values.items():
         name, where = key.replace("-", "_"), f"{path}{_line_of(key, text)}"
+        name = _RENAMED.get(name, name)
         if name in found:
             raise EarTeachError(f"{where}: {key!r} is given twice, with hyphens and with underscores; keep one")
         try:
@@ -373,7 +376,7 @@ def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
             else:
                 found[name] = _option_of_file(name, key, value, where)
         except ConfigError as error:
-            raise WordsError(f"{where}: {error}") from error
+            raise UsageError(f"{where}: {error}") from error
     return (preset(recipe) if recipe else below) | found
 
 

@@ -1,4 +1,4 @@
-"""Talk to the person on stderr: sentences, tables, and progress with rate and time left.
+"""Console to the person on stderr: sentences, tables, and progress with rate and time left.
 
 In a terminal aligned columns and a rich bar; elsewhere plain lines, of progress the first after a second, then every
 ten. stdout is for data.
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -18,7 +18,7 @@ from .files import printable
 
 FIRST_LINE_S = 1.0
 NEXT_LINE_S = 10.0
-FACT_WIDTH = 10  # of the names of facts
+NAME_WIDTH = 10  # of the names in a summary
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Cell:
     style: str = ""
 
 
-class Talk:
-    """Where verbs say things. `Talk(quiet=True)` says nothing but warnings."""
+class Console:
+    """Where verbs say things. `Console(quiet=True)` says nothing but warnings."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.terminal = Terminal(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._heads = ""  # of the table under way
 
-    def __deepcopy__(self, memo: dict) -> "Talk":
+    def __deepcopy__(self, memo: dict) -> "Console":
         return self  # copies of a module (its moving average) speak through the same terminal
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         if not self.quiet:
             self._print(text)
 
@@ -54,28 +54,28 @@ class Talk:
 
     @property
     def in_terminal(self) -> bool:
-        return self.console.is_terminal and not self.quiet
+        return self.terminal.is_terminal and not self.quiet
 
-    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+    def summary(self, rows: Sequence[tuple[str, str]]) -> None:
         """A short table of names and what they are; elsewhere than in a terminal `name: what it is`."""
-        for name, text in facts if not self.quiet else ():
+        for name, text in rows if not self.quiet else ():
             if not self.in_terminal:
                 self._print(f"{name}: {text}" if name else f"    {text}")
                 continue
-            lines = Text(printable(text)).wrap(self.console, max(10, self.console.width - FACT_WIDTH - 2))
+            lines = Text(printable(text)).wrap(self.terminal, max(10, self.terminal.width - NAME_WIDTH - 2))
             for number, line in enumerate(lines):
-                head = Text((name if number == 0 else "").ljust(FACT_WIDTH + 2), style="bold")
+                head = Text((name if number == 0 else "").ljust(NAME_WIDTH + 2), style="bold")
                 self._live.print(head + Text(line.plain.rstrip()))
 
     def row(self, cells: Sequence[Cell], sentence: str) -> None:
         """A row of a table in a terminal, as many of its cells as fit, beneath their heads; elsewhere the sentence."""
         if self.quiet:
             return
-        if not self.console.is_terminal:
+        if not self.terminal.is_terminal:
             self._print(sentence)
             return
         kept = sorted(cells, key=lambda cell: cell.rank)
-        while len(kept) > 1 and sum(_width(cell) + 2 for cell in kept) - 2 > self.console.width:
+        while len(kept) > 1 and sum(_width(cell) + 2 for cell in kept) - 2 > self.terminal.width:
             kept.pop()
         kept = [cell for cell in cells if cell in kept]
         heads = "  ".join(cell.head.rjust(_width(cell)) for cell in kept)
@@ -86,7 +86,7 @@ class Talk:
 
     @contextmanager
     def progress(self, doing: str, total: int | None, unit: str, done: int = 0) -> Iterator["Steps"]:
-        """`with talk.progress('embedding', 5400, 'images') as steps: steps.advance(32)`. `done`: before it begins."""
+        """`with console.progress('embedding', 5400, 'images') as steps: steps.advance(32)`. `done`: before it begins."""
         if not self.in_terminal:
             steps = _PlainSteps(self, doing, total, unit, done)
             yield steps
@@ -104,7 +104,7 @@ class Talk:
             _Rate(unit),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.terminal, transient=True) as bar:
             self._bar = bar
             try:
                 yield _BarSteps(bar, bar.add_task(doing, total=total, completed=done))
@@ -112,8 +112,8 @@ class Talk:
                 self._bar = None
 
     @property
-    def _live(self) -> Console:
-        return self._bar.console if self._bar else self.console
+    def _live(self) -> Terminal:
+        return self._bar.console if self._bar else self.terminal
 
     def _print(self, text: str, style: str = "") -> None:
         self._live.print(Text(printable(text), style=style))
@@ -123,7 +123,7 @@ def _width(cell: Cell) -> int:
     return max(len(cell.head), len(cell.text), cell.width)
 
 
-class Silence(Talk):
+class SilentConsole(Console):
     """Says nothing, warnings included: for those who look at the outcome and say what matters of it themselves."""
 
     def __init__(self):
@@ -134,7 +134,7 @@ class Silence(Talk):
 
 
 class Steps(Protocol):
-    """What `Talk.progress` yields."""
+    """What `Console.progress` yields."""
 
     def advance(self, count: int = 1) -> None: ...
 
@@ -153,8 +153,8 @@ class _BarSteps:
 
 
 class _PlainSteps:
-    def __init__(self, talk: Talk, doing: str, total: int | None, unit: str, done: int):
-        self.talk, self.doing, self.total, self.unit = talk, doing, total, unit
+    def __init__(self, console: Console, doing: str, total: int | None, unit: str, done: int):
+        self.console, self.doing, self.total, self.unit = console, doing, total, unit
         self.before, self.done, self.start, self.spoken = done, done, time.monotonic(), False
         self.due = self.start + FIRST_LINE_S
 
@@ -176,7 +176,7 @@ class _PlainSteps:
         rate = (self.done - self.before) / max(1e-9, time.monotonic() - self.start)
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate else ""
         of = f"/{self.total}" if self.total else ""
-        self.talk.say(f"{self.doing}: {self.done}{of} {self.unit}, {rate:.1f}/s{left}")
+        self.console.info(f"{self.doing}: {self.done}{of} {self.unit}, {rate:.1f}/s{left}")
 
 
 class _Rate(ProgressColumn):

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from .errors import EarTeachError
-from .files import brief
+from .files import short_message
 
 
 def is_first_process() -> bool:
@@ -101,5 +101,5 @@ def _place() -> Any:
         return environments.SLURMEnvironment()
     except RuntimeError as error:
         raise EarTeachError(
-            f"SLURM: {brief(error)}; start it as Lightning wants it (srun --ntasks-per-node N)"
+            f"SLURM: {short_message(error)}; start it as Lightning wants it (srun --ntasks-per-node N)"
         ) from error

@@ -1,4 +1,4 @@
-"""Pictures for people: the reconstruction collage and a GIF of how it came about, and sheets of pairs."""
+"""Images for people: the reconstruction collage and a GIF of how it came about, and sheets of pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ def collage(originals: "torch.Tensor", reconstructions: "torch.Tensor", title: s
     page = Image.new("RGB", (width, top + 2 * (side + gap) + foot), _PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((12, 10), title, fill=_INK, font=_font(17))
-    for row, (name, pictures) in enumerate((("original", originals), ("reconstruction", reconstructions))):
+    for row, (name, images) in enumerate((("original", originals), ("reconstruction", reconstructions))):
         y = top + row * (side + gap)
         draw.text((12, y + side // 2), name, fill=_FAINT, font=_font(14), anchor="lm")
         for column in range(count):
             page.paste(
-                to_image(pictures[column]).resize((side, side), Image.Resampling.BICUBIC),
+                to_image(images[column]).resize((side, side), Image.Resampling.BICUBIC),
                 (left + column * (side + gap), y),
             )
     for column, decibel in enumerate(psnr_of_bytes(originals, reconstructions)):
@@ -82,26 +82,26 @@ def _fitted(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width:
 
 
 def psnr_of_bytes(originals: "torch.Tensor", reconstructions: "torch.Tensor") -> list[float]:
-    """PSNR in dB of each pair of uint8 pictures: 10 log10(255^2 / MSE)."""
+    """PSNR in dB of each pair of uint8 images: 10 log10(255^2 / MSE)."""
     mse = (originals.double() - reconstructions.double()).square().mean((1, 2, 3)).clamp_min(1e-6)
     return (10 * (255.0**2 / mse).log10()).tolist()
 
 
 def to_image(pixels: "torch.Tensor") -> Image.Image:
-    """uint8 3,H,W -> RGB picture."""
+    """uint8 3,H,W -> RGB image."""
     return Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy().transpose(1, 2, 0)))
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
+def save_image(image: Image.Image, path: str | Path) -> None:
     """Write a PNG, whole or not at all."""
     with whole_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
-def read_own_picture(path: Path) -> Image.Image:
-    """One that `save_picture` wrote."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+def read_saved_image(path: Path) -> Image.Image:
+    """One that `save_image` wrote."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def save_gif(frames: Sequence[Path], path: Path, most: int = 60) -> None:
@@ -111,13 +111,13 @@ def save_gif(frames: Sequence[Path], path: Path, most: int = 60) -> None:
     chosen = sorted(
         {round(i * (len(frames) - 1) / (min(most, len(frames)) - 1)) for i in range(min(most, len(frames)))}
     )
-    pictures = []
+    images = []
     for i in chosen:
-        frame = read_own_picture(frames[i])
-        pictures.append(frame.resize((frame.width // 2, frame.height // 2), Image.Resampling.LANCZOS))
-    pause = [max(80, 3000 // len(pictures))] * (len(pictures) - 1) + [2500]
+        frame = read_saved_image(frames[i])
+        images.append(frame.resize((frame.width // 2, frame.height // 2), Image.Resampling.LANCZOS))
+    pause = [max(80, 3000 // len(images))] * (len(images) - 1) + [2500]
     with whole_file(path) as temporary:
-        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)
+        images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], duration=pause, loop=0)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -9,23 +9,23 @@ class EarTeachError(Exception):
     """Something in the user's data or files is not as it must be (exit code 1)."""
 
     exit_code = 1
-    on_all_ranks = False  # every process of the run raises it, so that one is enough to say it
+    raised_by_all_ranks = False  # every process of the run raises it, so that one is enough to say it
 
     @classmethod
-    def of_all(cls, message: str) -> "EarTeachError":
+    def on_all_ranks(cls, message: str) -> "EarTeachError":
         """One that every process of a run raises."""
         error = cls(message)
-        error.on_all_ranks = True
+        error.raised_by_all_ranks = True
         return error
 
 
-class WordsError(EarTeachError):
+class UsageError(EarTeachError):
     """The command itself cannot be carried out as typed (exit code 2)."""
 
     exit_code = 2
 
 
-class ConfigError(WordsError):
+class ConfigError(UsageError):
     """An option or a line of a configuration file has a value that cannot be."""
 
     def __init__(self, field: str, found: str, mend: str):
@@ -34,7 +34,7 @@ class ConfigError(WordsError):
 
 
 class ManifestError(EarTeachError):
-    """A list of pictures cannot be read as one."""
+    """A list of images cannot be read as one."""
 
 
 class WeightsError(EarTeachError):
@@ -45,8 +45,8 @@ class ForeignWeightsError(WeightsError):
     """A whole weights file, but not one that earteach wrote: it does not say what model it is of."""
 
 
-class PictureError(EarTeachError):
-    """One picture (or the box on it) is of no use. `reason` is a code from data/crop.py."""
+class ImageError(EarTeachError):
+    """One image (or the box on it) is of no use. `reason` is a code from data/crop.py."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)

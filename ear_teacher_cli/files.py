@@ -17,25 +17,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import platform
-from .errors import EarTeachError, WordsError
+from .errors import EarTeachError, UsageError
 
 
 def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path:
     """Check an output path before any work is done for it.
 
-    Raises WordsError if it exists (without `overwrite`) or is one of the `inputs` (even with), EarTeachError if
+    Raises UsageError if it exists (without `overwrite`) or is one of the `inputs` (even with), EarTeachError if
     its folder cannot be written.
     """
     path = Path(path)
     for source in inputs:
         if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
-            raise WordsError(
+            raise UsageError(
                 f"{printable(path)}: is an input and would be replaced; choose another name for the output"
             )
     if path.is_dir():
         raise EarTeachError(f"{printable(path)}: is a folder; name a file")
     if path.exists() and not overwrite:
-        raise WordsError(f"{printable(path)}: exists already; choose another name or pass --overwrite")
+        raise UsageError(f"{printable(path)}: exists already; choose another name or pass --overwrite")
     _require_writable(path.parent)
     return path
 
@@ -43,12 +43,12 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Pa
 def refuse_existing_folder(path: str | Path, overwrite: bool) -> Path:
     """The same of a folder that is to be written whole: an empty one may be there."""
     if not str(path).strip() or Path(path).name in ("", "..") or Path(path).resolve() == Path.cwd():
-        raise WordsError(f"{printable(path) or repr(path)}: give the folder a name of its own")
+        raise UsageError(f"{printable(path) or repr(path)}: give the folder a name of its own")
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise WordsError(f"{printable(path)}: is a file or a link; choose another name")
+        raise UsageError(f"{printable(path)}: is a file or a link; choose another name")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise WordsError(f"{printable(path)}: exists already; choose another name or pass --overwrite")
+        raise UsageError(f"{printable(path)}: exists already; choose another name or pass --overwrite")
     _require_writable(path.parent)
     return path
 
@@ -64,7 +64,7 @@ def _require_writable(folder: Path) -> None:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename, else delete it."""
     path = Path(path)
-    sweep(path.parent, glob.escape(path.name))
+    remove_stale_temporaries(path.parent, glob.escape(path.name))
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     except OSError as error:
@@ -88,16 +88,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success rename it, else delete it.
 
-    An earlier folder of that name is replaced if it holds nothing but `files`: raises WordsError otherwise. It is there
+    An earlier folder of that name is replaced if it holds nothing but `files`: raises UsageError otherwise. It is there
     until the new one is whole, and comes back if the new one cannot take its place.
     """
     path = Path(path)
     strange = sorted(set(os.listdir(path)) - set(files)) if path.is_dir() else []
     if strange:
-        raise WordsError(
+        raise UsageError(
             f"{printable(path)}: holds {printable(strange[0])}, too, which is not ours; name another folder"
         )
-    sweep(path.parent, glob.escape(path.name), files)
+    remove_stale_temporaries(path.parent, glob.escape(path.name), files)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
         claimed = _Claim.of_folder(temporary)
@@ -154,7 +154,7 @@ class _Claim:
             self._handle = None
 
 
-def sweep(folder: Path, name: str = "*", files: Collection[str] | None = None) -> None:
+def remove_stale_temporaries(folder: Path, name: str = "*", files: Collection[str] | None = None) -> None:
     """Remove the temporary files of `name` (a pattern), in `folder`, that a killed process left; with `files`, the
     temporary folders that hold nothing else."""
     for found in glob.glob(f".{name}.*{_PART}", root_dir=folder, include_hidden=True):
@@ -239,28 +239,28 @@ _RANDOM = re.compile(r"\.[a-z0-9_]{8}\.part$")  # tempfile's way of naming
 
 
 def printable(name: object) -> str:
-    """`name` with control characters escaped: file names come from strangers, terminals obey them."""
+    """`name` with control characters escaped: file names may come from anyone, and terminals obey them."""
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSAFE else c for c in str(name))
 
 
-def brief(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """What a library says, on one short line; a KeyError's text is no more than the key."""
     said = printable(" ".join(str(error).split())[:100])
     return f"{type(error).__name__} {said}".strip() if isinstance(error, KeyError) or not said else said
 
 
-def cell(text: str) -> str:
+def escape_csv(text: str) -> str:
     """`text` for a CSV that people open in a spreadsheet: printable, and with a quote before what would be a formula."""
     text = printable(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-def uncell(text: str) -> str:
+def unescape_csv(text: str) -> str:
     """What `cell` was given, except for control characters, which stay escaped."""
     return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
 
 
-_FORMULA = ("=", "+", "-", "@", "'=", "'+", "'-", "'@")  # and what uncell would take a quote from
+_FORMULA = ("=", "+", "-", "@", "'=", "'+", "'-", "'@")  # and what unescape_csv would take a quote from
 # Control, format (bidirectional overrides), surrogate, line and paragraph separators.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import MONITORS
 from .errors import EarTeachError
-from .files import brief, printable
+from .files import printable, short_message
 
 CONFIG, METRICS, BAD, CHECKPOINTS, LAST = "config.toml", "metrics.csv", "bad_images.csv", "checkpoints", "last.ckpt"
 REPORT, COLLAGES = "report.html", "reconstruction_collages"
@@ -101,6 +101,6 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         line = f" line {reader.line_num}" if not isinstance(error, UnicodeDecodeError) else ""
         raise EarTeachError(
-            f"{printable(path)}{line}: is not as earteach wrote it ({brief(error)}); mend or remove the line"
+            f"{printable(path)}{line}: is not as earteach wrote it ({short_message(error)}); mend or remove the line"
         ) from error
     return rows

@@ -5,7 +5,7 @@ import re
 from .errors import EarTeachError
 
 
-def complaint(error: BaseException | None) -> EarTeachError | None:
+def explain_system_error(error: BaseException | None) -> EarTeachError | None:
     """An error of torch about the machine in our words, with the option that helps; None if it is another. An error that
     was raised while cleaning up after one is taken for that one."""
     while error is not None:
@@ -13,7 +13,7 @@ def complaint(error: BaseException | None) -> EarTeachError | None:
         if "Traceback (most recent call last)" in text:  # a loader's: its last line is what was raised
             text = text.splitlines()[-1]
         text = " ".join(text.split())
-        for pattern, words in _COMPLAINTS:
+        for pattern, words in _EXPLANATIONS:
             if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE):
                 return EarTeachError(f"{words} ({text[:120]})" if text else words)
         error = error.__context__
@@ -21,29 +21,29 @@ def complaint(error: BaseException | None) -> EarTeachError | None:
 
 
 # What torch says (class and text) and what it means. The first that fits counts: shared memory before memory.
-_COMPLAINTS = (
+_EXPLANATIONS = (
     (
         r"InvalidCxxCompiler|C\+\+ compiler|CxxCompileError|TritonMissing",
         "--compile: needs a working compiler (g++, and Triton on a GPU); install it, or leave the option out",
     ),
     (
         r"shared memory|bus error|\bshm\b|/torch_\d",
-        "shared memory (/dev/shm): too small for the processes that load pictures; use --num-workers 0, or give the "
+        "shared memory (/dev/shm): too small for the processes that load images; use --num-workers 0, or give the "
         "container more (docker run --shm-size 8g)",
     ),
     (
         r"No space left on device|File too large|Disk quota",
-        "the disk, or the shared memory (/dev/shm) of the processes that load pictures, is full; make room, or use "
+        "the disk, or the shared memory (/dev/shm) of the processes that load images, is full; make room, or use "
         "--num-workers 0",
     ),
     (
         r"DataLoader timed out",
-        "loading pictures: no batch came in time; look after the disk, raise --load-timeout, or find the picture that "
+        "loading images: no batch came in time; look after the disk, raise --load-timeout, or find the image that "
         "hangs with earteach validate-data",
     ),
     (
         r"DataLoader worker .*(killed|exited)",
-        "loading pictures: a process that does it was killed, mostly for want of memory; lower --num-workers or "
+        "loading images: a process that does it was killed, mostly for want of memory; lower --num-workers or "
         "--batch-size",
     ),
     (

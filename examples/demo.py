@@ -28,7 +28,7 @@ def steps() -> None:
     step("Draw ears: people, photos of each ear, boxes. No person was photographed.")
     run("python", EXAMPLES / "make_sample_ears.py", "ears", "--people", args.people)
 
-    step("Look at every picture and every box.")
+    step("ValidationEmbeddings at every image and every box.")
     run("earteach", "validate-data", "ears/train_teacher.npy", "ears/val_teacher.npy", "--contact-sheet", "worst.png")
 
     step("The untrained start, as a file, so that it can be measured too.")
@@ -44,7 +44,7 @@ def steps() -> None:
             "start.safetensors",
             "--freeze-stride",
             0,
-            "--keep-start",
+            "--baseline-weight",
             0,
         ),
         *("--image-size", args.size, "--batch-size", 16, "--learning-rate", 1e-3, "--max-epochs", args.epochs),

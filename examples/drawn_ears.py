@@ -1,4 +1,4 @@
-"""The drawn ear itself: from a person's numbers to a shape, to lit skin, to its place in the picture.
+"""The drawn ear itself: from a person's numbers to a shape, to lit skin, to its place in the image.
 
 * A person is some thirty-five numbers (`TRAITS`), which bend the splines of the helix, antihelix with
   its two crura, concha, tragus, antitragus and lobule (`draw_lines`, `inner_lines`).
@@ -9,7 +9,7 @@
 
 Ear coordinates: x runs from the face to the back of the head, y from the top of the ear (0) to the
 bottom of the lobule (about 1), both in ear heights.  They describe a left ear, whose face is at the left
-of the picture; whoever draws a right ear mirrors the finished picture.
+of the image; whoever draws a right ear mirrors the finished image.
 """
 
 import functools

@@ -2,10 +2,10 @@
 
 * `choose_look` and `choose_pose` settle what differs between the photos of one person.  Tone varies more
   between photos than between people, so telling people apart takes shape.
-* The layers are painted one over another in linear light, as float32; `develop` makes a picture of them.
+* The layers are painted one over another in linear light, as float32; `develop` makes an image of them.
 * Everything is placed in ear coordinates (see drawn_ears), which `Pose` carries to pixels, so head and
   hair follow the ear.  Only the ear has relief: it shifts against the head when that turns.
-* The face is never drawn: poses keep it outside the picture.
+* The face is never drawn: poses keep it outside the image.
 """
 
 import math
@@ -99,7 +99,7 @@ def choose_pose(rng, ear):
     squeeze = np.array([[math.cos(yaw), rng.normal(0, 0.03)], [0, math.cos(rng.uniform(-0.3, 0.3))]])
     room = np.array([0.40, 0.60]) * scale + 6
     last = np.array([width, height]) - room
-    last[0] = min(last[0], 1.8 * scale)  # keeps the face, which is not drawn, outside the picture
+    last[0] = min(last[0], 1.8 * scale)  # keeps the face, which is not drawn, outside the image
     centre = rng.uniform(room, np.maximum(last, room + 1))
     return Pose((width, height), centre, scale * turn @ squeeze, 0.7 * math.sin(yaw))
 
@@ -244,7 +244,7 @@ def draw_loose_hair(scene, rng, pose, look):
 
 
 def develop(rng, scene, look):
-    """From linear light to a picture: exposure, white balance, lens blur, noise, tone curve."""
+    """From linear light to an image: exposure, white balance, lens blur, noise, tone curve."""
     height, width = scene.shape[:2]
     middle = float(look.flat.mean())
     scene = scene * (look.gain * np.float32(look.exposure * 0.47 / (0.55 * middle + 0.45 * 0.42)))
@@ -252,8 +252,8 @@ def develop(rng, scene, look):
     scene *= (1 - rng.uniform(0, 0.16) * (rows**2 + columns**2)).astype(np.float32)[..., None]
     curve = np.clip(scene, 0, None)
     curve = curve / (0.9 + 0.22 * curve)  # highlights roll off instead of clipping
-    picture = np.sqrt(np.clip(curve, 0, 1)) * 255  # near enough to the usual gamma of 2.2, and quicker
-    image = Image.fromarray(picture.astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(look.blur)))
+    levels = np.sqrt(np.clip(curve, 0, 1)) * 255  # near enough to the usual gamma of 2.2, and quicker
+    image = Image.fromarray(levels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(look.blur)))
     grain = rng.standard_normal((height, width), np.float32) * np.float32(255 * look.noise)
     shifts = (31, 7), (11, 53), (71, 29)  # a little colour in the noise, from shifted copies of it
     grain = np.stack([grain + 0.5 * np.roll(grain, shift, (0, 1)) for shift in shifts], -1)

@@ -1,12 +1,12 @@
 """Draw made-up photographs of ears, with boxes, landmarks and identities, as demo data.
 
-Nothing here is a photograph of a person: every picture is computed from random numbers, so the
+Nothing here is a photograph of a person: every image is computed from random numbers, so the
 set can be shipped and shown without anybody's consent.  It is meant for trying the programs, not
 for judging how well they do on real ears.
 
     python make_sample_ears.py OUT --people 60 --photos 8 --seed 0
 
-How a picture comes about:
+How an image comes about:
 
 * A person is some thirty-five numbers, which bend the splines of an ear's anatomy; these become a height
   field, which is lit like skin (drawn_ears.py).  The second ear of a person is the mirror image with
@@ -15,7 +15,7 @@ How a picture comes about:
   quality (drawn_heads.py).
 * Every random number descends from the seed, the person, the side and the photo, never from what was
   drawn before, so a set does not depend on the number of processes, and more photos or people leave
-  the earlier pictures as they were.
+  the earlier images as they were.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def save_person(out, seed, person, photos, split):
 def draw_photo(seed, person, photo):
     """One photo: (PIL image, (x1, y1, x2, y2), "left" or "right", 55 x 2 landmarks in pixels).
 
-    The same three numbers always give the same picture.  Landmarks are line strips: 20 along the
+    The same three numbers always give the same image.  Landmarks are line strips: 20 along the
     helix from its crus to the lobule, 15 along the antihelix from its superior crus down, 15 along the
     rim of the concha, 5 down the tragus.
     """

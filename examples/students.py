@@ -63,8 +63,16 @@ def train_teacher(args: argparse.Namespace, start: Path | str | None) -> None:
     ]
     teacher += ["--image-size", args.size, "--output-dir", "outputs", "--experiment-name", "teacher"]
     pretrained = ["--backbone", args.backbone or "tf_efficientnet_lite0", "--max-epochs", args.epochs]
-    random = ["--backbone", args.backbone or "resnet18", "--no-pretrained", "--freeze-stride", 0, "--keep-start", 0]
-    random += ["--learning-rate", 1e-3, "--head-rate", 1, "--max-epochs", 4 * args.epochs]
+    random = [
+        "--backbone",
+        args.backbone or "resnet18",
+        "--no-pretrained",
+        "--freeze-stride",
+        0,
+        "--baseline-weight",
+        0,
+    ]
+    random += ["--learning-rate", 1e-3, "--head-lr-mult", 1, "--max-epochs", 4 * args.epochs]
     if start == "none":
         run(*teacher, *random)
     elif start is not None:

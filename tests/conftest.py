@@ -137,24 +137,24 @@ def manifests(ears) -> list[str]:
 @pytest.fixture(scope="session")
 def run(ears, manifests, tmp_path_factory) -> Path:
     """An experiment folder of a small run: 6 epochs on the drawn ears. Tests must not change it."""
-    from ear_teacher_cli.console import Talk
+    from ear_teacher_cli.console import Console
     from ear_teacher_cli.training.run import train
 
     outputs = tmp_path_factory.mktemp("outputs")
     return train(
-        small_config(manifests, output_dir=str(outputs), max_epochs=6, report=True), Talk(quiet=True)
+        small_config(manifests, output_dir=str(outputs), max_epochs=6, report=True), Console(quiet=True)
     ).experiment
 
 
 @pytest.fixture(scope="session")
 def whitened(manifests, tmp_path_factory) -> Path:
     """An experiment folder with a whitening and two sets of weights. Tests must not change it."""
-    from ear_teacher_cli.console import Talk
+    from ear_teacher_cli.console import Console
     from ear_teacher_cli.training.run import train
 
     changes = {"whiten": True, "ema_decay": 0.9, "max_epochs": 2}
     config = small_config(manifests, output_dir=str(tmp_path_factory.mktemp("whitened")), **changes)
-    return train(config, Talk(quiet=True)).experiment
+    return train(config, Console(quiet=True)).experiment
 
 
 @pytest.fixture(scope="session")

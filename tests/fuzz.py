@@ -1,6 +1,6 @@
-"""Mutated manifests, pictures, checkpoints and embeddings: every outcome must be success or an error of ours.
+"""Mutated manifests, images, checkpoints and embeddings: every outcome must be success or an error of ours.
 
-    python tests/fuzz.py --manifests 100000 --pictures 4000 --weights 1000 --embeddings 1000     # make fuzz
+    python tests/fuzz.py --manifests 100000 --images 4000 --weights 1000 --embeddings 1000     # make fuzz
 
 A case is a function of (kind, seed, number): a fault is printed with these three, its bytes are kept with --keep, and
 `--only KIND NUMBER` runs it again. Each case has a time limit, and the process a limit of memory.
@@ -117,7 +117,7 @@ def manifest_corpus(folder: Path) -> list[tuple[str, bytes]]:
 def try_manifest(path: Path) -> None:
     """Read it, look at its rows as validate-data and training do, write it and read it back."""
     manifest = read_manifest(path, path.parent)
-    picture = Image.new("RGB", (64, 48))
+    image = Image.new("RGB", (64, 48))
     for i in range(min(4, len(manifest))):
         manifest.where(i), manifest.side(i), manifest.ear(i)
         try:
@@ -126,7 +126,7 @@ def try_manifest(path: Path) -> None:
                 check_box(manifest.boxes[i])
                 low, high = buffered_box(manifest.boxes[i], (64, 48), 0.1)[:2], (64, 48)
                 assert all(value <= limit for value, limit in zip(low, high, strict=True)) or min(low) >= 0
-            assert cut(picture, manifest.boxes[i], PREPROCESSING).size == (32, 32)
+            assert cut(image, manifest.boxes[i], PREPROCESSING).size == (32, 32)
         except EarTeachError:
             pass
     for suffix in (".npy", ".jsonl", ".csv"):
@@ -138,7 +138,7 @@ def try_manifest(path: Path) -> None:
         assert list(back.identities or []) == list(manifest.identities or []), "another identity came back"
 
 
-def picture_corpus(folder: Path) -> list[tuple[str, bytes]]:
+def image_corpus(folder: Path) -> list[tuple[str, bytes]]:
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
     image, found = Image.fromarray(noise), []
     ways = [("JPEG", image, {"progressive": True}), ("JPEG", image, {}), ("JPEG", image.convert("CMYK"), {}), ("PNG", image, {}),
@@ -147,14 +147,14 @@ def picture_corpus(folder: Path) -> list[tuple[str, bytes]]:
             ("PPM", image, {})]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = 8
-    for form, picture, options in [*ways, ("JPEG", image, {"exif": exif})]:
+    for form, source, options in [*ways, ("JPEG", image, {"exif": exif})]:
         file = io.BytesIO()
-        picture.save(file, form, **options)
+        source.save(file, form, **options)
         found.append((".jpg", file.getvalue()))
     return found
 
 
-def try_picture(path: Path) -> None:
+def try_image(path: Path) -> None:
     assert load_crop(str(path), None, PREPROCESSING).shape == (3, 32, 32)
 
 
@@ -164,7 +164,7 @@ def weights_corpus(folder: Path) -> list[tuple[str, bytes]]:
     from safetensors.torch import save_file
 
     from ear_teacher_cli.config import TrainConfig
-    from ear_teacher_cli.console import Talk
+    from ear_teacher_cli.console import Console
     from ear_teacher_cli.export.export import export_backbone
     from ear_teacher_cli.model.checkpoint import read_checkpoint
     from ear_teacher_cli.training.run import train
@@ -178,7 +178,7 @@ def weights_corpus(folder: Path) -> list[tuple[str, bytes]]:
     config = TrainConfig(train_metadata=ears, val_metadata=ears, backbone="test_convnext", pretrained=False, image_size=32,
                          batch_size=4, num_workers=0, max_epochs=1, output_dir=str(folder), experiment_name="run",
                          allow_overlap=True)  # fmt: skip
-    train(config, Talk(quiet=True))
+    train(config, Console(quiet=True))
     whole = folder / "run" / "checkpoints" / "last.ckpt"
     export_backbone(whole, folder / "export.safetensors")
     state = read_checkpoint(whole).backbone_state
@@ -243,7 +243,7 @@ def try_embeddings(path: Path) -> None:
 
 KINDS: dict[str, tuple[Callable, Callable, Callable]] = {
     "manifests": (manifest_corpus, changed, try_manifest),
-    "pictures": (picture_corpus, changed, try_picture),
+    "pictures": (image_corpus, changed, try_image),
     "weights": (weights_corpus, mutated_weights, try_weights),
     "embeddings": (embeddings_corpus, changed, try_embeddings),
 }

@@ -273,7 +273,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, help="at least so many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that load pictures (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that load images (default: %(default)s)")
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         tally = soak(options.kills, options.seed, Path(folder), options.workers)

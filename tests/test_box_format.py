@@ -204,7 +204,7 @@ def test_a_list_that_names_its_order_is_believed_and_doubted(tmp_path):
     assert np.allclose(list(named.boxes), corners) and "was not used" in named.warnings[0]
 
 
-def test_what_cannot_be_told_is_refused_with_a_picture(tmp_path, monkeypatch, earteach):
+def test_what_cannot_be_told_is_refused_with_a_image(tmp_path, monkeypatch, earteach):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     draw = np.random.default_rng(0)
     numbers = np.round(np.array([60, 40, 120, 150]) + draw.integers(-9, 9, (8, 4)))
@@ -214,8 +214,8 @@ def test_what_cannot_be_told_is_refused_with_a_picture(tmp_path, monkeypatch, ea
     said = earteach("validate-data", source)
     assert said.code == 1 and b"its boxes can be x1,y1,x2,y2 or x,y,width,height" in said.out
     assert b"give --box-format (xyxy, xywh, cxcywh)" in said.out
-    picture = re.search(r"look at (\S+earteach-boxes-\S+.png)", said.out.decode())[1]
-    with Image.open(picture) as drawn:
+    image = re.search(r"look at (\S+earteach-boxes-\S+.png)", said.out.decode())[1]
+    with Image.open(image) as drawn:
         colours = {colour for _, colour in drawn.convert("RGB").getcolors(1 << 24)}
     assert {(214, 40, 40), (0, 140, 70), (30, 80, 200)} <= colours
     assert earteach("embed", source, tmp_path / "x.npy").code == 1 and not (tmp_path / "x.npy").exists()

@@ -1,6 +1,6 @@
 """TensorBoard and report.html in a real browser, where there is one: `pip install -e ".[browser]"` and a Chromium.
 
-LOOK=folder keeps the pictures of every page, to be looked at.
+LOOK=folder keeps the images of every page, to be looked at.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import small_config
 
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.training.run import train
 
 playwright = pytest.importorskip(
@@ -38,7 +38,7 @@ def shown(ears, tmp_path_factory) -> Path:
         projector=True,
         report=True,
     )
-    return train(config, Talk(quiet=True)).experiment
+    return train(config, Console(quiet=True)).experiment
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_the_collages_are_drawn_in_tensorboard(tensorboard, browser):
     drawn = page.locator("tf-image-loader img").first
     drawn.wait_for(state="visible", timeout=60_000)
     page.wait_for_timeout(1500)
-    assert drawn.evaluate("picture => picture.naturalWidth") > 400
+    assert drawn.evaluate("image => image.naturalWidth") > 400
     keep(page, "images")
     page.close()
 
@@ -126,6 +126,6 @@ def test_the_report_fits_the_window_and_asks_no_machine(width, shown, browser):
     page.wait_for_timeout(500)
     assert [url for url in asked if not url.startswith(("data:", "file:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate("[...document.images].every(picture => picture.naturalWidth > 0)")
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     keep(page, f"report_{width}", full_page=True)
     page.close()

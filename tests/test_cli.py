@@ -114,7 +114,7 @@ def test_the_seeds_command_is_accepted_with_its_underscores(ears, manifests, tmp
 
 @pytest.mark.parametrize("option", sorted({*SEED_DEFAULTS, "embedding_dim"} - {"augment"}))
 def test_every_option_of_the_seed_takes_its_underscores(option, earteach):
-    # a value that none of them takes: the complaint is about the value, so the name was understood
+    # a value that none of them takes: the explain_system_error is about the value, so the name was understood
     said = earteach("train", f"--{option}", "")
     assert said.code in (1, 2) and "No such option" not in said.err
 
@@ -326,7 +326,7 @@ def test_an_option_that_is_given_twice_counts_the_last_time(tmp_path, monkeypatc
             ["train", "--views", "1"],
             "--contrastive-weight: compares two views, but there is one; add --views 2, or --contrastive-weight 0",
         ),
-        (["train", "--no-augment"], "--views: 2 of a picture that does not vary are one; add --augment, or --views 1"),
+        (["train", "--no-augment"], "--views: 2 of an image that does not vary are one; add --augment, or --views 1"),
         (["train", "--experiment-name", "a/b"], "--experiment-name"),
         (
             ["train", "--no-pretrained", "--accelerator", "abacus"],

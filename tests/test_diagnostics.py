@@ -45,29 +45,29 @@ def test_a_fall_of_retrieval_counts_beyond_chance():
     assert degraded(75.0, 11.0, 400) is None
 
 
-def test_what_finds_pictures_better_than_its_start_has_not_collapsed():
+def test_what_finds_images_better_than_its_start_has_not_collapsed():
     start = {"spread": 0.54, "effective_rank": 34.0, "abs_cosine": 0.3, "retrieval": 4.2}
     fewer = start | {"effective_rank": 12.0}
     assert judge(fewer, start, 48) == ("COLLAPSED", "effective rank 12 of 34 before training")
-    assert judge(fewer | {"retrieval": 12.5}, start, 48)[0] == "COLLAPSED"  # of 48 pictures that is chance
+    assert judge(fewer | {"retrieval": 12.5}, start, 48)[0] == "COLLAPSED"  # of 48 images that is chance
     assert judge(fewer | {"retrieval": 29.2}, start, 48) == ("in order", "")
     assert judge(start | {"retrieval": 60.0}, start | {"retrieval": 90.0}, 400)[0] == "DEGRADED"
     assert judge({"retrieval": 3.0}, start, 48) == ("", "")
 
 
-def test_of_many_pictures_whole_people_are_judged(monkeypatch):
+def test_of_many_images_whole_people_are_judged(monkeypatch):
 
     monkeypatch.setattr(collapse, "JUDGED_ON", 100)
     assert judged_rows([None] * 80) == list(range(80))
     assert judged_rows([None] * 1000)[::99] == [0, 999] and len(judged_rows([""] * 1000)) == 100
-    people = [f"p{row // 10}" for row in range(1000)]  # ten pictures each, in order
+    people = [f"p{row // 10}" for row in range(1000)]  # ten images each, in order
     rows = judged_rows(people)
     assert 90 <= len(rows) <= 100 and rows == sorted(rows)
     assert {sum(people[row] == person for row in rows) for person in {people[row] for row in rows}} == {10}
     assert len(judged_rows(["one"] * 1000)) == 100
 
 
-def test_retrieval_finds_a_picture_from_its_own_view():
+def test_retrieval_finds_a_image_from_its_own_view():
     rows = normal(50, 16)
     assert retrieval(rows, 3 * rows + 0.01) == 100
     assert retrieval(rows, rows.roll(1, 0)) == 0

@@ -16,7 +16,7 @@ import pytest
 from conftest import read_table
 
 from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "examples" / "docs"
@@ -319,7 +319,7 @@ def test_the_manifests_on_the_page_are_one_list(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def opened(run, ears, tmp_path_factory) -> Path:
-    """A folder with what the snippets open. One of the embedded pictures is missing."""
+    """A folder with what the snippets open. One of the embedded images is missing."""
     from ear_teacher_cli.embedding.writer import embed
     from ear_teacher_cli.export.export import export_backbone
 
@@ -327,14 +327,14 @@ def opened(run, ears, tmp_path_factory) -> Path:
     names = (ears / "eval.csv").read_text().splitlines()
     gone = names[1].replace("images/", "images/gone/")
     (folder / "list.csv").write_text("\n".join([*names[:3], gone, *names[3:], ""]))
-    quiet = Talk(quiet=True)
+    quiet = Console(quiet=True)
     shutil.copytree(run, folder / "run")
     whitened = export_whitened(run, ears, folder)
     export_backbone(whitened, folder / "x.safetensors")
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         export_backbone(whitened, folder / "x.onnx")
     for out, options in (("out.npy", {}), ("all.csv", {}), ("raw.npy", {"whiten": False}), ("zipped.npz", {})):
-        words = {"weights": str(folder / "x.safetensors"), "root_dir": str(ears), "num_workers": 0, "talk": quiet}
+        words = {"weights": str(folder / "x.safetensors"), "root_dir": str(ears), "num_workers": 0, "console": quiet}
         embed(str(folder / "list.csv"), str(folder / out), **words, **options)
     (folder / "zipped.npz").rename(folder / "out.npz")
     shutil.copy(ears / "images" / "p008" / "00.jpg", folder / "photo.jpg")
@@ -349,10 +349,10 @@ def export_whitened(run: Path, ears: Path, folder: Path) -> Path:
 
     manifests = ["", str(ears / "train_teacher.npy"), "", str(ears / "val_teacher.npy")]
     config = small_config(manifests, output_dir=str(folder), experiment_name="white", max_epochs=1, whiten=True)
-    return train(config, Talk(quiet=True)).experiment
+    return train(config, Console(quiet=True)).experiment
 
 
-# What must hold after a snippet has run; N, the readable pictures of the list, is set before.
+# What must hold after a snippet has run; N, the readable images of the list, is set before.
 CHECKS = {
     "numpy:": "assert rows.shape == archive['embeddings'].shape and len(archive['paths']) == len(archive['boxes']) == N",
     "numpy, the whitening put on raw rows:": "assert abs(rows - numpy.load('out.npy')).max() < 1e-5",

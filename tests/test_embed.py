@@ -93,13 +93,11 @@ def test_formats_agree(run, ears, tmp_path, earteach, embedded):
     assert [row["path"] for row in table] == archive["paths"].tolist()
 
 
-def test_folder_picture_and_stdin(run, ears, tmp_path, earteach, monkeypatch):
-    picture = str(ears / "images" / "p008" / "00.jpg")
+def test_folder_image_and_stdin(run, ears, tmp_path, earteach, monkeypatch):
+    image = str(ears / "images" / "p008" / "00.jpg")
     assert earteach("embed", ears / "images" / "p008", tmp_path / "f.npy", "--weights", run).code == 0
-    assert earteach("embed", picture, tmp_path / "p.npy", "--weights", run).code == 0
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{picture}\n\n{picture}\n".encode()), encoding="utf-8")
-    )
+    assert earteach("embed", image, tmp_path / "p.npy", "--weights", run).code == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{image}\n\n{image}\n".encode()), encoding="utf-8"))
     said = earteach("embed", "-", "-", "--weights", run)
     assert said.code == 0, said.err
     rows = load(io.BytesIO(said.out))
@@ -115,7 +113,7 @@ def damaged(ears: Path, into: Path) -> Path:
     return copy
 
 
-def test_unreadable_pictures_are_skipped_listed_and_rows_stay_aligned(run, ears, tmp_path, earteach, embedded):
+def test_unreadable_images_are_skipped_listed_and_rows_stay_aligned(run, ears, tmp_path, earteach, embedded):
     copy = damaged(ears, tmp_path)
     said = earteach("embed", copy / "eval.csv", tmp_path / "d.npy", "--weights", run, "--batch-size", 4)
     assert said.code == 0 and said.err.count("skipped") == 3 and "10 rows of 64, 2 skipped" in said.err
@@ -128,12 +126,12 @@ def test_unreadable_pictures_are_skipped_listed_and_rows_stay_aligned(run, ears,
             assert np.allclose(rows[int(entry["row"])], load(embedded)[position], atol=1e-6)
 
 
-def test_zero_pictures_is_an_error_and_leaves_nothing(run, tmp_path, earteach, monkeypatch):
+def test_zero_images_is_an_error_and_leaves_nothing(run, tmp_path, earteach, monkeypatch):
     folder = tmp_path / "bad"
     folder.mkdir()
-    (folder / "a.jpg").write_bytes(b"no picture")
+    (folder / "a.jpg").write_bytes(b"no image")
     said = earteach("embed", folder, tmp_path / "x.npy", "--weights", run)
-    assert said.code == 1 and "not one of 1 pictures" in said.err
+    assert said.code == 1 and "not one of 1 images" in said.err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
     assert earteach("embed", "-", tmp_path / "x.npy", "--weights", run).code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
@@ -301,7 +299,7 @@ def test_a_killed_embed_goes_on_to_the_same_bytes(kind, number, run, ears, tmp_p
     assert [p.name for p in killed.iterdir()] == [f".x.{kind}.unfinished"]
     words[2] = killed / f"x.{kind}"
     said = earteach(*words, "--resume")
-    assert said.code == 0 and "going on after 8 of 12 pictures" in said.err, said.err
+    assert said.code == 0 and "going on after 8 of 12 images" in said.err, said.err
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
     said = earteach(*words, "--resume")
     assert said.code == 2 and "nothing unfinished" in said.err
@@ -347,7 +345,7 @@ def test_killed_between_the_outputs_and_the_end_nothing_final_is_touched(run, ea
     assert not list(tmp_path.glob(".x*"))
 
 
-def test_resume_refuses_other_weights_pictures_and_batches(killed, run, ears, tmp_path, earteach):
+def test_resume_refuses_other_weights_images_and_batches(killed, run, ears, tmp_path, earteach):
     copy = shutil.copytree(ears, tmp_path / "ears")
     words = ["embed", copy / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
     shutil.copytree(killed, tmp_path / killed.name)
@@ -357,7 +355,7 @@ def test_resume_refuses_other_weights_pictures_and_batches(killed, run, ears, tm
     assert "other normalized" in earteach(*words, "--resume", "--no-normalize").err
     os.utime(read_manifest(copy / "eval.csv").file(9), (1, 1))
     said = earteach(*words, "--resume")
-    assert said.code == 1 and "other pictures or labels" in said.err and not (tmp_path / "x.npy").exists()
+    assert said.code == 1 and "other images or labels" in said.err and not (tmp_path / "x.npy").exists()
     assert "start anew with --overwrite instead of --resume" in said.err
 
 

@@ -1,4 +1,4 @@
-"""evaluate: files in, a table, JSON and pictures out; what it leaves out and what it refuses."""
+"""evaluate: files in, a table, JSON and images out; what it leaves out and what it refuses."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from ear_teacher_cli.embedding.files import read_embeddings
 
 
 def write(folder: Path, name: str = "x", people: int = 24, photos: int = 4, noise: float = 0.6, seed: int = 0) -> Path:
-    """`x.npy`, `x.csv` and `x.json` as embed writes them, of pictures p00/0.jpg ..., and `labels.csv` with sides."""
+    """`x.npy`, `x.csv` and `x.json` as embed writes them, of images p00/0.jpg ..., and `labels.csv` with sides."""
     random = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(people, 2, 12))  # the same people whatever the seed
     owner, photo = np.repeat(np.arange(people), photos), np.tile(np.arange(photos), people)
@@ -129,7 +129,7 @@ def test_rows_are_matched_to_labels_by_path_and_box(tmp_path, scored):
         writer.writerow(["image_path", "x1", "y1", "x2", "y2", "identity"])
         writer.writerows([".//group.jpg", *boxes[i], f"p{i // 4:02}"] for i in reversed(range(1, 96)))
     found, said = scored(tmp_path / "b.npy", tmp_path / "b_labels.csv", "--bootstrap", 0)
-    assert "1 pictures without an identity: left out" in said and found["left_out"]["no identity"] == 1
+    assert "1 images without an identity: left out" in said and found["left_out"]["no identity"] == 1
     assert found["counts"]["pictures"] == 95 and found["values"]["AUC"] > 0.6
 
 
@@ -137,23 +137,23 @@ def test_duplicates_are_left_out_and_strangers_with_the_same_numbers_are_not(tmp
     write(tmp_path)
     rows, paths = rows_of(tmp_path / "x.npy")
     expected, _ = scored(tmp_path / "x.npy", "--bootstrap", 0)
-    # the same picture again, under its own and under another name
+    # the same image again, under its own and under another name
     save(tmp_path / "d.npy", rows[[*range(96), 0, 1]], [*paths, paths[0], "p00/copy.jpg"])
     found, said = scored(tmp_path / "d.npy", "--bootstrap", 0)
     assert found["values"] == expected["values"]
     assert found["left_out"]["same numbers"] == 1 and found["left_out"]["same path and box"] == 1
-    # one picture under two labels
+    # one image under two labels
     save(tmp_path / "w.npy", rows[[*range(96), 0]], [*paths, "p23/wrong.jpg"])
     found, said = scored(tmp_path / "w.npy", "--bootstrap", 0)
-    assert found["counts"]["pictures"] == 97 and "one picture under two labels" in said
+    assert found["counts"]["pictures"] == 97 and "one image under two labels" in said
     worst = found["look_alikes"]["impostor"][0]
     assert worst["similarity"] == pytest.approx(1, abs=1e-6)
-    assert {picture["path"] for picture in worst["pictures"]} == {"p00/0.jpg", "p23/wrong.jpg"}
+    assert {image["path"] for image in worst["pictures"]} == {"p00/0.jpg", "p23/wrong.jpg"}
     worst = found["look_alikes"]["genuine"]
-    assert any("p23/wrong.jpg" in [picture["path"] for picture in pair["pictures"]] for pair in worst)
+    assert any("p23/wrong.jpg" in [image["path"] for image in pair["pictures"]] for pair in worst)
 
 
-def test_a_person_with_one_picture_is_an_impostor_only(tmp_path, scored):
+def test_a_person_with_one_image_is_an_impostor_only(tmp_path, scored):
     write(tmp_path)
     rows, paths = rows_of(tmp_path / "x.npy")
     save(tmp_path / "s.npy", rows[:93], paths[:93])
@@ -161,7 +161,7 @@ def test_a_person_with_one_picture_is_an_impostor_only(tmp_path, scored):
     assert found["counts"]["singletons"] == 1 and found["counts"]["queries"] == 92 and "impostors only" in said
 
 
-def test_pictures_without_a_side_are_left_out_where_sides_are_known(tmp_path, scored):
+def test_images_without_a_side_are_left_out_where_sides_are_known(tmp_path, scored):
     x = write(tmp_path)
     text = (tmp_path / "labels.csv").read_text().replace("p00/0.jpg,p00,l", "p00/0.jpg,p00,front")
     (tmp_path / "labels.csv").write_text(text)
@@ -187,7 +187,7 @@ def test_a_comparison_is_paired_and_on_what_both_have(tmp_path, scored, earteach
     order = np.random.default_rng(0).permutation(96)[:90]  # another order, and fewer
     save(b, rows[order], [paths[i] for i in order])
     found, said = scored("--compare", a, b, tmp_path / "labels.csv", "--bootstrap", 200)
-    assert "6 pictures that only one of the files has: left out" in said and found["counts"]["pictures"] == 90
+    assert "6 images that only one of the files has: left out" in said and found["counts"]["pictures"] == 90
     change = {f["name"]: f for f in found["difference"]}
     values = [{f["name"]: f for f in system["figures"]} for system in found["systems"]]
     assert change["AUC"]["value"] == values[1]["AUC"]["value"] - values[0]["AUC"]["value"] > 0
@@ -229,9 +229,9 @@ def test_centring_and_whitening_are_fitted_on_another_file(tmp_path, scored):
         (["nope.npy"], 1, "nope.npy: cannot be read"),
         (["x.npy", "nope.csv"], 1, "nope.csv: no such file"),
         (["x.csv"], 1, "no columns e0, e1"),
-        (["labels.csv"], 1, "pictures need --weights"),
+        (["labels.csv"], 1, "images need --weights"),
         (["x.json"], 1, "no embeddings by its name"),
-        (["one.npy"], 1, "all pictures are of one identity"),
+        (["one.npy"], 1, "all images are of one identity"),
         (["flat.npy"], 1, "give LABELS"),
         (["nan.npy"], 1, "nan.npy row 7 (p01/3.jpg): holds NaN or infinity"),
         (["zero.npy"], 1, "zero.npy row 7 (p01/3.jpg): holds zeros only"),
@@ -240,9 +240,9 @@ def test_centring_and_whitening_are_fitted_on_another_file(tmp_path, scored):
         (["bare.npy"], 1, "bare.csv: no such file"),
         (["short.npy"], 1, "short.csv names 96"),
         (["lying.npy"], 1, "lying.json says 7"),
-        (["x.npy", "others.csv"], 1, "names none of the 96 pictures"),
+        (["x.npy", "others.csv"], 1, "names none of the 96 images"),
         (["x.npy", "people.csv"], 1, "has no identities"),
-        (["--compare", "x.npy", "other.npy"], 1, "no picture in common"),
+        (["--compare", "x.npy", "other.npy"], 1, "no image in common"),
         (["--compare", "x.npy", "x.npy", "labels.csv", "more.csv"], 2, "one file too many"),
         (["--compare", "x.npy", "x.npy", "--sheet", "s.png"], 2, "leave --compare out"),
         (["--compare", "x.npy", "x.npy", "--center", "x.npy"], 2, "given 1 times for 2 files"),
@@ -284,14 +284,14 @@ def test_words_and_files_that_cannot_be_used_say_what_to_do(words, code, named, 
 
 
 @pytest.mark.slow
-def test_plots_are_pictures_and_are_not_replaced_unasked(tmp_path, earteach):
+def test_plots_are_images_and_are_not_replaced_unasked(tmp_path, earteach):
     a, b = write(tmp_path, "a"), write(tmp_path, "b", seed=1)
     words = ("evaluate", "--compare", a, b, "--bootstrap", 20, "--plots", tmp_path / "plots")
     said = earteach(*words)
     assert said.code == 0, said.err
     for name in ("roc.png", "cmc.png", "scores.png"):
-        with Image.open(tmp_path / "plots" / name) as picture:
-            assert min(picture.size) > 500 and len(picture.convert("RGB").getcolors(2**20)) > 50
+        with Image.open(tmp_path / "plots" / name) as image:
+            assert min(image.size) > 500 and len(image.convert("RGB").getcolors(2**20)) > 50
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["cmc.png", "roc.png", "scores.png"]
     said = earteach(*words)
     assert said.code == 2 and "roc.png: exists already" in said.err
@@ -316,7 +316,7 @@ def test_the_sheet_shows_the_hardest_pairs_and_says_what_it_cannot_read(ears, tm
     assert said.code == 0 and "pairs left out" in said.err and (tmp_path / "t.png").exists()
 
 
-def test_pictures_with_weights_score_as_their_embeddings_do(run, ears, tmp_path, scored, earteach):
+def test_images_with_weights_score_as_their_embeddings_do(run, ears, tmp_path, scored, earteach):
     words = ("--weights", run, "--num-workers", 0)
     direct, said = scored(ears / "eval.csv", *words, "--bootstrap", 20)
     assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", *words).code == 0

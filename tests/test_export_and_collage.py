@@ -1,4 +1,4 @@
-"""What leaves the project: a backbone that timm opens alone, and a picture."""
+"""What leaves the project: a backbone that timm opens alone, and an image."""
 
 import json
 import shutil
@@ -93,15 +93,15 @@ def test_an_existing_export_stays(run, tmp_path, earteach):
     assert (tmp_path / "e.safetensors").read_text() == "mine"
 
 
-def test_collage_of_the_runs_own_validation_pictures(run, tmp_path, earteach):
+def test_collage_of_the_runs_own_validation_images(run, tmp_path, earteach):
     said = earteach("collage", run, "-o", tmp_path / "c.png", "--num-samples", 5)
-    assert said.code == 0 and "5 pictures of" in said.err and "mean PSNR" in said.err
-    with Image.open(tmp_path / "c.png") as picture:
-        assert picture.width > 5 * 96 and picture.height > 2 * 96
+    assert said.code == 0 and "5 images of" in said.err and "mean PSNR" in said.err
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.width > 5 * 96 and image.height > 2 * 96
     assert earteach("collage", run, "-o", tmp_path / "c.png").code == 2
 
 
-def test_collage_is_seeded_and_takes_other_pictures(run, ears, tmp_path, earteach):
+def test_collage_is_seeded_and_takes_other_images(run, ears, tmp_path, earteach):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         words = ["--metadata", ears / "train_teacher.npy", "--num-samples", 6, "--seed", seed]
         assert earteach("collage", run, "-o", tmp_path / f"{name}.png", *words).code == 0
@@ -111,7 +111,7 @@ def test_collage_is_seeded_and_takes_other_pictures(run, ears, tmp_path, earteac
 
 
 def test_collage_is_what_training_drew(run, tmp_path, earteach):
-    """The last epoch's picture again, from the last checkpoint: same sample, same reconstruction."""
+    """The last epoch's image again, from the last checkpoint: same sample, same reconstruction."""
     earteach("collage", run / "checkpoints" / "last.ckpt", "-o", tmp_path / "c.png", "--num-samples", 4)
     with (
         Image.open(tmp_path / "c.png") as mine,

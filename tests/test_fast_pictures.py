@@ -20,7 +20,7 @@ from ear_teacher_cli.data.crop_cache import CropCaches
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing
-from ear_teacher_cli.errors import PictureError
+from ear_teacher_cli.errors import ImageError
 
 WIDTH, HEIGHT = 1200, 900
 PLAIN = Preprocessing(64, 0.1, True, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -44,7 +44,7 @@ def photo() -> Image.Image:
 
 def both_ways(path: Path, box, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
     quick = crops.load_crop(str(path), box, preprocessing)
-    slow = crops.cut(crops.read_picture(str(path)).image, box, preprocessing)
+    slow = crops.cut(crops.read_image(str(path)).image, box, preprocessing)
     return quick.astype(int), np.asarray(slow).transpose(2, 0, 1).astype(int)
 
 
@@ -106,7 +106,7 @@ def test_a_photo_that_is_cut_short_is_found_though_the_crop_is_above(photo, tmp_
     photo.save(path, quality=90)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageError) as error:
         crops.load_crop(str(path), (100, 20, 300, 120), PLAIN)
     assert error.value.reason == "truncated"
 
@@ -114,7 +114,7 @@ def test_a_photo_that_is_cut_short_is_found_though_the_crop_is_above(photo, tmp_
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_every_format_is_turned_upright_once(photo, tmp_path, format, orientation):
-    """The picture is stored turned back, so that upright it is the one that was turned back."""
+    """The image is stored turned back, so that upright it is the one that was turned back."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "x"
@@ -149,41 +149,41 @@ def never():
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(b"a picture")
+def image(tmp_path) -> str:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(b"an image")
     return str(path)
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_what_is_kept_comes_back_to_the_byte_here_and_in_other_processes(kind, ears, tmp_path, picture):
+def test_what_is_kept_comes_back_to_the_byte_here_and_in_other_processes(kind, ears, tmp_path, image):
     caches = cache_of(tmp_path / "crops", ears, kind)
     cache = caches.caches[0]
-    assert (cache.crop(5, picture, ear) == ear()).all() and (cache.crop(5, picture, never) == ear()).all()
+    assert (cache.crop(5, image, ear) == ear()).all() and (cache.crop(5, image, never) == ear()).all()
     (tmp_path / "cache.pkl").write_bytes(pickle.dumps(cache))
     script = (
         "import pickle, sys\n"
         f"cache = pickle.load(open({str(tmp_path / 'cache.pkl')!r}, 'rb'))\n"
-        f"print(cache.crop(5, {picture!r}, lambda: sys.exit('cut again')).sum())"
+        f"print(cache.crop(5, {image!r}, lambda: sys.exit('cut again')).sum())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert int(done.stdout) == ear().sum(), done.stderr
 
 
-def test_a_picture_that_changes_is_cut_again(ears, tmp_path, picture):
+def test_a_image_that_changes_is_cut_again(ears, tmp_path, image):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
-    cache.crop(5, picture, ear)
-    Path(picture).write_bytes(b"another picture")
-    assert (cache.crop(5, picture, lambda: ear(1)) == ear(1)).all()
-    Path(picture).unlink()
-    assert (cache.crop(5, picture, lambda: ear(2)) == ear(2)).all()  # the slow way says what is wrong with it
+    cache.crop(5, image, ear)
+    Path(image).write_bytes(b"another image")
+    assert (cache.crop(5, image, lambda: ear(1)) == ear(1)).all()
+    Path(image).unlink()
+    assert (cache.crop(5, image, lambda: ear(2)) == ear(2)).all()  # the slow way says what is wrong with it
 
 
 @pytest.mark.parametrize("at", [3, 20, 5000])
-def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path, picture, at):
+def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path, image, at):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
     for row in (0, 1):
-        cache.crop(row, picture, ear)
+        cache.crop(row, image, ear)
     place = 40 + 3 * 64 * 64
     with open(cache.name, "r+b") as file:
         file.seek(at)
@@ -192,11 +192,11 @@ def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path,
         file.write(bytes([byte ^ 8]))
         file.truncate(2 * place - 100)
     for row in (0, 1):
-        assert (cache.crop(row, picture, lambda: ear(1)) == ear(1)).all()
-        assert (cache.crop(row, picture, never) == ear(1)).all()
+        assert (cache.crop(row, image, lambda: ear(1)) == ear(1)).all()
+        assert (cache.crop(row, image, never) == ear(1)).all()
 
 
-def test_other_preprocessing_boxes_or_pictures_are_another_cache(ears, tmp_path):
+def test_other_preprocessing_boxes_or_images_are_another_cache(ears, tmp_path):
     manifest = read_manifest(ears / "train_teacher.npy", ears)
     moved = replace(manifest, boxes=[*manifest.boxes[:3], (1.0, 2.0, 30.0, 40.0), *manifest.boxes[4:]])
     squashed = Preprocessing(64, 0.1, False, "bicubic", PLAIN.mean, PLAIN.std)
@@ -205,28 +205,28 @@ def test_other_preprocessing_boxes_or_pictures_are_another_cache(ears, tmp_path)
     assert len(set(paths)) == 4 and CropCaches("disk", tmp_path, 1e9, 1, [manifest], PLAIN).caches[0].name == paths[0]
 
 
-def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_path, picture):
+def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_path, image):
     folder = tmp_path / "crops"
     full = cache_of(folder, ears)
     count = full.caches[0].capacity
     for row in range(count):
-        full.caches[0].crop(row, picture, ear)
+        full.caches[0].crop(row, image, ear)
     old = Path(full.caches[0].name)
     manifest = read_manifest(ears / "val_teacher.npy", ears)
     while_used = CropCaches("disk", folder, old.stat().st_size + 5 * 12328, 1, [manifest], PLAIN)
     assert old.exists() and while_used.caches[0].capacity == 5 < len(manifest)
     assert "5 of" not in while_used.words and "% of them" in while_used.words
-    while_used.caches[0].crop(5, picture, ear)  # beyond
-    assert (while_used.caches[0].crop(5, picture, lambda: ear(1)) == ear(1)).all()
+    while_used.caches[0].crop(5, image, ear)  # beyond
+    assert (while_used.caches[0].crop(5, image, lambda: ear(1)) == ear(1)).all()
     del full, while_used
     after = CropCaches("disk", folder, 8 * 12328, 1, [manifest], PLAIN)
     assert not old.exists() and after.caches[0].capacity == 8
 
 
-def test_a_lower_limit_shrinks_a_cache_and_none_at_all_is_off(ears, tmp_path, picture):
+def test_a_lower_limit_shrinks_a_cache_and_none_at_all_is_off(ears, tmp_path, image):
     cache = cache_of(tmp_path, ears).caches[0]
     for row in range(cache.capacity):
-        cache.crop(row, picture, ear)
+        cache.crop(row, image, ear)
     del cache
     assert Path(cache_of(tmp_path, ears, limit=4 * 12328).caches[0].name).stat().st_size == 4 * 12328
     off = cache_of(tmp_path, ears, limit=0.0)
@@ -234,7 +234,7 @@ def test_a_lower_limit_shrinks_a_cache_and_none_at_all_is_off(ears, tmp_path, pi
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
-def test_a_strangers_file_under_a_caches_name_is_not_written(ears, tmp_path, picture, link):
+def test_a_strangers_file_under_a_caches_name_is_not_written(ears, tmp_path, image, link):
     name = Path(cache_of(tmp_path / "crops", ears).caches[0].name)
     precious = tmp_path / "thesis.txt"
     precious.write_text("years of work")
@@ -245,13 +245,13 @@ def test_a_strangers_file_under_a_caches_name_is_not_written(ears, tmp_path, pic
     assert precious.read_text() == "years of work"
 
 
-def test_a_picture_of_the_same_size_and_time_is_another(ears, tmp_path, picture):
+def test_a_image_of_the_same_size_and_time_is_another(ears, tmp_path, image):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
-    cache.crop(5, picture, ear)
-    status = os.stat(picture)
-    Path(picture).write_bytes(b"b picture")
-    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert (cache.crop(5, picture, lambda: ear(1)) == ear(1)).all()
+    cache.crop(5, image, ear)
+    status = os.stat(image)
+    Path(image).write_bytes(b"b image")
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (cache.crop(5, image, lambda: ear(1)) == ear(1)).all()
 
 
 @pytest.mark.slow
@@ -281,14 +281,14 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(ears, tmp_path):
     assert caches.caches == [None] and caches.words.startswith("not kept (")
 
 
-def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, picture, monkeypatch):
+def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, image, monkeypatch):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
 
     def full(*words):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ear_teacher_cli.platform.write_at", full)
-    assert (cache.crop(0, picture, ear) == ear()).all() and cache.capacity == 0
+    assert (cache.crop(0, image, ear) == ear()).all() and cache.capacity == 0
 
 
 @pytest.mark.slow
@@ -319,7 +319,7 @@ def test_from_the_second_time_on_no_photo_is_decoded(manifests, tmp_path, monkey
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
 
 
-def test_no_images_keeps_no_pictures_on_disk(manifests, tmp_path, earteach):
+def test_no_images_keeps_no_images_on_disk(manifests, tmp_path, earteach):
     words = ["train", *manifests, *SMALL, "--output-dir", tmp_path, "--no-images"]
     said = earteach(*words, "--cache", "disk")
     assert said.code == 2 and "--cache ram" in said.err

@@ -19,15 +19,15 @@ from conftest import SMALL, read_table, small_config
 from test_resume import assert_same_weights
 
 from ear_teacher_cli import run_folder
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
-from ear_teacher_cli.system_errors import complaint
+from ear_teacher_cli.system_errors import explain_system_error
 from ear_teacher_cli.training.module import EarTeacherLightningModule
 from ear_teacher_cli.training.run import resume, train
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 
 
 def damage(path: Path, how: str) -> None:
@@ -202,7 +202,7 @@ def spoil(path: Path, how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_that_go_bad_in_mid_run_are_skipped_and_listed(own_ears, tmp_path, monkeypatch, workers):
+def test_images_that_go_bad_in_mid_run_are_skipped_and_listed(own_ears, tmp_path, monkeypatch, workers):
     manifest = read_manifest(own_ears / "train_teacher.npy", own_ears)
     ways = dict(zip((2, 9, 14, 20), ("gone", "cut", "folder", "fifo"), strict=True))
     original = EarTeacherLightningModule.on_train_epoch_start
@@ -238,7 +238,7 @@ def test_pictures_that_go_bad_in_mid_run_are_skipped_and_listed(own_ears, tmp_pa
 
 @pytest.mark.slow
 def test_a_killed_or_hanging_loader_ends_the_run_with_one_line(own_ears, tmp_path):
-    """In a process of its own: a picture of row 5 kills its worker, or takes for ever there."""
+    """In a process of its own: an image of row 5 kills its worker, or takes for ever there."""
     for what, words in (("os.kill(os.getpid(), 9)", "was killed"), ("time.sleep(600)", "--load-timeout")):
         script = (
             "import os, sys, time; from ear_teacher_cli.data import dataset; from ear_teacher_cli.cli.app import main\n"
@@ -368,8 +368,8 @@ def test_a_lock_that_points_elsewhere_writes_nowhere(run, tmp_path, earteach):
     ],
 )  # fmt: skip
 def test_what_the_machine_complains_of_is_said_in_our_words(error, words):
-    assert re.search(words, str(complaint(error)))
-    assert complaint(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert re.search(words, str(explain_system_error(error)))
+    assert explain_system_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 @pytest.mark.slow
@@ -472,7 +472,7 @@ def stopped_pair(*command, until: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_bad_pictures_of_one_process_do_not_hang_the_others(own_ears, tmp_path):
+def test_bad_images_of_one_process_do_not_hang_the_others(own_ears, tmp_path):
     manifest = read_manifest(own_ears / "train_teacher.npy", own_ears)
     for row in (1, 4, 5, 16):
         Path(manifest.file(row)).unlink()

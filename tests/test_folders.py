@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from test_prepare import BOX, both, draw, report, write_coco, write_table
 
 from ear_teacher_cli.config import Reading
-from ear_teacher_cli.console import Silence
+from ear_teacher_cli.console import SilentConsole
 from ear_teacher_cli.data import image_checks
 from ear_teacher_cli.data.duplicates import examine, merge_copies
 from ear_teacher_cli.data.folder_ears import joined
@@ -295,7 +295,7 @@ def test_a_copy_passes_its_identity_on(tmp_path):
         tmp_path / "c", [(name, *np.add(BOX, 1.5), f"p{name[0]}", "left") for name in NAMES], "_annotations.csv"
     )
     found = mixed(tmp_path)
-    examined = examine(found, 0, Silence())
+    examined = examine(found, 0, SilentConsole())
     merged = merge_copies(found, examined)
     assert [found.ears.paths[index] for index in examined.kept] == [f"c/{name}" for name in NAMES]
     assert not any(
@@ -304,7 +304,7 @@ def test_a_copy_passes_its_identity_on(tmp_path):
     shutil.rmtree(tmp_path / "c")
     (tmp_path / "a/names_annotations.csv").write_text("filename,identity\n" + "".join(f"{n},q{n[0]}\n" for n in NAMES))
     found = mixed(tmp_path)
-    examined = examine(found, 0, Silence())
+    examined = examine(found, 0, SilentConsole())
     merge_copies(found, examined)
     kept = [(found.ears.paths[index], found.ears.identities[index]) for index in examined.kept]
     assert kept == [(f"b/{name}", f"q{name[0]}") for name in NAMES]

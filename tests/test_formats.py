@@ -331,7 +331,7 @@ def test_heic_is_read_with_the_extra_and_counted_without(tmp_path, monkeypatch, 
     stripes.save(tmp_path / "b.png")
     manifest = read_manifest(tmp_path)
     assert list(manifest.paths) == ["a.heic", "b.png"] and crop.image_size(manifest.file(0)) == (64, 48)
-    pixels = [np.asarray(crop.read_picture(manifest.file(i)).image, dtype=int) for i in range(2)]
+    pixels = [np.asarray(crop.read_image(manifest.file(i)).image, dtype=int) for i in range(2)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 4
     for module in (crop, image_suffixes):
         monkeypatch.setattr(module, "can_read_heic", lambda: False)

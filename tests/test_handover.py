@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ear_teacher_cli import load_backbone, load_crop, normalise
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import WeightsError
 from ear_teacher_cli.export import export as verb
@@ -191,7 +191,7 @@ def test_the_golden_batch_is_recomputed_not_believed(exports):
     about = about_of(header, "x")
     assert about.golden.pixels.shape == (4, 3, 64, 64) and len(np.unique(about.golden.pixels)) > 100
     spread = np.abs(about.golden.embeddings[:, None] - about.golden.embeddings).max(-1)
-    assert spread[np.triu_indices(4, 1)].min() > 0.01  # each picture has an embedding of its own
+    assert spread[np.triu_indices(4, 1)].min() > 0.01  # each image has an embedding of its own
     backbone, preprocessing = load_backbone(exports / "teacher.safetensors")
     with torch.inference_mode():
         found = backbone(normalise(torch.from_numpy(about.golden.pixels), preprocessing)).numpy()
@@ -287,7 +287,7 @@ def edit(path, change):
         ("config.json", lambda c: c.update(model_args={"depths": [1000000, 1, 1, 1]})),  # would build for ever
         ("features.json", lambda c: c["maps"][0]["variance"].__setitem__(0, 1e6)),
         ("features.json", lambda c: c["maps"][0].update(channels=9999)),
-        ("features.json", lambda c: c.update(pictures=-3)),
+        ("features.json", lambda c: c.update(images=-3)),
     ],
 )
 def test_what_students_read_is_checked(exports, tmp_path, earteach, name, change):
@@ -542,7 +542,7 @@ def test_two_forms_of_one_teacher_share_a_whitening_and_others_do_not(exports, w
     assert earteach("export-backbone", whitened, tmp_path / "x.safetensors").code == 0
     assert earteach("export-backbone", whitened, tmp_path / "x.onnx").code == 0
     other = train(
-        small_config(manifests, output_dir=str(tmp_path), max_epochs=1, whiten=True), Talk(quiet=True)
+        small_config(manifests, output_dir=str(tmp_path), max_epochs=1, whiten=True), Console(quiet=True)
     ).experiment
     said = earteach("export-backbone", other, tmp_path / "x.onnx", "--overwrite")
     assert said.code == 2 and "belongs to x.safetensors" in said.err
@@ -577,11 +577,11 @@ def test_a_damaged_metrics_file_costs_the_figures_only(whitened, tmp_path):
         assert "not known" in (tmp_path / "x" / "README.md").read_text().lower()
 
 
-def test_pictures_that_cannot_be_read_are_said(whitened, tmp_path, earteach):
-    (tmp_path / "bad.jpg").write_text("no picture")
+def test_images_that_cannot_be_read_are_said(whitened, tmp_path, earteach):
+    (tmp_path / "bad.jpg").write_text("no image")
     (tmp_path / "bad.csv").write_text("image_path\nbad.jpg\n")
     said = earteach("export-backbone", whitened, tmp_path / "x", "--val-metadata", tmp_path / "bad.csv")
-    assert said.code == 1 and "not one picture could be read" in said.err and not (tmp_path / "x").exists()
+    assert said.code == 1 and "not one image could be read" in said.err and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("words", [["--consent", "yes"], ["--license", "MIT"], ["--val-metadata", "x"], ["--features"]])
@@ -597,7 +597,7 @@ def test_a_folder_needs_a_name_of_its_own(whitened, tmp_path, monkeypatch, earte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_from_elsewhere_asks_for_pictures(whitened, ears, tmp_path, monkeypatch, earteach):
+def test_a_folder_from_elsewhere_asks_for_images(whitened, ears, tmp_path, monkeypatch, earteach):
     checkpoint = read_checkpoint(best_checkpoint(whitened)).content
     checkpoint["hyper_parameters"]["val_metadata"] = "gone.npy"
     torch.save(checkpoint, tmp_path / "moved.ckpt")

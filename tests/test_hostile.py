@@ -19,11 +19,11 @@ from conftest import SMALL
 from PIL import Image
 from safetensors.torch import save_file
 
-from ear_teacher_cli.data.crop import load_crop, read_picture
-from ear_teacher_cli.data.manifest import pictures_manifest, read_manifest
+from ear_teacher_cli.data.crop import load_crop, read_image
+from ear_teacher_cli.data.manifest import images_manifest, read_manifest
 from ear_teacher_cli.data.npy import map_npy, read_npy, read_npz
 from ear_teacher_cli.data.preprocessing import preprocessing_of
-from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError, WeightsError
+from ear_teacher_cli.errors import EarTeachError, ImageError, ManifestError, WeightsError
 from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors, read_tensors
 
 
@@ -208,8 +208,8 @@ def test_paths_that_leave_the_root_or_are_no_files_are_refused(tmp_path, path):
     os.mkfifo(root / "fifo.jpg")
     (tmp_path / "list.jsonl").write_text(json.dumps({"image_path": path}))
     manifest = read_manifest(tmp_path / "list.jsonl", root)
-    with pytest.raises(PictureError) as caught:
-        read_picture(manifest.file(0))
+    with pytest.raises(ImageError) as caught:
+        read_image(manifest.file(0))
     assert caught.value.reason in ("outside-root", "unreadable")
 
 
@@ -233,8 +233,8 @@ def test_control_characters_reach_no_terminal_and_no_csv(tmp_path, run, ears, ea
         everything = said.out + said.err.encode()
         assert said.code in (1, 2), words
         assert b"\x07" not in everything and b"\x1b]" not in everything and "\u202e".encode() not in everything, words
-    picture = ears / "images" / "p008" / "00.jpg"
-    (tmp_path / evil).write_bytes(picture.read_bytes())
+    image = ears / "images" / "p008" / "00.jpg"
+    (tmp_path / evil).write_bytes(image.read_bytes())
     assert earteach("embed", tmp_path / "list.jsonl", tmp_path / "x.npy", "--weights", run).code == 0
     table = (tmp_path / "x.csv").read_bytes()
     assert b"\x1b" not in table and b"\x07" not in table and table.count(b"\r\n") == table.count(b"\n") == 4
@@ -246,7 +246,7 @@ def picture_bytes(kind: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "x" * 60_000
-    pictures = {
+    images = {
         "1 x 1": (Image.new("RGB", (1, 1)), "PNG", {}),
         "1 x 60,000": (Image.new("RGB", (1, 60_000)), "PNG", {}),
         "60,000 x 1": (Image.new("RGB", (60_000, 1)), "JPEG", {}),
@@ -259,7 +259,7 @@ def picture_bytes(kind: str) -> bytes:
         "one bit": (Image.new("1", (9, 7)), "TIFF", {}),
         "huge EXIF": (Image.new("RGB", (9, 7)), "JPEG", {"exif": exif}),
     }  # fmt: skip
-    image, form, options = pictures[kind]
+    image, form, options = images[kind]
     image.save(file, form, **options)
     return file.getvalue()
 
@@ -269,7 +269,7 @@ def picture_bytes(kind: str) -> bytes:
     ["1 x 1", "1 x 60,000", "60,000 x 1", "animated", "16-bit", "CMYK", "palette", "alpha", "grey and alpha", "one bit", "huge EXIF"],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])  # of which one lies
-def test_odd_pictures_become_crops(kind, suffix, tmp_path):
+def test_odd_images_become_crops(kind, suffix, tmp_path):
     (tmp_path / f"x{suffix}").write_bytes(picture_bytes(kind))
     preprocessing = preprocessing_of("convnext_tiny", 64, 0.1, True)
     assert load_crop(str(tmp_path / f"x{suffix}"), None, preprocessing).shape == (3, 64, 64)
@@ -289,15 +289,15 @@ def png_that_claims(width: int, height: int) -> bytes:
     [
         (b"", "truncated"),
         (png_that_claims(100_000, 100_000), "too-large"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-a-picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", "not-a-picture"),
-        (b"\x7fELF" + bytes(100), "not-a-picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", "not-an-image"),
+        (b"\x7fELF" + bytes(100), "not-an-image"),
     ],
 )
 def test_bombs_and_lies_have_their_reason(data, reason, tmp_path):
     (tmp_path / "x.jpg").write_bytes(data)
-    with pytest.raises(PictureError) as caught:
-        read_picture(str(tmp_path / "x.jpg"))
+    with pytest.raises(ImageError) as caught:
+        read_image(str(tmp_path / "x.jpg"))
     assert caught.value.reason == reason
     assert Image.MAX_IMAGE_PIXELS == 89_478_485  # PIL's own limit stays on
 
@@ -311,8 +311,8 @@ def test_a_decoder_that_loops_is_stopped(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", for_ever)
-    with pytest.raises(PictureError) as caught:
-        read_picture(str(tmp_path / "x.png"))
+    with pytest.raises(ImageError) as caught:
+        read_image(str(tmp_path / "x.png"))
     assert caught.value.reason == "too-slow"
 
 
@@ -352,7 +352,7 @@ def test_what_is_handed_on_names_no_folder_of_this_machine(run, ears, tmp_path, 
             assert os.fsencode(folder) not in data, name
 
 
-def test_no_images_leaves_no_picture_anywhere(manifests, tmp_path, earteach):
+def test_no_images_leaves_no_image_anywhere(manifests, tmp_path, earteach):
     said = earteach("train", *manifests, *SMALL, "--max-epochs", 1, "--output-dir", tmp_path, "--no-images")
     assert said.code == 0, said.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -370,7 +370,7 @@ def test_nothing_that_people_are_told_to_start_listens_to_the_world():
 
 
 @pytest.mark.slow
-def test_a_device_is_no_list_of_pictures(run, ears):
+def test_a_device_is_no_list_of_images(run, ears):
     words = [sys.executable, "-m", "ear_teacher_cli", "embed", "/dev/stdin", "x.npy", "--weights", str(run)]
     done = subprocess.run(words, input=b"", capture_output=True, timeout=120)
     assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
@@ -394,8 +394,8 @@ def test_a_path_longer_than_any_is_refused(tmp_path, suffix):
         read_manifest(path)
 
 
-def test_a_list_is_a_list_of_pictures_not_of_anything(tmp_path):
+def test_a_list_is_a_list_of_images_not_of_anything(tmp_path):
     (tmp_path / "x.jpg").write_text("root:x:0:0")
-    manifest = pictures_manifest([str(tmp_path / "x.jpg")], "stdin")
-    with pytest.raises(PictureError):
-        read_picture(manifest.file(0))
+    manifest = images_manifest([str(tmp_path / "x.jpg")], "stdin")
+    with pytest.raises(ImageError):
+        read_image(manifest.file(0))

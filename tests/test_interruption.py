@@ -9,13 +9,13 @@ import torch
 from conftest import SMALL, read_table, small_config
 from test_resume import assert_same_weights
 
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.training.module import EarTeacherLightningModule
 from ear_teacher_cli.training.run import resume, train
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 RECIPES = {
     "plain": dict(max_epochs=3),
     # two views, a moving average, whitening, augmentation in two processes, a new round of classes
@@ -105,10 +105,10 @@ def test_an_epoch_of_two_processes_is_gone_on_with_by_one(manifests, tmp_path, m
             yield draw
 
     monkeypatch.setattr(EpochSampler, "__iter__", recorded)
-    talk = Talk()
+    console = Console()
     said = []
-    monkeypatch.setattr(talk, "say", said.append)
-    assert resume(folder, talk, devices=1).epochs == 3
+    monkeypatch.setattr(console, "say", said.append)
+    assert resume(folder, console, devices=1).epochs == 3
     assert any("within an epoch by 2 process(es); the rest of the epoch is divided among 1" in line for line in said)
     order = EpochSampler(24, config.seed, shuffle=True)
     order.set_epoch(1)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ear_teacher_cli.data.manifest import read_manifest, write_manifest
-from ear_teacher_cli.errors import ManifestError, PictureError
+from ear_teacher_cli.errors import ImageError, ManifestError
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_seed_files_in_all_their_shapes(root, paths, boxes):
     assert manifest.identities is None and manifest.sides is None
 
 
-def test_several_boxes_per_picture_are_several_ears(root):
+def test_several_boxes_per_image_are_several_ears(root):
     boxes = [[BOXES[0], BOXES[1]], [], [BOXES[2]]]
     manifest = read_manifest(save(root / "m.npy", image_paths=PATHS, bboxes=boxes, identities=["x", "y", "z"]))
     assert list(manifest.paths) == [PATHS[0], PATHS[0], PATHS[2]]
@@ -97,7 +97,7 @@ def test_paths_that_leave_the_root_are_refused(root, path):
     (root.parent / "out.png").write_bytes(b"x")
     (root / "link.png").symlink_to(root.parent / "out.png")
     manifest = read_manifest(save(root / "m.npy", image_paths=[PATHS[0], path], bboxes=BOXES[:2]), root)
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         manifest.file(1)
     assert caught.value.reason == "outside-root"
 

@@ -21,8 +21,8 @@ from ear_teacher_cli import platform
 from ear_teacher_cli.config import TrainConfig, read_toml
 from ear_teacher_cli.data import manifest as lists
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.errors import EarTeachError, PictureError
-from ear_teacher_cli.files import has_writer, only_writer, sweep, whole_file, whole_folder
+from ear_teacher_cli.errors import EarTeachError, ImageError
+from ear_teacher_cli.files import has_writer, only_writer, remove_stale_temporaries, whole_file, whole_folder
 
 ROOT = Path(__file__).parent.parent
 SIMULATION = ROOT / "tests" / "without_posix"
@@ -307,7 +307,7 @@ def test_words_are_quoted_as_the_systems_shell_takes_them(monkeypatch):
 
 @pytest.fixture
 def windows_list(tmp_path) -> Path:
-    """A list as the original package writes it on Windows, the pictures beside it."""
+    """A list as the original package writes it on Windows, the images beside it."""
     (tmp_path / "raw" / "a b").mkdir(parents=True)
     Image.new("RGB", (20, 30)).save(tmp_path / "raw" / "a b" / "ä.jpg")
     (tmp_path / "list.csv").write_text("image_path,x1,y1,x2,y2\nraw\\a b\\ä.jpg,1,2,11,22\n", encoding="utf-8")
@@ -349,7 +349,7 @@ def test_paths_stay_in_the_root_as_windows_reads_them(monkeypatch, path, inside)
     if inside:
         assert PureWindowsPath(manifest.file(0)) == PureWindowsPath("C:/Data/Ears/raw/x.jpg")
     else:
-        with pytest.raises(PictureError, match="leaves"):
+        with pytest.raises(ImageError, match="leaves"):
             manifest.file(0)
 
 
@@ -394,7 +394,7 @@ def test_a_loader_that_hangs_is_killed_and_the_others_end(ears, manifests, monke
     monkeypatch.setattr("ear_teacher_cli.data.dataset.load_crop", lambda *_: signal.sigwait({signal.SIGUSR1}))
     data.val_set.cache = None
     loader = data.val_dataloader()
-    iter(loader)  # its workers hang at their first picture
+    iter(loader)  # its workers hang at their first image
     assert len(multiprocessing.active_children()) == 2
     before = signal.getsignal(signal.SIGCHLD)
     data.on_exception(KeyboardInterrupt())
@@ -443,7 +443,7 @@ def test_a_folder_that_is_about_to_take_its_name_is_not_swept(tmp_path, monkeypa
     rename = os.rename
 
     def swept_before(source, target):
-        sweep(tmp_path, "y", ["z"])
+        remove_stale_temporaries(tmp_path, "y", ["z"])
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", swept_before)

@@ -201,8 +201,8 @@ def test_the_report_says_what_was_dropped_merged_and_not_read(tangled, earteach)
         ("tables/gone.png", "missing"),
         ("more/link.png", "outside-root"),
         ("landmarks/unmarked.png", "no-annotation"),
-        ("more/copy.png", "duplicate-picture"),
-        ("more/again.png", "duplicate-picture"),
+        ("more/copy.png", "duplicate-image"),
+        ("more/again.png", "duplicate-image"),
     }
     outside = next(one for one in found["dropped"] if one["reason"] == "box-outside")
     assert (outside["part"], outside["row"]) == ("tables/ears_annotations.csv", 6) and "leaves" in outside["detail"]
@@ -216,7 +216,7 @@ def test_the_report_says_what_was_dropped_merged_and_not_read(tangled, earteach)
     assert found["not_read"] == ["labels.csv"]  # an array of numbers, as embed writes it, is no list
     assert "1 file that may be a list of ears was not read (labels.csv)" in said.err
     for words in (
-        "1 truncated (the picture is cut short or damaged): crops/p0/half.png",
+        "1 truncated (the image is cut short or damaged): crops/p0/half.png",
         "2 images with copies; 1 with",
     ):
         assert words in said.err
@@ -389,7 +389,7 @@ def test_what_cannot_be_split_says_why(raw, tmp_path, earteach):
     assert "all 2 ears that can be used belong to one group" in line("one", "data", "--folder-identities")
     Path("bad").mkdir()
     Path("bad/a.png").write_bytes(b"nothing")
-    assert "no ear can be used (1 not-a-picture)" in line("bad", "data")
+    assert "no ear can be used (1 not-an-image)" in line("bad", "data")
     assert "--val-share: 1 is no share" in line(raw, "data", "--val-share", 1, code=2)
     assert "--format xml" in line(raw, "data", "--format", "xml", code=2)
     Path("file").touch()

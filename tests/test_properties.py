@@ -19,8 +19,8 @@ from PIL import Image
 from ear_teacher_cli.data.crop import buffered_box, check_box, check_box_inside, cut, points_in_crop
 from ear_teacher_cli.data.manifest import read_manifest, write_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing
-from ear_teacher_cli.errors import EarTeachError, PictureError
-from ear_teacher_cli.files import cell, printable, uncell
+from ear_teacher_cli.errors import EarTeachError, ImageError
+from ear_teacher_cli.files import escape_csv, printable, unescape_csv
 
 SHARED = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZE = st.tuples(st.integers(1, 300), st.integers(1, 300))
@@ -30,12 +30,12 @@ NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30
 
 @SHARED
 @given(size=SIZE, box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), buffer=st.floats(0, 2), pad=st.booleans())
-def test_a_crop_is_the_box_with_its_buffer_or_a_picture_error(size, box, buffer, pad):
+def test_a_crop_is_the_box_with_its_buffer_or_a_image_error(size, box, buffer, pad):
     preprocessing = Preprocessing(32, buffer, pad, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    picture = Image.new("RGB", size, (200, 10, 10))
+    image = Image.new("RGB", size, (200, 10, 10))
     try:
-        crop = cut(picture, box, preprocessing)
-    except PictureError:
+        crop = cut(image, box, preprocessing)
+    except ImageError:
         x1, y1, x2, y2 = box
         inside = x1 >= 0 and y1 >= 0 and x2 <= size[0] and y2 <= size[1] and min(x2 - x1, y2 - y1) >= 2
         assert not inside
@@ -83,9 +83,9 @@ def test_a_manifest_written_is_the_manifest_read(tmp_path, rows, data):
 @SHARED
 @given(text=st.text())
 def test_a_cell_is_printable_no_formula_and_comes_back(text):
-    made = cell(text)
+    made = escape_csv(text)
     assert made[:1] not in ("=", "+", "-", "@", "\t", "\r") and printable(made) == made
-    assert uncell(made) == printable(text)
+    assert unescape_csv(made) == printable(text)
     assert next(csv.reader([made])) == [made] if not set(made) & set('",') and made else True
 
 
@@ -125,7 +125,7 @@ def test_a_short_run_of_the_fuzzer_finds_nothing():
 
 
 def test_the_fuzzer_does_find_what_is_there(capfd, monkeypatch):
-    monkeypatch.setitem(fuzz.KINDS, "pictures", (fuzz.picture_corpus, fuzz.changed, lambda path: 1 / 0))
+    monkeypatch.setitem(fuzz.KINDS, "pictures", (fuzz.image_corpus, fuzz.changed, lambda path: 1 / 0))
     assert fuzz.main(["--pictures", "2"]) == 1
     assert capfd.readouterr().out.count("ZeroDivisionError: ") == 2
 

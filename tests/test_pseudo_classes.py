@@ -1,9 +1,9 @@
-"""Classes belong to pictures: found, repaired, kept apart, and the same every time."""
+"""Classes belong to images: found, repaired, kept apart, and the same every time."""
 
 import pytest
 import torch
 
-from ear_teacher_cli.data.manifest import pictures_manifest
+from ear_teacher_cli.data.manifest import images_manifest
 from ear_teacher_cli.errors import WeightsError
 from ear_teacher_cli.training.pseudo_labels import (
     PseudoClasses,
@@ -49,7 +49,7 @@ def test_a_warm_start_keeps_the_ids():
     assert torch.equal(kmeans(points, 8, seed=5, start=renamed), renamed)
 
 
-def test_no_class_is_empty_even_among_equal_pictures():
+def test_no_class_is_empty_even_among_equal_images():
     points = torch.ones(40, 4) / 2
     labels = kmeans(points, 10, seed=0)
     assert labels.bincount(minlength=10).min() >= 1
@@ -73,7 +73,7 @@ def test_two_ears_of_one_photo_are_two_classes():
 
 
 def test_same_photo_groups_rows_by_path():
-    assert same_photo(pictures_manifest(["a.jpg", "b.jpg", "a.jpg"], "x")) == [[0, 2]]
+    assert same_photo(images_manifest(["a.jpg", "b.jpg", "a.jpg"], "x")) == [[0, 2]]
 
 
 def test_class_means_by_hand():
@@ -89,7 +89,7 @@ def test_directions_are_centred_and_of_unit_length():
 
 
 @pytest.mark.parametrize(
-    "kind, pictures, most, count",
+    "kind, images, most, count",
     [
         ("kmeans", 5400, 512, 512),
         ("kmeans", 336, 512, 84),
@@ -99,8 +99,8 @@ def test_directions_are_centred_and_of_unit_length():
         ("fixed", 336, 512, 84),
     ],
 )
-def test_how_many_classes(kind, pictures, most, count):
-    assert class_count(kind, pictures_manifest([f"{i}.png" for i in range(pictures)], "list"), most) == count
+def test_how_many_classes(kind, images, most, count):
+    assert class_count(kind, images_manifest([f"{i}.png" for i in range(images)], "list"), most) == count
 
 
 def test_rounds_come_at_the_start_then_rarely_and_not_in_the_last_fifth():
@@ -114,7 +114,7 @@ def test_fixed_classes_are_balanced_constant_and_seeded():
 
 
 def test_labels_of_another_manifest_are_refused():
-    first, second = pictures_manifest(["a.jpg", "b.jpg"], "x"), pictures_manifest(["a.jpg", "c.jpg"], "x")
+    first, second = images_manifest(["a.jpg", "b.jpg"], "x"), images_manifest(["a.jpg", "c.jpg"], "x")
     state = PseudoClasses(torch.tensor([0, 1]), 2, 0, fingerprint(first)).as_dict()
     assert torch.equal(PseudoClasses.from_dict(state, fingerprint(first)).labels, torch.tensor([0, 1]))
     with pytest.raises(WeightsError, match="manifest has changed"):

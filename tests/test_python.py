@@ -17,7 +17,7 @@ import ear_teacher_cli
 from ear_teacher_cli import EarTeachError, load_crop, load_embedder
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing
-from ear_teacher_cli.errors import PictureError
+from ear_teacher_cli.errors import ImageError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.run_folder import best_checkpoint
 
@@ -194,26 +194,26 @@ def test_an_image_that_is_none_is_named_by_its_place(name, embedder):
     image, message = MISFITS[name]
     whole = np.zeros((8, 8, 3), np.uint8)
     for images, place in (([whole, whole, image], 2), ([image], 0), (iter([whole, image]), 1)):
-        with pytest.raises(PictureError, match=f"^image {place}( |:)") as caught:
+        with pytest.raises(ImageError, match=f"^image {place}( |:)") as caught:
             embedder.embed(images)
         assert message in str(caught.value) and "\n" not in str(caught.value)
     if image is not None:
-        with pytest.raises(PictureError, match=f"^image 0.*{re.escape(message)}"):
+        with pytest.raises(ImageError, match=f"^image 0.*{re.escape(message)}"):
             embedder.embed(image)
-    with pytest.raises(PictureError, match=re.escape(message.split("): ")[-1])):
+    with pytest.raises(ImageError, match=re.escape(message.split("): ")[-1])):
         load_crop(image, None, PLAIN)
 
 
 @pytest.mark.parametrize("image", [np.zeros((1, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)])
 def test_a_stack_of_misfits_is_named_too(image, embedder):
-    with pytest.raises(PictureError, match="^image 0: is an array"):
+    with pytest.raises(ImageError, match="^image 0: is an array"):
         embedder.embed(image)
 
 
 def test_a_tensor_is_no_image(embedder):
     import torch
 
-    with pytest.raises(PictureError, match="^image 0: is of type Tensor; give"):
+    with pytest.raises(ImageError, match="^image 0: is of type Tensor; give"):
         embedder.embed(torch.zeros(2, 3, 8, 8))
 
 
@@ -223,7 +223,7 @@ def test_a_tensor_is_no_image(embedder):
         ((float("nan"), 0, 5, 5), "box [nan, 0, 5, 5] holds NaN or infinity"),
         ((0, 0, float("inf"), 5), "holds NaN or infinity"),
         ((5, 0, 5, 5), "has x2 <= x1"),
-        ((0, 0, 50, 5), "box [0, 0, 50, 5] leaves the picture of 20 x 10"),
+        ((0, 0, 50, 5), "box [0, 0, 50, 5] leaves the image of 20 x 10"),
         ((0, 0, 5), "box (0, 0, 5) is not four numbers; give x1, y1, x2, y2"),
         ((0, 0, 5, 5, 0.9), "is not four numbers"),
         (("a", 0, 5, 5), "is not four numbers"),
@@ -233,9 +233,9 @@ def test_a_tensor_is_no_image(embedder):
 )
 def test_a_box_that_is_none_is_named_by_its_place(box, message, embedder):
     image = np.zeros((10, 20, 3), np.uint8)
-    with pytest.raises(PictureError, match=f"^image 1: .*{re.escape(message)}"):
+    with pytest.raises(ImageError, match=f"^image 1: .*{re.escape(message)}"):
         embedder.embed([image, image], [None, box])
-    with pytest.raises(PictureError, match=re.escape(message)):
+    with pytest.raises(ImageError, match=re.escape(message)):
         load_crop(image, box, PLAIN)
 
 
@@ -365,8 +365,8 @@ def test_pil_images_of_any_mode_are_what_their_files_are(mode, tmp_path):
     assert np.array_equal(load_crop(image, None, PLAIN), load_crop(tmp_path / "x.tif", None, PLAIN))
 
 
-def test_a_damaged_pil_image_is_a_picture_error(ears, embedder, tmp_path):
+def test_a_damaged_pil_image_is_a_image_error(ears, embedder, tmp_path):
     path = tmp_path / "half.jpg"
     path.write_bytes((ears / "images" / "p008" / "00.jpg").read_bytes()[:3000])
-    with Image.open(path) as image, pytest.raises(PictureError, match="^image 0: cut short or damaged"):
+    with Image.open(path) as image, pytest.raises(ImageError, match="^image 0: cut short or damaged"):
         embedder.embed(image)

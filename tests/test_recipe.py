@@ -13,7 +13,7 @@ from conftest import BACKBONE, SMALL, read_epochs, read_table, small_config
 
 from ear_teacher_cli import run_folder
 from ear_teacher_cli.config import PRESETS, TrainConfig, from_dict
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.augment import Augment
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.manifest import read_manifest, write_manifest
@@ -25,13 +25,13 @@ from ear_teacher_cli.quality import collapse
 from ear_teacher_cli.training.losses import consistency_loss, contrastive_loss
 from ear_teacher_cli.training.run import resume, train
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 # The recommended recipe on a small scale.
 RECOMMENDED = PRESETS["recommended"] | {"max_epochs": 2, "learning_rate": 1e-3}
 
 
 def test_contrastive_loss_by_hand():
-    views = F.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), dim=1)  # 3 pictures, twice
+    views = F.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), dim=1)  # 3 images, twice
     expected = 0.0
     for i in range(6):
         others = sum(math.exp(float(views[i] @ views[k]) / 0.2) for k in range(6) if k != i)
@@ -79,7 +79,7 @@ def test_a_stride_that_ends_no_stage_is_refused():
 
 
 def test_the_rate_falls_towards_the_stem_and_is_higher_in_the_heads():
-    config = TrainConfig(layer_decay=0.5, head_rate=4, learning_rate=1e-3, backbone=BACKBONE)
+    config = TrainConfig(layer_decay=0.5, head_lr_mult=4, learning_rate=1e-3, backbone=BACKBONE)
     whole = torch.nn.ModuleDict({"backbone": timm.create_model(BACKBONE, num_classes=0), "head": torch.nn.Linear(3, 2)})
     rate = {}
     for group in parameter_groups(whole, whole["backbone"], config):
@@ -185,7 +185,7 @@ def test_early_stop_ends_a_run_that_no_longer_improves(manifests, tmp_path):
     assert outcome.epochs < 6
 
 
-def test_two_views_differ_and_the_denoising_target_is_in_the_pictures_own_light(manifests):
+def test_two_views_differ_and_the_denoising_target_is_in_the_images_own_light(manifests):
     data = EarDataModule(small_config(manifests, **RECOMMENDED | {"denoise": True}))
     data.setup()
     item = data.train_set[3]
@@ -299,7 +299,7 @@ def test_a_monitor_that_cannot_be_measured_is_refused_before_training(manifests,
     said = earteach("train", *lists, *SMALL, "--monitor", "val/rank1", "--output-dir", tmp_path)
     assert (
         said.code == 2
-        and "--monitor: val/rank1 needs identities with several pictures" in said.err
+        and "--monitor: val/rank1 needs identities with several images" in said.err
         and "epoch 1" not in said.err
     )
 

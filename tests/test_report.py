@@ -21,24 +21,24 @@ from conftest import SMALL, read_table, small_config
 from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.errors import EarTeachError, Stopped
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.quality import collapse
 from ear_teacher_cli.quality.collapse import health
-from ear_teacher_cli.report.validation_embeddings import look_at
+from ear_teacher_cli.report.validation_embeddings import embed_validation_set
 from ear_teacher_cli.run_folder import best_checkpoint
 from ear_teacher_cli.training import loggers
 from ear_teacher_cli.training.progress import why_best
 from ear_teacher_cli.training.run import train
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 NEEDS_NOTHING = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @pytest.fixture(scope="module")
 def named(ears, tmp_path_factory) -> Path:
-    """A run whose validation pictures have identities and sides, with the recipe's whitening and a projector."""
+    """A run whose validation images have identities and sides, with the recipe's whitening and a projector."""
     config = small_config(
         ["", str(ears / "train_teacher.npy"), "", str(ears / "eval.csv")],
         output_dir=str(tmp_path_factory.mktemp("named")),
@@ -80,7 +80,7 @@ def test_its_figures_are_those_of_the_run(run):
 
 
 def test_the_untouched_start_is_what_training_started_with(run):
-    look = look_at(read_checkpoint(best_checkpoint(run)), QUIET)
+    look = embed_validation_set(read_checkpoint(best_checkpoint(run)), QUIET)
     start = read_table(run / "metrics.csv")[0]
     assert health(torch.from_numpy(look.start.rows)).spread == pytest.approx(float(start["val/spread"]), rel=1e-4)
     assert not np.allclose(look.start.rows, look.raw.rows)
@@ -88,7 +88,7 @@ def test_the_untouched_start_is_what_training_started_with(run):
 
 def test_identities_give_a_comparison_with_intervals_and_look_alikes(named):
     text = (named / "report.html").read_text()
-    assert "<h2>Look-alikes</h2>" in text and "teacher, whitened" in text
+    assert "<h2>ValidationEmbeddings-alikes</h2>" in text and "teacher, whitened" in text
     row = re.search(r"<tr><td>rank-1</td>(.*?)</tr>", text)[1]
     assert len(re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", row)) == 2
     assert "Of fewer than 20 people intervals are rough" in text and "flatters it" in text and "] *" not in text
@@ -102,7 +102,7 @@ def people_of(run: Path) -> set[str]:
 def test_without_images_there_is_none_and_nobody_is_named(named, tmp_path, earteach):
     said = earteach("report", named, "-o", tmp_path / "r.html", "--no-images")
     text = (tmp_path / "r.html").read_text()
-    assert said.code == 0 and "<img" not in text and "Look-alikes" not in text and "rank-1" in text
+    assert said.code == 0 and "<img" not in text and "ValidationEmbeddings-alikes" not in text and "rank-1" in text
     assert not any(person in text for person in people_of(named))
 
 
@@ -122,7 +122,7 @@ def test_a_run_without_images_keeps_none_and_no_name(ears, tmp_path, earteach):
 
 
 @pytest.mark.slow
-def test_the_environment_keeps_pictures_out_of_a_report(run, tmp_path, monkeypatch, earteach):
+def test_the_environment_keeps_images_out_of_a_report(run, tmp_path, monkeypatch, earteach):
     monkeypatch.setenv("EARTEACH_IMAGES", "0")
     assert earteach("report", run, "-o", tmp_path / "r.html").code == 0
     assert "<img" not in (tmp_path / "r.html").read_text()
@@ -146,7 +146,7 @@ def test_the_report_says_why_where_it_cannot_look(ears, manifests, tmp_path, mon
     assert said.code == 0 and "ears/val_teacher.npy: no such file" in said.err
     assert "Not measured: ears/val_teacher.npy: no such file" in text and "Nearest neighbours" not in text
     verdict = re.search(r'<b class="(good|bad)">(.*?)</b>', before)
-    assert verdict and verdict[0] in text  # of the pictures that training judged on, not of those that are left
+    assert verdict and verdict[0] in text  # of the images that training judged on, not of those that are left
 
 
 @pytest.mark.parametrize(
@@ -284,14 +284,12 @@ def test_tensorboard_has_its_panels(named):
     assert not [tag for tag in tags["scalars"] if tag.startswith(("hp", "best"))]
 
 
-def test_the_projector_has_a_row_a_label_and_a_thumbnail_of_every_picture(named):
+def test_the_projector_has_a_row_a_label_and_a_thumbnail_of_every_image(named):
     folder = next(named.glob("version_0/*/validation"))
     rows = (folder / "tensors.tsv").read_text().splitlines()
     labels = (folder / "metadata.tsv").read_text().splitlines()
-    pictures = len(read_table(Path(read_checkpoint(best_checkpoint(named)).config.val_metadata)))
-    assert (
-        len(rows) == pictures and labels[0].split("\t") == ["identity", "side", "path"] and len(labels) == pictures + 1
-    )
+    images = len(read_table(Path(read_checkpoint(best_checkpoint(named)).config.val_metadata)))
+    assert len(rows) == images and labels[0].split("\t") == ["identity", "side", "path"] and len(labels) == images + 1
     assert (folder / "sprite.png").stat().st_size > 1000
     assert "validation" in (named / "version_0" / "projector_config.pbtxt").read_text()
 
@@ -320,7 +318,7 @@ def test_the_start_command_that_we_name_shows_every_collage(run):
     finally:
         server.terminate()
         server.wait()
-    assert [picture["step"] for picture in found] == list(range(7))
+    assert [image["step"] for image in found] == list(range(7))
 
 
 def test_a_logger_that_is_not_there_is_one_line(manifests, tmp_path, earteach):

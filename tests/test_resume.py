@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import SMALL, read_epochs, small_config
 
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.training.optimisation import rate_at
 from ear_teacher_cli.training.run import resume, train
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 
 
 def weights_of(experiment: Path) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, t
     assert done.stderr.count("epoch 1/1: train") == 1
     one, two = (read_checkpoint(p / "checkpoints" / "last.ckpt").content for p in (run, tmp_path / "ear_teacher"))
     assert torch.equal(one["pseudo_classes"]["labels"], two["pseudo_classes"]["labels"])
-    assert two["global_step"] == 3  # 24 pictures, 2 x 4 at a time
+    assert two["global_step"] == 3  # 24 images, 2 x 4 at a time
     assert two["whitening"]["mean"].isfinite().all() and two["earteach"]["start"]["effective_rank"] > 1
     said = earteach("resume", tmp_path / "ear_teacher", "--devices", 1, "--max-epochs", 2)
     assert said.code == 0 and "2 epochs" in said.err, said.err

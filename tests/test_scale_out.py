@@ -57,7 +57,7 @@ def test_ranks_share_whole_batches_without_gap_or_overlap(items, batch, world):
 
 @pytest.fixture
 def many(ears, tmp_path) -> Path:
-    """600 rows, one of which names no picture."""
+    """600 rows, one of which names no image."""
     lines = (ears / "eval.csv").read_text().splitlines()
     rows = lines[1:] * 50
     rows[77] = "images/nobody.jpg" + "," * lines[0].count(",")

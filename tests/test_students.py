@@ -45,7 +45,7 @@ def test_sizes_are_those_of_the_readme():
     assert [tuple(m.shape[2:]) for m in detector.Detector().maps(torch.zeros(1, 3, 128, 128))] == [(16, 16), (8, 8)]
 
 
-def test_landmarks_follow_the_picture():
+def test_landmarks_follow_the_image():
     random = torch.Generator().manual_seed(3)
     points = torch.rand(16, 1, 2, generator=random) * 0.4 + 0.3
     images = torch.full((16, 3, 192, 192), -1.0)
@@ -58,7 +58,7 @@ def test_landmarks_follow_the_picture():
         assert (torch.stack([columns.mean(), rows.mean()]) + 0.5 - point).norm() < 1.5
 
 
-def test_boxes_follow_the_picture():
+def test_boxes_follow_the_image():
     random = torch.Generator().manual_seed(3)
     boxes = torch.tensor([[40.0, 30.0, 70.0, 90.0]]).repeat(16, 1)
     images = torch.full((16, 3, 128, 128), -1.0)
@@ -128,7 +128,7 @@ def test_the_teachers_maps_are_standardised_as_the_export_says(folder, ears):
         mean, variance = (torch.tensor(about[name])[:, None, None] for name in ("mean", "variance"))
         assert torch.allclose((stage - mean) / variance.sqrt(), found.float(), atol=2e-2, rtol=1e-2)  # kept in float16
     twin = distillation.Teacher(folder, (4, 8, 16), pixels, untrained=True)
-    for stage in twin.maps:  # of its own first pictures
+    for stage in twin.maps:  # of its own first images
         assert stage.float().mean((0, 2, 3)).abs().max() < 0.01
         assert torch.allclose(stage.float().std((0, 2, 3)), torch.ones(stage.shape[1]), atol=0.02)
 
@@ -164,8 +164,8 @@ def test_the_whole_way_runs_by_one_script(tmp_path, monkeypatch):
     for name in ("landmarks", "detections"):
         table = (tmp_path / "out" / f"{name}.md").read_text()
         assert "| 8 |" in table and table.count("±") == 3 and "untrained" in table
-        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
-            assert picture.width > 800 and len(np.unique(np.asarray(picture))) > 100
+        with Image.open(tmp_path / "out" / f"{name}.png") as image:
+            assert image.width > 800 and len(np.unique(np.asarray(image))) > 100
         runs = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert [run["kind"] for run in runs] == ["without", "untrained", "teacher"]
     monkeypatch.chdir(tmp_path)

@@ -141,12 +141,12 @@ def test_soft_argmax_finds_a_single_peak():
 @pytest.mark.parametrize("pad", [True, False])
 def test_points_go_where_the_crop_puts_them(pad):
     preprocessing = preprocessing_of("convnext_atto", 64, 0.1, pad)
-    picture, point = Image.new("RGB", (300, 200)), (131, 92)
-    picture.paste((255, 255, 255), (point[0] - 2, point[1] - 2, point[0] + 2, point[1] + 2))
+    image, point = Image.new("RGB", (300, 200)), (131, 92)
+    image.paste((255, 255, 255), (point[0] - 2, point[1] - 2, point[0] + 2, point[1] + 2))
     box = (100.0, 40.0, 180.0, 160.0)
-    light = np.asarray(cut(picture, box, preprocessing).convert("L"), float)
+    light = np.asarray(cut(image, box, preprocessing).convert("L"), float)
     light[light < 160] = 0  # the padding
-    x, y = points_in_crop(point, picture.size, box, preprocessing)
+    x, y = points_in_crop(point, image.size, box, preprocessing)
     rows, columns = np.nonzero(light)
     assert abs(columns.mean() + 0.5 - x) < 0.6 and abs(rows.mean() + 0.5 - y) < 0.6
 

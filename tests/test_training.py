@@ -1,4 +1,4 @@
-"""Training: complete in what it writes, honest about bad pictures."""
+"""Training: complete in what it writes, honest about bad images."""
 
 import os
 import re
@@ -17,13 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule, run_folder
 from ear_teacher_cli.config import METRIC_LOSSES
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.dataset import EpochSampler
-from ear_teacher_cli.errors import EarTeachError, WordsError
+from ear_teacher_cli.errors import EarTeachError, UsageError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.training.run import train
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 
 
 def test_everything_the_seed_promises_is_written(run):
@@ -96,7 +96,7 @@ def test_every_checkpoint_loads_without_pickle_and_holds_no_absolute_path(run):
         }
 
 
-def test_classes_belong_to_pictures_and_live_in_the_checkpoint(run):
+def test_classes_belong_to_images_and_live_in_the_checkpoint(run):
     first, last = (
         read_checkpoint(run / "checkpoints" / name).content["pseudo_classes"]
         for name in ("epoch_0005.ckpt", "last.ckpt")
@@ -120,7 +120,7 @@ def test_overwrite_removes_the_run_and_nothing_else(run, manifests, tmp_path):
     assert not (copy / "checkpoints" / "epoch_0005.ckpt").exists()
 
 
-def with_bad_picture(ears: Path, into: Path) -> Path:
+def with_bad_image(ears: Path, into: Path) -> Path:
     copy = shutil.copytree(ears, into / "ears")
     victim = copy / "images" / "p000" / "00.jpg"
     victim.write_bytes(victim.read_bytes()[:500])
@@ -128,8 +128,8 @@ def with_bad_picture(ears: Path, into: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_bad_picture_is_skipped_and_listed(ears, tmp_path):
-    copy = with_bad_picture(ears, tmp_path)
+def test_a_bad_image_is_skipped_and_listed(ears, tmp_path):
+    copy = with_bad_image(ears, tmp_path)
     paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val_teacher.npy")]
     outcome = train(small_config(paths, output_dir=str(tmp_path), max_epochs=2, max_bad=0.1), QUIET)
     rows = read_table(outcome.experiment / "bad_images.csv")
@@ -138,16 +138,16 @@ def test_a_bad_picture_is_skipped_and_listed(ears, tmp_path):
     assert labels[0] == -1 and (labels[1:] >= 0).all()
 
 
-def test_too_many_bad_pictures_stop_the_run_naming_one(ears, tmp_path):
-    copy = with_bad_picture(ears, tmp_path)
+def test_too_many_bad_images_stop_the_run_naming_one(ears, tmp_path):
+    copy = with_bad_image(ears, tmp_path)
     paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val_teacher.npy")]
-    with pytest.raises(EarTeachError, match=r"train_teacher\.npy row 0 .*1 of 24 pictures are bad.*--max-bad"):
+    with pytest.raises(EarTeachError, match=r"train_teacher\.npy row 0 .*1 of 24 images are bad.*--max-bad"):
         train(small_config(paths, output_dir=str(tmp_path), max_epochs=2), QUIET)
 
 
 def test_a_wrong_root_is_one_line_before_anything_is_written(manifests, tmp_path, earteach):
     said = earteach("train", *manifests, *SMALL, "--root-dir", tmp_path, "--output-dir", tmp_path / "out")
-    assert said.code == 1 and "none of its pictures is under" in said.err and "--root-dir" in said.err
+    assert said.code == 1 and "none of its images is under" in said.err and "--root-dir" in said.err
     assert not (tmp_path / "out").exists()
 
 
@@ -237,7 +237,7 @@ def test_the_sampler_is_a_permutation_shared_among_ranks():
 
 
 def test_an_experiment_name_with_a_slash_is_refused(manifests):
-    with pytest.raises(WordsError, match="plain folder name"):
+    with pytest.raises(UsageError, match="plain folder name"):
         small_config(manifests, experiment_name="../x")
 
 
@@ -275,13 +275,13 @@ def test_crops_of_another_kind_than_the_models_are_refused(manifests, tmp_path):
         trainer.fit(model, datamodule=datamodule)
 
 
-def test_validation_without_a_readable_picture_is_our_error(ears, tmp_path):
+def test_validation_without_a_readable_image_is_our_error(ears, tmp_path):
     copy = shutil.copytree(ears, tmp_path / "ears")
     for name in ("bad.jpg", "worse.jpg"):
         (copy / name).write_bytes(b"no")
     (copy / "val.csv").write_text("image_path\nbad.jpg\nworse.jpg\n")
     paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val.csv")]
-    with pytest.raises(EarTeachError, match="validation pictures"):
+    with pytest.raises(EarTeachError, match="validation images"):
         train(small_config(paths, output_dir=str(tmp_path), max_epochs=1, max_bad=1.0), QUIET)
 
 
@@ -300,7 +300,7 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
     options = dict(backbone="test_convnext", image_size=64, batch_size=8, num_workers=0)
     other = EarDataModule(
         train_metadata=manifests[3], val_metadata=manifests[3], allow_overlap=True, **options
-    )  # 8 pictures: 2 classes, not 6
+    )  # 8 images: 2 classes, not 6
     trainer = pl.Trainer(
         max_epochs=1,
         limit_train_batches=0,
@@ -325,7 +325,7 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
     reason="torch 2.15 writes C++ without its vectors that does not compile",
 )
 def test_a_compiled_model_learns_the_same_to_rounding(manifests, tmp_path, earteach):
-    # classes that no rounding moves (a picture between two clusters may go to either), and small steps: Adam's first
+    # classes that no rounding moves (an image between two clusters may go to either), and small steps: Adam's first
     # ones make much of gradients that are nothing but rounding
     words = ["train", *manifests, *SMALL, "--pseudo-classes", "fixed", "--learning-rate", "1e-5"]
     words += ["--num-collage-samples", 8]  # batches of one size, so that nothing is compiled twice

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from conftest import read_table
 from PIL import Image
-from test_crop import bad_pictures
+from test_crop import bad_images
 
 from ear_teacher_cli.data.image_checks import NEAR_BITS, near_pairs, perceptual_hash
 from ear_teacher_cli.data.manifest import read_manifest
 
 
 def scene(seed: int, size=(160, 200)) -> Image.Image:
-    """A smooth random picture: no two seeds alike, and alike to itself after a light change."""
+    """A smooth random image: no two seeds alike, and alike to itself after a light change."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -35,7 +35,7 @@ def faults(tmp_path):
     for i in range(4):
         scene(i).save(folder / f"good{i}.png")
         add(f"good{i}.png", (40, 50, 110, 150))
-    for name, (path, reason) in bad_pictures(folder).items():
+    for name, (path, reason) in bad_images(folder).items():
         add(path.name, (1, 1, 50, 50), reason)
         assert name
     whole = (40, 50, 110, 150)
@@ -56,7 +56,7 @@ def faults(tmp_path):
     scene(30, (200, 160)).save(folder / "turned.jpg", exif=exif)
     add("turned.jpg", (10, 10, 195, 155), "exif-rotated")
     shutil.copy(folder / "good3.png", folder / "copy.png")
-    add("copy.png", whole, "duplicate-picture")
+    add("copy.png", whole, "duplicate-image")
     scene(1).save(folder / "similar.jpg", quality=80)
     add("similar.jpg", whole, "near-duplicate")
     manifest = folder / "m.npy"
@@ -79,7 +79,7 @@ def test_every_fault_is_found_with_its_row(faults, tmp_path, earteach):
     assert {row for row, _ in found} == set(expected)  # the good rows are not accused
     by_row = {f["row"]: f for f in report["findings"]}
     turned = next(row for row, reason in expected.items() if reason == "exif-rotated")
-    assert any("drawn on the unturned picture" in f["detail"] for f in report["findings"] if f["row"] == turned)
+    assert any("drawn on the unturned image" in f["detail"] for f in report["findings"] if f["row"] == turned)
     assert by_row[max(expected)]["other"].startswith("m.npy row 1")
     text = said.out.decode()
     for reason in expected.values():
@@ -122,7 +122,7 @@ def test_write_clean_keeps_the_good_rows_and_the_input(faults, tmp_path, earteac
 
 def test_clean_data_is_exit_0_and_says_so(ears, earteach):
     said = earteach("validate-data", ears / "train_teacher.npy", ears / "val_teacher.npy")
-    assert said.code == 0 and b"32 rows, 32 pictures: 0 errors" in said.out
+    assert said.code == 0 and b"32 rows, 32 images: 0 errors" in said.out
 
 
 def test_leaks_between_train_and_val(tmp_path, earteach):

@@ -1,6 +1,6 @@
 """The Typer command line: parse arguments, call one command, print its result. Only this and the help know Typer.
 
-stdout is data, stderr is talk. Exit 0 done, 1 your data or file, 2 your words, 130 interrupted. Verbs are
+stdout is data, stderr is console. Exit 0 done, 1 your data or file, 2 your words, 130 interrupted. Verbs are
 imported when called, so that `--help` loads neither torch nor numpy.
 """
 
@@ -31,11 +31,11 @@ from ..config import (
     read_toml,
 )
 from ..config import preset as preset_options
-from ..console import Talk, clock, counted
+from ..console import Console, clock, counted
 from ..distributed import is_first_process
-from ..errors import ConfigError, EarTeachError, Stopped, WordsError
+from ..errors import ConfigError, EarTeachError, Stopped, UsageError
 from ..files import printable, shell_word
-from ..system_errors import complaint
+from ..system_errors import explain_system_error
 from . import help_format, usage
 
 
@@ -46,7 +46,7 @@ class _Command(help_format.Command):
         repeated = [] if ctx.resilient_parsing else usage.look_over(self, ctx, args)
         rest = super().parse_args(ctx, args)
         for option in repeated if is_first_process() else []:
-            Talk(ctx.params.get("quiet", False)).say(usage.about_repeated(option, ctx.params.get(option.name)))
+            Console(ctx.params.get("quiet", False)).info(usage.about_repeated(option, ctx.params.get(option.name)))
         return rest
 
 
@@ -124,7 +124,7 @@ ImageSize = Annotated[
 Workers = Annotated[
     int,
     typer.Option(
-        help="Processes that decode pictures; at most one per CPU core is used.", min=0, envvar="EARTEACH_NUM_WORKERS"
+        help="Processes that decode images; at most one per CPU core is used.", min=0, envvar="EARTEACH_NUM_WORKERS"
     ),
 ]
 Consent = Annotated[
@@ -146,13 +146,13 @@ _GUIDE = """\
 The life of a teacher, from photographs to numbers (RUN: what train wrote):
 
   earteach prepare photos/ data                     split without leaks
-  earteach validate-data train.npy val.npy          look at pictures and boxes
+  earteach validate-data train.npy val.npy          look at images and boxes
   earteach train                                    learn, without labels
   earteach resume RUN                               after Ctrl-C or a crash
   earteach report RUN                               how it went, on one page
   earteach collage RUN -o collage.png               what it remembers of an ear
   earteach export-backbone RUN teacher.safetensors  hand it on (and verify it)
-  earteach embed photos/ out.npy --weights RUN      a row of numbers a picture
+  earteach embed photos/ out.npy --weights RUN      a row of numbers an image
   earteach evaluate out.npy labels.csv              who is who, with intervals
 
 COMMAND --help: options and an example. --install-completion: Tab in your shell.
@@ -190,7 +190,7 @@ def main() -> None:
         message = str(error)
         if isinstance(error, ConfigError):  # the core names the field; the flag is the user's word for it
             message = f"--{error.field.replace('_', '-')}{message.removeprefix(error.field)}"
-        if is_first_process() or not error.on_all_ranks:
+        if is_first_process() or not error.raised_by_all_ranks:
             fail(message, error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as end:  # of Typer too, which turns every KeyboardInterrupt into 130
@@ -198,7 +198,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(128 + told[0] if told else 130)
     except OSError as error:  # a full /dev/shm or disk, a name too long: the system's words are clear enough
-        meant = None if error.filename else complaint(error)
+        meant = None if error.filename else explain_system_error(error)
         found = f"{printable(error.filename or 'output')}: {error.strerror or error}; check the path"
         fail(meant or found)
     except UnicodeEncodeError as error:  # LC_ALL=C with Python's UTF-8 mode turned off
@@ -206,7 +206,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if told:  # what broke was on its way out: a loader that the signal reached, too
             sys.exit(128 + told[0])
-        meant = complaint(error)
+        meant = explain_system_error(error)
         if meant is None:
             raise
         fail(meant)
@@ -256,7 +256,7 @@ def _warn_of_strange_variables() -> None:
                 nearest(short, known).replace("mean ", "mean EARTEACH_")
                 or "`earteach --help` and the commands' help have those that there are"
             )
-            Talk().warn(f"{name}: earteach knows no such variable of the environment; {hint.strip()}")
+            Console().warn(f"{name}: earteach knows no such variable of the environment; {hint.strip()}")
 
 
 @app.command("prepare", epilog="Example: `earteach prepare photos/ data --folder-identities`")
@@ -305,7 +305,7 @@ def prepare(
     verb.prepare(
         raw,
         out,
-        Talk(quiet),
+        Console(quiet),
         val_share=val_share,
         seed=seed,
         format=format,
@@ -354,13 +354,13 @@ def validate_data(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Decode every picture and check every box; exit 1 if anything is wrong."""
+    """Decode every image and check every box; exit 1 if anything is wrong."""
     from ..data import audit as verb
 
     sources = manifests or [TrainConfig.train_metadata, TrainConfig.val_metadata]
     report = verb.validate_data(
         sources,
-        Talk(quiet),
+        Console(quiet),
         root_dir=root_dir,
         reading=Reading(box_format, box_units, identity_column),
         json_file=json,
@@ -467,20 +467,20 @@ def _train(
         resolved = TrainConfig(**recipe | from_environment | from_file | typed)
     except ConfigError as error:
         if error.field in from_environment.keys() - from_file.keys() - typed.keys():
-            raise WordsError(f"EARTEACH_{error.field.upper()}: {error}") from error
+            raise UsageError(f"EARTEACH_{error.field.upper()}: {error}") from error
         raise
-    talk = Talk(quiet or not is_first_process())
+    console = Console(quiet or not is_first_process())
     if from_environment:
-        talk.say(f"from the environment: {', '.join(f'EARTEACH_{name.upper()}' for name in from_environment)}")
+        console.info(f"from the environment: {', '.join(f'EARTEACH_{name.upper()}' for name in from_environment)}")
     from ..training import run as verb
 
     if dry_run:
-        resolved, estimate = verb.dry_run(resolved, talk)
+        resolved, estimate = verb.dry_run(resolved, console)
         typer.echo(resolved.as_toml(), nl=False)
-        talk.say(verb.describe_estimate(estimate))
-        talk.say("dry run: nothing was written")
+        console.info(verb.describe_estimate(estimate))
+        console.info("dry run: nothing was written")
         return
-    _finish(verb.train(resolved, talk, overwrite), talk)
+    _finish(verb.train(resolved, console, overwrite), console)
 
 
 setattr(_train, "__signature__", _train_signature())  # noqa: B010 - types know no attributes of functions
@@ -502,7 +502,7 @@ def resume(
         int | None, typer.Option(help="Train on this many nodes instead.", min=1, show_default=False)
     ] = None,
     num_workers: Annotated[
-        int | None, typer.Option(help="Load pictures with this many processes instead.", min=0, show_default=False)
+        int | None, typer.Option(help="Load images with this many processes instead.", min=0, show_default=False)
     ] = None,
     load_timeout: Annotated[
         int | None, typer.Option(help="Seconds that loading a batch may take instead.", min=0, show_default=False)
@@ -524,9 +524,9 @@ def resume(
     """Go on with a run that was interrupted; nothing has to be typed again."""
     from ..training import run as verb
 
-    talk = Talk(quiet or not is_first_process())
+    console = Console(quiet or not is_first_process())
     changes = {name: value for name, value in locals().items() if name in verb.RESUMABLE}
-    _finish(verb.resume(run, talk, **changes), talk)
+    _finish(verb.resume(run, console, **changes), console)
 
 
 @app.command("report", epilog="Example: `earteach report ear_teacher/outputs/ear_teacher`")
@@ -547,7 +547,7 @@ def report(
         bool,
         typer.Option(
             "--images/--no-images",
-            help="Pictures of ears, and who is on them, where the run keeps any.",
+            help="Images of ears, and who is on them, where the run keeps any.",
             envvar="EARTEACH_IMAGES",
         ),
     ] = True,
@@ -560,9 +560,9 @@ def report(
     """
     from ..report import write as verb
 
-    talk = Talk(quiet)
-    written = verb.report(run, talk, out, root_dir=root_dir, images=images, overwrite=overwrite)
-    talk.say(f"{printable(written)}: written")
+    console = Console(quiet)
+    written = verb.report(run, console, out, root_dir=root_dir, images=images, overwrite=overwrite)
+    console.info(f"{printable(written)}: written")
 
 
 @app.command("collage", epilog="Example: `earteach collage ear_teacher/outputs/ear_teacher -o collage.png`")
@@ -574,17 +574,15 @@ def collage(
     metadata: Annotated[
         str | None,
         typer.Option(
-            help="Manifest or folder to take pictures from. Default: what the run was validated on.", show_default=False
+            help="Manifest or folder to take images from. Default: what the run was validated on.", show_default=False
         ),
     ] = None,
     root_dir: RootDir = None,
     box_format: BoxFormat = AUTO,
     box_units: BoxUnits = AUTO,
     identity_column: IdentityColumn = None,
-    num_samples: Annotated[
-        int, typer.Option(help="Pictures to show.", min=1, max=100)
-    ] = TrainConfig.num_collage_samples,
-    seed: Annotated[int, typer.Option(help="Which pictures.", min=0)] = TrainConfig.seed,
+    num_samples: Annotated[int, typer.Option(help="Images to show.", min=1, max=100)] = TrainConfig.num_collage_samples,
+    seed: Annotated[int, typer.Option(help="Which images.", min=0)] = TrainConfig.seed,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -601,8 +599,8 @@ def collage(
         seed=seed,
         overwrite=overwrite,
     )
-    Talk(quiet).say(
-        f"{printable(made.path)}: {made.pictures} pictures of {printable(made.metadata)}, mean PSNR {made.psnr:.1f} dB"
+    Console(quiet).info(
+        f"{printable(made.path)}: {made.images} images of {printable(made.metadata)}, mean PSNR {made.psnr:.1f} dB"
     )
 
 
@@ -628,7 +626,7 @@ def export_backbone(
     val_metadata: Annotated[
         str | None,
         typer.Option(
-            help="Folder: pictures for the mean and variance of the maps. Default: what the run was validated on.",
+            help="Folder: images for the mean and variance of the maps. Default: what the run was validated on.",
             show_default=False,
         ),
     ] = None,
@@ -638,7 +636,7 @@ def export_backbone(
     identity_column: IdentityColumn = None,
     consent: Consent = None,
     license: License = None,
-    batch_size: Annotated[int, typer.Option(help="Folder: pictures at a time.", min=1)] = TrainConfig.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Folder: images at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -646,7 +644,7 @@ def export_backbone(
     """Write the backbone under timm's names, proven by loading it back."""
     from ..export import export as verb
 
-    talk = Talk(quiet)
+    console = Console(quiet)
     made = verb.export_backbone(
         checkpoint,
         out,
@@ -661,11 +659,11 @@ def export_backbone(
         license=license,
         batch_size=batch_size,
         num_workers=num_workers,
-        talk=talk,
+        console=console,
     )
     kind = "compared with torch in onnxruntime" if made.kind == "onnx" else "loaded back into timm strictly"
-    talk.say(
-        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers a picture; {kind}, "
+    console.info(
+        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers an image; {kind}, "
         f"largest difference {made.difference:.2g}"
         + (f"; maps of strides {', '.join(map(str, made.maps))}" if made.maps else "")
         + (f"; float16 moves the embeddings by {made.rounding:.2g} of the largest" if made.rounding is not None else "")
@@ -707,7 +705,7 @@ def verify(
 @app.command("embed", epilog="Example: `find photos -name '*.jpg' | earteach embed - - --format npy > rows.npy`")
 def embed(
     input: Annotated[
-        str, typer.Argument(metavar="INPUT", help="A folder, a manifest, a picture, or - for paths on stdin.")
+        str, typer.Argument(metavar="INPUT", help="A folder, a manifest, an image, or - for paths on stdin.")
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A .npy, .npz or .csv file, or - for stdout.")],
     weights: Annotated[
@@ -736,7 +734,7 @@ def embed(
     box_format: BoxFormat = AUTO,
     box_units: BoxUnits = AUTO,
     identity_column: IdentityColumn = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = TrainConfig.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
     load_timeout: Annotated[
         int,
@@ -748,10 +746,10 @@ def embed(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one row of numbers per picture, with names and provenance beside it."""
+    """Write one row of numbers per image, with names and provenance beside it."""
     from ..embedding import writer as verb
 
-    talk = Talk(quiet)
+    console = Console(quiet)
     done = verb.embed(
         input,
         out,
@@ -768,11 +766,11 @@ def embed(
         load_timeout=load_timeout,
         resume=resume,
         overwrite=overwrite,
-        talk=talk,
+        console=console,
     )
     skipped = f", {done.skipped} skipped" if done.skipped else ""
     if is_first_process():
-        talk.say(f"{'stdout' if out == '-' else printable(out)}: {done.rows} rows of {done.dim}{skipped}")
+        console.info(f"{'stdout' if out == '-' else printable(out)}: {done.rows} rows of {done.dim}{skipped}")
 
 
 @app.command(
@@ -784,7 +782,7 @@ def evaluate(
         typer.Argument(
             metavar="EMBEDDINGS",
             show_default=False,
-            help="What embed wrote (.npy, .npz, .csv); with --weights a folder, a manifest or a picture list (-).",
+            help="What embed wrote (.npy, .npz, .csv); with --weights a folder, a manifest or an image list (-).",
         ),
     ] = None,
     labels: Annotated[
@@ -792,21 +790,21 @@ def evaluate(
         typer.Argument(
             metavar="LABELS",
             show_default=False,
-            help="A manifest with identities, say a CSV of image_path,identity[,side]. Default: what EMBEDDINGS came from, else the pictures' folders (identity/picture.jpg).",
+            help="A manifest with identities, say a CSV of image_path,identity[,side]. Default: what EMBEDDINGS came from, else the images' folders (identity/image.jpg).",
         ),
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(
             metavar="A B",
-            help="Instead of EMBEDDINGS: two files. B minus A on the pictures both have, from the same resamples.",
+            help="Instead of EMBEDDINGS: two files. B minus A on the images both have, from the same resamples.",
             show_default=False,
         ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Embed pictures first: a run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict.",
+            help="Embed images first: a run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict.",
             show_default=False,
         ),
     ] = None,
@@ -816,7 +814,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="Subtract the mean of these embeddings (of training pictures). With --compare twice: for A, then B; none leaves one as it is.",
+            help="Subtract the mean of these embeddings (of training images). With --compare twice: for A, then B; none leaves one as it is.",
             show_default=False,
         ),
     ] = None,
@@ -824,7 +822,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="PCA whitening fitted on these embeddings (of training pictures). With --compare twice, like --center.",
+            help="PCA whitening fitted on these embeddings (of training images). With --compare twice, like --center.",
             show_default=False,
         ),
     ] = None,
@@ -860,29 +858,27 @@ def evaluate(
     box_format: BoxFormat = AUTO,
     box_units: BoxUnits = AUTO,
     identity_column: IdentityColumn = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Pictures at a time, with --weights.", min=1)
-    ] = TrainConfig.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, with --weights.", min=1)] = TrainConfig.batch_size,
     num_workers: Workers = TrainConfig.num_workers,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Score embeddings by identity: rank-k, mAP@R, AUC, EER, TAR at a FAR.
 
-    Rank-k and mAP@R ask each picture for its nearest others, never itself; AUC, EER and TAR are of all pairs.
+    Rank-k and mAP@R ask each image for its nearest others, never itself; AUC, EER and TAR are of all pairs.
     Duplicates are left out. Intervals come from a bootstrap over people. `--compare A B [LABELS]` scores the
     difference of two files; it counts where its interval excludes 0.
     """
     if compare is not None:
         if labels is not None:
-            raise WordsError(
+            raise UsageError(
                 f"--compare: {printable(embeddings)} is one file too many; say `--compare A B` and at most LABELS"
             )
         sources, labels = list(compare), embeddings
     elif embeddings is not None:
         sources = [embeddings]
     else:
-        raise WordsError("EMBEDDINGS: none given; name what embed wrote, or two files with --compare")
+        raise UsageError("EMBEDDINGS: none given; name what embed wrote, or two files with --compare")
     from ..quality import evaluate as verb
 
     report = verb.evaluate(
@@ -907,7 +903,7 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         overwrite=overwrite,
-        talk=Talk(quiet),
+        console=Console(quiet),
     )
     if json == "-":
         import json as json_text
@@ -917,16 +913,16 @@ def evaluate(
         typer.echo(verb.table(report))
 
 
-def _finish(outcome: Any, talk: Talk) -> None:
+def _finish(outcome: Any, console: Console) -> None:
     folder, named = printable(outcome.experiment), shell_word(outcome.experiment)
     if outcome.interrupted:
-        talk.say(
+        console.info(
             f"interrupted{', saved within the epoch' if outcome.saved else ''}: go on with `earteach resume {named}`"
         )
         raise typer.Exit(outcome.interrupted)
     best = printable(outcome.best.name) if outcome.best else "none"
     took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
-    talk.facts(
+    console.summary(
         [
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
@@ -952,7 +948,7 @@ def _print_report(report: Any, meanings: dict[str, str]) -> None:
             typer.echo(f"    {place}{printable(finding.detail)}" + (f"; as {finding.other}" if finding.other else ""))
         if len(group) > 5:
             typer.echo(f"    and {len(group) - 5} more (--json FILE lists all)")
-    typer.echo(f"{report.rows} rows, {report.pictures} pictures: {report.errors} errors, {report.warnings} warnings")
+    typer.echo(f"{report.rows} rows, {report.images} images: {report.errors} errors, {report.warnings} warnings")
 
 
 if __name__ == "__main__":

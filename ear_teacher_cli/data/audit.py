@@ -1,4 +1,4 @@
-"""`validate-data`: look at every picture and every box before days are spent on them. No torch on the way.
+"""`validate-data`: look at every image and every box before days are spent on them. No torch on the way.
 
 Each photo is decoded once, wholly, in parallel; each ear is cut out as training would. What is wrong is
 listed by reason, with row and path; duplicates are found by content, near duplicates by a perceptual hash,
@@ -15,13 +15,13 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import Reading
-from ..console import Talk
-from ..errors import EarTeachError, ManifestError, PictureError, WordsError
+from ..console import Console
+from ..errors import EarTeachError, ImageError, ManifestError, UsageError
 from ..files import printable, refuse_existing, whole_file
 from .box_drawing import Photo as BoxedPhoto
 from .box_drawing import photo_page
 from .boxes import Box
-from .crop import REASONS, cut, read_picture
+from .crop import REASONS, cut, read_image
 from .data_card import data_card, stated
 from .image_checks import PREVIEW, SMALL, WARNINGS, CropStats, inspect_all, near_pairs, photos_of
 from .manifest import Manifest, keep_rows, read_manifest, tell, write_manifest
@@ -52,7 +52,7 @@ class Finding:
 class Report:
     manifests: list[str]
     rows: int
-    pictures: int
+    images: int
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -74,7 +74,7 @@ class Report:
         return {
             "manifests": self.manifests,
             "rows": self.rows,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "errors": self.errors,
             "warnings": self.warnings,
             "counts": {reason: len(group) for reason, group in self.by_reason().items()},
@@ -84,7 +84,7 @@ class Report:
 
 def validate_data(
     sources: list[str],
-    talk: Talk,
+    console: Console,
     *,
     root_dir: str | None = None,
     reading: Reading | None = None,
@@ -99,20 +99,20 @@ def validate_data(
 ) -> Report:
     """Check manifests; write what was asked for. Raises EarTeachError only if an output cannot be written."""
     if card is not None and Path(card).suffix.lower() != ".md":
-        raise WordsError(f"--card {printable(card)}: is Markdown; name a .md file")
+        raise UsageError(f"--card {printable(card)}: is Markdown; name a .md file")
     outputs = [path for path in (json_file, contact_sheet, write_clean, card) if path and path != "-"]
     for path in outputs:
         refuse_existing(path, overwrite, inputs=sources)
     if len({os.path.realpath(path) for path in outputs}) < len(outputs):
-        raise WordsError(f"{printable(outputs[0])}: two outputs have one name; give each its own")
+        raise UsageError(f"{printable(outputs[0])}: two outputs have one name; give each its own")
     if write_clean and len(sources) != 1:
-        raise WordsError(f"--write-clean: needs one manifest, not {len(sources)}; clean them one at a time")
+        raise UsageError(f"--write-clean: needs one manifest, not {len(sources)}; clean them one at a time")
     manifests, findings = _read_all(sources, root_dir, reading)
     for manifest in manifests:
-        tell(manifest, talk)
+        tell(manifest, console)
     report = Report(list(sources), sum(map(len, manifests)), 0, findings)
     seen: dict[tuple[int, int], CropStats] = {}
-    _look(manifests, report, seen, num_workers, talk)
+    _look(manifests, report, seen, num_workers, console)
     report.findings += _duplicate_rows(manifests) + _duplicates(manifests, seen)
     order = {m.source: i for i, m in enumerate(manifests)}
     report.findings.sort(key=lambda f: (order.get(f.manifest, -1), -1 if f.ear is None else f.ear))
@@ -120,7 +120,7 @@ def validate_data(
         with whole_file(json_file) as temporary:
             temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if contact_sheet:
-        _draw_sheet(manifests, report, seen, contact_sheet, talk)
+        _draw_sheet(manifests, report, seen, contact_sheet, console)
     if card:
         counts = {reason: (len(group), _MEANINGS[reason]) for reason, group in report.by_reason().items()}
         sizes = {place: look.size for place, look in seen.items()}
@@ -131,7 +131,7 @@ def validate_data(
             )
     if write_clean and manifests:
         kept = _write_clean(manifests[0], report, write_clean, reading)
-        talk.say(
+        console.info(
             f"{printable(write_clean)}: {kept} of {len(manifests[0])} rows; read it with --root-dir {printable(manifests[0].root)}"
         )
     return report
@@ -162,11 +162,11 @@ def _read_all(
     return manifests, findings
 
 
-def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: int, talk: Talk) -> None:
+def _look(manifests: list[Manifest], report: Report, seen: dict, num_workers: int, console: Console) -> None:
     """Decode every photo once, in parallel, and collect findings and what each ear looks like."""
     jobs = [job for number, manifest in enumerate(manifests) for job in photos_of(manifest, number)]
-    report.pictures = len(jobs)
-    with talk.progress("looking at", len(jobs), "pictures") as steps:
+    report.images = len(jobs)
+    with console.progress("looking at", len(jobs), "pictures") as steps:
         for job, (findings, looks) in zip(jobs, inspect_all(jobs, num_workers), strict=True):
             manifest = manifests[job.manifest]
             for index, reason, detail in findings:
@@ -182,7 +182,7 @@ def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
         for index, key in enumerate(zip(manifest.paths, manifest.boxes, strict=True)):
             if key in first:
                 findings.append(
-                    _finding("duplicate-row", manifest, index, "same picture, same box", manifest.where(first[key]))
+                    _finding("duplicate-row", manifest, index, "same image, same box", manifest.where(first[key]))
                 )
             else:
                 first[key] = index
@@ -206,7 +206,7 @@ def _duplicates(manifests: list[Manifest], seen: dict[tuple[int, int], CropStats
         if earlier[0] != key[0]:
             name(key, earlier, "leak-photo", "same file content")
         elif manifests[key[0]].paths[key[1]] != manifests[earlier[0]].paths[earlier[1]]:
-            name(key, earlier, "duplicate-picture", "same file content")
+            name(key, earlier, "duplicate-image", "same file content")
     for i, j in near_pairs(seen[key].hash for key in keys):
         earlier, later = keys[i], keys[j]
         if seen[earlier].digest != seen[later].digest:
@@ -225,12 +225,12 @@ def _finding(reason: str, manifest: Manifest, index: int, detail: str, other: st
 
 
 def _draw_sheet(
-    manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], CropStats], path: str, talk: Talk
+    manifests: list[Manifest], report: Report, seen: dict[tuple[int, int], CropStats], path: str, console: Console
 ) -> None:
     """Photos with their boxes, which show whether the list is read as it was meant, above the worst crops."""
     pages = [page for page in (_photos(manifests, report), _worst_crops(manifests, seen)) if page is not None]
     if not pages:
-        talk.warn(f"{printable(path)}: not one crop could be made; no contact sheet was written")
+        console.warn(f"{printable(path)}: not one crop could be made; no contact sheet was written")
         return
     sheet = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), (250, 250, 248))
     top = 0
@@ -259,8 +259,8 @@ def _photos(manifests: list[Manifest], report: Report, most: int = 10) -> Image.
     for number, name in first + _spread(good, most - len(first)):
         manifest, rows = manifests[number], boxed[number, name]
         try:
-            photo = read_picture(manifest.file(rows[0])).image
-        except PictureError:
+            photo = read_image(manifest.file(rows[0])).image
+        except ImageError:
             continue
         colours = [_WRONG if (manifest.source, i) in wrong else _RIGHT for i in rows]
         boxes = [(manifest.boxes[i], colour) for i, colour in zip(rows, colours, strict=True)]
@@ -297,7 +297,7 @@ def _worst_crops(
     for place, (number, index) in enumerate(worst):
         x, y = gap + place % columns * (side + gap), head + place // columns * (side + foot + gap)
         manifest, look = manifests[number], seen[(number, index)]
-        crop = cut(read_picture(manifest.file(index)).image, manifest.boxes[index], PREVIEW)
+        crop = cut(read_image(manifest.file(index)).image, manifest.boxes[index], PREVIEW)
         page.paste(crop.resize((side, side), Image.Resampling.NEAREST), (x, y))
         label = (
             f"{Path(manifest.source).stem[:16]} {manifest.rows[index]}\n{look.size:.0f} px, sharp {look.sharpness:.0f}"

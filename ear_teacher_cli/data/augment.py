@@ -1,4 +1,4 @@
-"""Random variation of a crop, from one seed per picture, epoch and view.
+"""Random variation of a crop, from one seed per image, epoch and view.
 
 No policy cuts helix or lobe away (scale 0.8-1.1, shift 5 %). `hflip` is apart from them, and 0 unless asked
 for: a flipped left ear is a right ear. H = W = image_size.
@@ -13,7 +13,7 @@ from .preprocessing import Preprocessing
 
 
 class Augment:
-    """uint8 3,H,W -> uint8 3,H,W, a function of (picture, seed) alone: the same for any number of workers.
+    """uint8 3,H,W -> uint8 3,H,W, a function of (image, seed) alone: the same for any number of workers.
 
     `policy`: a name of config.AUGMENTATIONS, or None for no variation but `hflip`.
     """
@@ -29,7 +29,7 @@ class Augment:
         return self.with_target(pixels, seed)[0]
 
     def with_target(self, pixels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the varied picture, the same in its own light: moved and flipped alike, else untouched)."""
+        """(the varied image, the same in its own light: moved and flipped alike, else untouched)."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
             moved = self.geometry(pixels)
@@ -75,7 +75,7 @@ class ColourCast(nn.Module):
 
 
 class LostResolution(nn.Module):
-    """Down to a random size, log-uniform in [`least`, 1] of the picture's, and up again: an ear seen from afar."""
+    """Down to a random size, log-uniform in [`least`, 1] of the image's, and up again: an ear seen from afar."""
 
     def __init__(self, least: float):
         super().__init__()

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import EarTeachError, PictureError
+from ..errors import EarTeachError, ImageError
 from ..files import printable, whole_file
 from .boxes import BOX_FORMATS, Box, to_corners
-from .crop import read_picture
+from .crop import read_image
 
 _SIDE, _GAP, _FOOT = 220, 10, 20
 # Orders are told apart by colour and by line: red, green and blue are not alike in grey, and corners are solid.
@@ -35,8 +35,8 @@ def draw_readings(
         if path is None or path in seen or len(shown) >= most:
             continue
         try:
-            photo = read_picture(path).image
-        except PictureError:
+            photo = read_image(path).image
+        except ImageError:
             continue
         seen.add(path)
         boxes = [(_corners(box, order), _COLOURS[order]) for order in orders]

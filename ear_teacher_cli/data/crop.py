@@ -1,7 +1,7 @@
-"""The one place where a picture is opened and an ear is cut out of it. No torch here.
+"""The one place where an image is opened and an ear is cut out of it. No torch here.
 
-A picture is turned upright by its EXIF orientation, as OpenCV's imread does: boxes are in pixels of the upright
-picture. `read_picture` decodes it wholly (PIL's `verify` passes a JPEG cut in half), `load_crop` what the crop needs.
+An image is turned upright by its EXIF orientation, as OpenCV's imread does: boxes are in pixels of the upright
+image. `read_image` decodes it wholly (PIL's `verify` passes a JPEG cut in half), `load_crop` what the crop needs.
 """
 
 import io
@@ -19,27 +19,27 @@ from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
 from .. import platform
-from ..errors import PictureError
-from ..files import brief, printable
+from ..errors import ImageError
+from ..files import printable, short_message
 from .boxes import Box
 from .image_suffixes import can_read_heic
 from .jpeg import TURNED, UPRIGHT, part_of, window
 from .preprocessing import Preprocessing
 
-# Reasons a PictureError can have, in the words of validate-data's report.
+# Reasons an ImageError can have, in the words of validate-data's report.
 REASONS = {
     "missing": "no such file",
     "unreadable": "the file cannot be read",
-    "not-a-picture": "the file is no picture",
-    "truncated": "the picture is cut short or damaged",
-    "too-slow": "the picture cannot be decoded in reasonable time",
+    "not-an-image": "the file is no image",
+    "truncated": "the image is cut short or damaged",
+    "too-slow": "the image cannot be decoded in reasonable time",
     "too-large": "absurdly many pixels (decompression bomb)",
     "outside-root": "the path leaves the root folder",
     "box-not-numbers": "the box is not four numbers",
     "box-not-finite": "the box holds NaN or infinity",
     "box-empty": "the box has x2 <= x1 or y2 <= y1",
     "box-tiny": "the box is under 2 px on a side",
-    "box-outside": "the box leaves the picture",
+    "box-outside": "the box leaves the image",
 }
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray  # what `load_crop` reads
 # PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
@@ -48,14 +48,14 @@ _ORIENTATION = 0x0112
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _TINY = 2.0  # px; no ear, but a share of the image, or a slip
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-CUT = 2  # to be raised whenever the same picture and box give another crop: kept ones are of the old kind
+CUT = 2  # to be raised whenever the same image and box give another crop: kept ones are of the old kind
 _MAX_FILE_BYTES = 2**30
-_DECODE_SECONDS = 60  # the largest picture that PIL's limit lets through takes a few
+_DECODE_SECONDS = 60  # the largest image that PIL's limit lets through takes a few
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An upright RGB picture and what is worth knowing of its file."""
+class DecodedImage:
+    """An upright RGB image and what is worth knowing of its file."""
 
     image: Image.Image
     mode: str  # PIL's mode before conversion to RGB
@@ -63,31 +63,31 @@ class Picture:
     data: bytes  # the file's bytes
 
 
-def read_picture(path: str) -> Picture:
-    """Decode a whole picture to upright RGB. Raises PictureError (missing, unreadable, not-a-picture, ...)."""
+def read_image(path: str) -> DecodedImage:
+    """Decode a whole image to upright RGB. Raises ImageError (missing, unreadable, not-an-image, ...)."""
     data = _read_bytes(path)
     with _decoding():
         image, orientation = _opened(io.BytesIO(data), data[:16])
         mode = image.mode
         image.load()
         image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
-    return Picture(image, mode, orientation, data)
+    return DecodedImage(image, mode, orientation, data)
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(width, height) of an image once it is upright, from its header alone. Raises PictureError."""
+    """(width, height) of an image once it is upright, from its header alone. Raises ImageError."""
     with _file(path) as file:
         try:
             image, orientation = _opened(file, file.peek(16)[:16])
             return (image.height, image.width) if orientation in TURNED else image.size
         except UnidentifiedImageError as error:
-            raise PictureError("not-a-picture", "the file is no picture") from error
+            raise ImageError("not-an-image", "the file is no image") from error
         except (Image.DecompressionBombError, *_DECODER_ERRORS) as error:
-            raise PictureError("truncated", f"cut short or damaged ({brief(error)})") from error
+            raise ImageError("truncated", f"cut short or damaged ({short_message(error)})") from error
 
 
 def _opened(file: IO[bytes], head: bytes) -> tuple[Image.Image, int]:
-    """(the picture as it is stored, not yet decoded, its EXIF orientation). `head`: its first 16 bytes."""
+    """(the image as it is stored, not yet decoded, its EXIF orientation). `head`: its first 16 bytes."""
     image = Image.open(file, formats=_formats(head))
     if image.format == "TIFF":  # turns itself upright when it is decoded, and forgets that it was not
         image.load()
@@ -101,11 +101,11 @@ def _orientation_of(image: Image.Image) -> int:
 
 
 def _formats(head: bytes) -> tuple[str, ...]:
-    """The decoders that may be tried. Raises PictureError for HEIC where pillow-heif is not installed."""
+    """The decoders that may be tried. Raises ImageError for HEIC where pillow-heif is not installed."""
     if head[4:8] != b"ftyp" or head[8:12] not in _HEIC_BRANDS:
         return _FORMATS
     if not can_read_heic():
-        raise PictureError("not-a-picture", "is HEIC; pip install 'ear-teacher-cli[heic]' to read it")
+        raise ImageError("not-an-image", "is HEIC; pip install 'ear-teacher-cli[heic]' to read it")
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -114,60 +114,58 @@ def _formats(head: bytes) -> tuple[str, ...]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """What decoders raise, as PictureError."""
+    """What decoders raise, as ImageError."""
     try:
         with platform.cpu_time_limit(_DECODE_SECONDS, _too_slow), warnings.catch_warnings():
             # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
             warnings.simplefilter("ignore")
             yield
     except UnidentifiedImageError as error:
-        raise PictureError("not-a-picture", "the file is no picture") from error
+        raise ImageError("not-an-image", "the file is no image") from error
     except Image.DecompressionBombError as error:
-        raise PictureError("too-large", "absurdly many pixels (decompression bomb)") from error
+        raise ImageError("too-large", "absurdly many pixels (decompression bomb)") from error
     except _DECODER_ERRORS as error:
-        raise PictureError("truncated", f"cut short or damaged ({brief(error)})") from error
+        raise ImageError("truncated", f"cut short or damaged ({short_message(error)})") from error
 
 
-def _too_slow() -> PictureError:
-    return PictureError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
+def _too_slow() -> ImageError:
+    return ImageError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
 
 
 def as_box(numbers: Any) -> Box:
-    """Four numbers of any kind as a box. Raises PictureError."""
+    """Four numbers of any kind as a box. Raises ImageError."""
     try:
         x1, y1, x2, y2 = map(float, () if isinstance(numbers, str | bytes) else numbers)
     except (TypeError, ValueError) as error:
         found = printable(repr(numbers))[:60]
-        raise PictureError("box-not-numbers", f"box {found} is not four numbers; give x1, y1, x2, y2") from error
+        raise ImageError("box-not-numbers", f"box {found} is not four numbers; give x1, y1, x2, y2") from error
     return x1, y1, x2, y2
 
 
 def check_box(box: Box) -> None:
-    """Raise PictureError if the box cannot be one, whatever the picture."""
+    """Raise ImageError if the box cannot be one, whatever the image."""
     x1, y1, x2, y2 = box
     if not all(np.isfinite(box)):
-        raise PictureError("box-not-finite", f"box {_numbers(box)} holds NaN or infinity")
+        raise ImageError("box-not-finite", f"box {_numbers(box)} holds NaN or infinity")
     if x2 <= x1:
-        raise PictureError("box-empty", f"box {_numbers(box)} has x2 <= x1")
+        raise ImageError("box-empty", f"box {_numbers(box)} has x2 <= x1")
     if y2 <= y1:
-        raise PictureError("box-empty", f"box {_numbers(box)} has y2 <= y1")
+        raise ImageError("box-empty", f"box {_numbers(box)} has y2 <= y1")
 
 
 def check_box_inside(box: Box, size: tuple[int, int]) -> None:
-    """Raise PictureError if the box leaves a picture of `size` (width, height) by more than a pixel, or is tiny."""
+    """Raise ImageError if the box leaves an image of `size` (width, height) by more than a pixel, or is tiny."""
     width, height = size
     x1, y1, x2, y2 = box
     if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
-        raise PictureError("box-outside", f"box {_numbers(box)} leaves the picture of {width} x {height}")
+        raise ImageError("box-outside", f"box {_numbers(box)} leaves the image of {width} x {height}")
     if min(x2 - x1, y2 - y1) < _TINY:
-        raise PictureError(
-            "box-tiny", f"box {_numbers(box)} is {x2 - x1:.3g} x {y2 - y1:.3g} px; is it in other units?"
-        )
+        raise ImageError("box-tiny", f"box {_numbers(box)} is {x2 - x1:.3g} x {y2 - y1:.3g} px; is it in other units?")
 
 
 def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:
     """The box grown by `buffer` of its width on the left and right and of its height above and below,
-    clamped to a picture of `size` (width, height). Pixels, may be fractional."""
+    clamped to an image of `size` (width, height). Pixels, may be fractional."""
     width, height = size
     x1, y1, x2, y2 = box
     dx, dy = buffer * (x2 - x1), buffer * (y2 - y1)
@@ -175,9 +173,9 @@ def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:
 
 
 def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
-    """The ear as an RGB picture of image_size x image_size: buffer, clamp, then pad to a square (or squash).
+    """The ear as an RGB image of image_size x image_size: buffer, clamp, then pad to a square (or squash).
 
-    `box` None takes the whole picture. Raises PictureError if the box is none, or leaves the picture.
+    `box` None takes the whole image. Raises ImageError if the box is none, or leaves the image.
     """
     return _resized(image, *_placement(image.size, box, preprocessing), preprocessing)
 
@@ -208,9 +206,9 @@ def _scale(region: Box, inner: tuple[int, int], preprocessing: Preprocessing) ->
 def points_in_crop(
     points: ArrayLike, size: tuple[int, int], box: Box | None, preprocessing: Preprocessing
 ) -> np.ndarray:
-    """Where points of a picture of `size` (width, height) are in its crop: float64 [..., 2], x and y in pixels.
+    """Where points of an image of `size` (width, height) are in its crop: float64 [..., 2], x and y in pixels.
 
-    Pixel i covers i to i + 1 on both sides, as boxes do. Raises PictureError as `cut` does.
+    Pixel i covers i to i + 1 on both sides, as boxes do. Raises ImageError as `cut` does.
     """
     (x1, y1, x2, y2), inner, corner = _placement(size, box, preprocessing)
     scale = np.array([inner[0] / (x2 - x1), inner[1] / (y2 - y1)])
@@ -220,7 +218,7 @@ def points_in_crop(
 def _placement(
     size: tuple[int, int], box: Box | None, preprocessing: Preprocessing
 ) -> tuple[Box, tuple[int, int], tuple[int, int]]:
-    """(region of the picture, its width and height in the crop, its upper left corner there)."""
+    """(region of the image, its width and height in the crop, its upper left corner there)."""
     if box is None:
         region: Box = (0.0, 0.0, float(size[0]), float(size[1]))
     else:
@@ -228,7 +226,7 @@ def _placement(
         check_box_inside(box, size)
         region = buffered_box(box, size, preprocessing.bbox_buffer)
         if region[2] <= region[0] or region[3] <= region[1]:
-            raise PictureError("box-outside", f"box {_numbers(box)} leaves the picture of {size[0]} x {size[1]}")
+            raise ImageError("box-outside", f"box {_numbers(box)} leaves the image of {size[0]} x {size[1]}")
     side = preprocessing.image_size
     if not preprocessing.pad:
         return region, (side, side), (0, 0)
@@ -239,7 +237,7 @@ def _placement(
 
 
 def load_crop(image: ImageSource, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
-    """Cut an ear out of an image: uint8 3,S,S, RGB, with S = `preprocessing.image_size`. Raises PictureError.
+    """Cut an ear out of an image: uint8 3,S,S, RGB, with S = `preprocessing.image_size`. Raises ImageError.
 
     `image`: a path; a PIL image of any mode, which is turned by the EXIF orientation that it still carries, as a file is;
     or an array uint8 H,W,3, RGB and upright. `box`: x1, y1, x2, y2 in pixels of the upright image; None: the image is the
@@ -257,29 +255,29 @@ def load_crop(image: ImageSource, box: Box | None, preprocessing: Preprocessing)
         crop = cut(_in_memory(image), box, preprocessing)
     else:
         found = f"is of type {type(image).__name__}"
-        raise PictureError("not-a-picture", f"{found}; give a path, a PIL image, or an array uint8 H x W x 3")
+        raise ImageError("not-an-image", f"{found}; give a path, a PIL image, or an array uint8 H x W x 3")
     return np.stack([np.asarray(band) for band in crop.split()])  # H,W,3 -> 3,H,W
 
 
 def _in_memory(image: Image.Image | np.ndarray) -> Image.Image:
-    """An upright RGB image. Raises PictureError."""
+    """An upright RGB image. Raises ImageError."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             found = f"{image.dtype} {' x '.join(map(str, image.shape))}"
-            raise PictureError("not-a-picture", f"is an array {found}; give uint8 H x W x 3, RGB, from 0 to 255")
+            raise ImageError("not-an-image", f"is an array {found}; give uint8 H x W x 3, RGB, from 0 to 255")
         return Image.fromarray(image)
     with _decoding():
         image.load()  # before the orientation is asked for: see _opened
         orientation = _orientation_of(image)
         image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
     if 0 in image.size:
-        raise PictureError("not-a-picture", f"has {image.width} x {image.height} pixels; give an image with some")
+        raise ImageError("not-an-image", f"has {image.width} x {image.height} pixels; give an image with some")
     return image
 
 
 def _undecoded(image: Image.Image) -> bytes | None:
     """The file of a JPEG that Pillow has opened and not decoded, so that it gives the crop that its path gives; None of
-    anything else, and where the image was changed since (`draft`, its EXIF). Raises PictureError."""
+    anything else, and where the image was changed since (`draft`, its EXIF). Raises ImageError."""
     file = getattr(image, "fp", None)
     if image.format not in ("JPEG", "MPO") or file is None or not image.tile or image.tell():  # type: ignore[attr-defined]
         return None
@@ -293,7 +291,7 @@ def _undecoded(image: Image.Image) -> bytes | None:
 
 
 def _cut_from(data: bytes, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
-    """`cut` of a file's bytes, decoding no more than the crop needs. Raises PictureError."""
+    """`cut` of a file's bytes, decoding no more than the crop needs. Raises ImageError."""
     with _decoding():
         image, orientation = _opened(io.BytesIO(data), data[:16])
         size = (image.height, image.width) if orientation in TURNED else image.size
@@ -329,29 +327,29 @@ def _read_bytes(path: str) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
+            raise ImageError("unreadable", f"cannot be read ({short_message(error)})") from error
 
 
 @contextmanager
 def _file(path: str) -> Iterator[io.BufferedReader]:
-    """A photograph's file, open for reading. Raises PictureError if it cannot be one."""
+    """A photograph's file, open for reading. Raises ImageError if it cannot be one."""
     try:
         handle = platform.open_photograph(path)
     except FileNotFoundError as error:
-        raise PictureError("missing", "no such file") from error
+        raise ImageError("missing", "no such file") from error
     except (OSError, ValueError) as error:
-        raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
+        raise ImageError("unreadable", f"cannot be read ({short_message(error)})") from error
     try:
         try:
             status = os.fstat(handle)
         except OSError as error:
-            raise PictureError("unreadable", f"cannot be read ({brief(error)})") from error
+            raise ImageError("unreadable", f"cannot be read ({short_message(error)})") from error
         if not stat.S_ISREG(status.st_mode):
-            raise PictureError("unreadable", "is a folder or a device, not a file")
+            raise ImageError("unreadable", "is a folder or a device, not a file")
         if status.st_size > _MAX_FILE_BYTES:
-            raise PictureError("too-large", f"{status.st_size / 2**30:.1f} GiB is no photograph")
+            raise ImageError("too-large", f"{status.st_size / 2**30:.1f} GiB is no photograph")
         if status.st_size == 0:
-            raise PictureError("truncated", "the file is empty")
+            raise ImageError("truncated", "the file is empty")
         with open(handle, "rb", closefd=False) as file:
             yield file
     finally:

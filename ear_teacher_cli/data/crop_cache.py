@@ -1,6 +1,6 @@
 """Crops that were cut once and are not decoded again: one file per manifest, in memory or on disk.
 
-Each crop has a place of its own in the file, with a mark of the picture it was cut from (size, times of change, inode) and a
+Each crop has a place of its own in the file, with a mark of the image it was cut from (size, times of change, inode) and a
 checksum. A place is written in one call, where the system can, and believed only if all of it fits: several processes may fill one file at
 once, and one that is killed leaves at worst a place that is filled again. What comes out is what was put in, to the
 byte, so a run with a cache learns what it would without. The file's name is a sha256 over all that a crop depends on.
@@ -27,7 +27,7 @@ from .manifest import Manifest
 from .preprocessing import Preprocessing
 
 FOLDER, SUFFIX = ".crops", ".crops"
-_HEAD = struct.Struct("<qqqQII")  # the picture's mark, CRC-32 of the pixels, _WORD
+_HEAD = struct.Struct("<qqqQII")  # the image's mark, CRC-32 of the pixels, _WORD
 _WORD = 0x45415231
 _SHARE = 0.5  # of what is free of memory or disk, the most that a cache takes
 
@@ -48,9 +48,9 @@ class CropCache:
         if self._bytes is not None and self._process == os.getpid():
             self._bytes.close()
 
-    def crop(self, row: int, picture: str, cut: Callable[[], np.ndarray]) -> np.ndarray:
-        """The crop of `row` from the file `picture`: as it was kept, else what `cut` returns, kept from now on."""
-        mark = _mark(picture)  # before it is read: what changes meanwhile has another
+    def crop(self, row: int, image: str, cut: Callable[[], np.ndarray]) -> np.ndarray:
+        """The crop of `row` from the file `image`: as it was kept, else what `cut` returns, kept from now on."""
+        mark = _mark(image)  # before it is read: what changes meanwhile has another
         kept_in = self._opened() if mark and row < self.capacity else None
         if kept_in is None:
             return cut()
@@ -191,10 +191,10 @@ def _key(manifest: Manifest, preprocessing: Preprocessing) -> str:
     return digest.hexdigest()[:32]
 
 
-def _mark(picture: str) -> tuple[int, ...] | None:
+def _mark(image: str) -> tuple[int, ...] | None:
     """Size, times (ns) of change of content and of status, inode: a copy under the same name and time is another file."""
     try:
-        status = os.stat(picture)
+        status = os.stat(image)
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

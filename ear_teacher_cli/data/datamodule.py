@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
-from ..console import Talk
+from ..console import Console
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
 from ..platform import child_exits_unnoticed, usable_cores
@@ -102,7 +102,7 @@ class EarDataModule(pl.LightningDataModule):
         self.config = config or TrainConfig(**options)
         self.train_set: EarDataset | None = None
         self.val_set: EarDataset | None = None
-        self.talk = Talk(quiet=True)  # the verb gives its own
+        self.console = Console(quiet=True)  # the verb gives its own
         self._caches: CropCaches | None = None
         self._loaders: weakref.WeakSet[EarLoader] = weakref.WeakSet()
         self._epochs_completed, self._steps_done = (
@@ -111,7 +111,7 @@ class EarDataModule(pl.LightningDataModule):
         )  # of the run that is being resumed; steps: of its epoch under way
 
     def setup(self, stage: str | None = None) -> None:
-        """Read both manifests. Raises EarTeachError if one cannot be read or none of its pictures is there."""
+        """Read both manifests. Raises EarTeachError if one cannot be read or none of its images is there."""
         if self.train_set is None:
             self._read()
         if self.trainer is not None and self._caches is None:  # before, nothing is written
@@ -136,7 +136,7 @@ class EarDataModule(pl.LightningDataModule):
         self.train_set.cache, self.val_set.cache = self._caches.caches
         self.clean_set.cache = self.train_set.cache
         if kind != "off":
-            self.talk.say(f"crops: {self._caches.words}")
+            self.console.info(f"crops: {self._caches.words}")
 
     def _read(self) -> None:
         config = self.config
@@ -144,13 +144,13 @@ class EarDataModule(pl.LightningDataModule):
         train, val = read_train_manifest(config), read_val_manifest(config)
         for manifest in (train, val):
             _refuse_wrong_root(manifest)
-            tell(manifest, self.talk)
+            tell(manifest, self.console)
         if not config.allow_overlap:
             _refuse_overlap(train, val)
         if len(train) < 2:
-            raise EarTeachError(f"{train.source}: holds one picture; training needs at least 2")
+            raise EarTeachError(f"{train.source}: holds one image; training needs at least 2")
         if len(val) < 2:
-            raise EarTeachError(f"{val.source}: holds one picture; validation needs at least 2")
+            raise EarTeachError(f"{val.source}: holds one image; validation needs at least 2")
         if config.monitor in ("val/rank1", "val/eer"):
             _require_identities(val, config.monitor)
         if config.side_policy != "as-is":
@@ -183,7 +183,7 @@ class EarDataModule(pl.LightningDataModule):
         return self._loader(self.val_set, shuffle=False)
 
     def clean_dataloader(self, rows: range | None = None) -> DataLoader:
-        """All training pictures (or those of `rows`) unaugmented in manifest order, on every rank the same: what
+        """All training images (or those of `rows`) unaugmented in manifest order, on every rank the same: what
         k-means clusters."""
         return self._loader(self.clean_set, shuffle=False, all_ranks=True, rows=rows)
 
@@ -199,7 +199,7 @@ class EarDataModule(pl.LightningDataModule):
         loader = EarLoader(
             dataset,
             batch_size=self.config.batch_size,
-            # a last training batch may be one picture, which has no batch statistics; but one batch there must be
+            # a last training batch may be one image, which has no batch statistics; but one batch there must be
             drop_last=shuffle and len(sampler) > self.config.batch_size,
             collate_fn=collate,
             worker_init_fn=leave_stopping_to_the_parent,
@@ -223,9 +223,9 @@ def _require_identities(manifest: Manifest, monitor: str) -> None:
     if not 1 < len(set(named)) < len(named):
         raise ConfigError(
             "monitor",
-            f"{monitor} needs identities with several pictures; {printable(manifest.source)} names {len(set(named))} in "
-            f"{len(named)} pictures",
-            "add an identity column (or folders, root/identity/picture.jpg), or choose val/retrieval",
+            f"{monitor} needs identities with several images; {printable(manifest.source)} names {len(set(named))} in "
+            f"{len(named)} images",
+            "add an identity column (or folders, root/identity/image.jpg), or choose val/retrieval",
         )
 
 
@@ -256,12 +256,12 @@ def _images(manifest: Manifest) -> Iterator[str]:
 
 
 def _refuse_wrong_root(manifest: Manifest) -> None:
-    """One clear line instead of thousands of missing pictures."""
+    """One clear line instead of thousands of missing images."""
     sample = range(0, len(manifest), max(1, len(manifest) // 50))
     if not any(os.path.exists(os.path.join(manifest.root, manifest.paths[i])) for i in sample):
         mend = "say where they are with --root-dir"
         if has_drive(manifest.paths[0]) and not os.path.isabs(manifest.paths[0]):
             mend = "these are paths of Windows: make them relative to a folder, and give that folder with --root-dir"
         raise ManifestError(
-            f"{manifest.source}: none of its pictures is under {manifest.root}/ (looked for {manifest.paths[0]}); {mend}"
+            f"{manifest.source}: none of its images is under {manifest.root}/ (looked for {manifest.paths[0]}); {mend}"
         )

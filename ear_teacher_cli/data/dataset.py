@@ -1,7 +1,7 @@
 """Ears as tensors, and the order they come in.
 
-Everything random is a function of (seed, epoch, picture): no state to save, the same for any number of
-workers, and exact on resume. A picture that cannot be read is never replaced: it comes back as its reason,
+Everything random is a function of (seed, epoch, image): no state to save, the same for any number of
+workers, and exact on resume. An image that cannot be read is never replaced: it comes back as its reason,
 leaves its batch, and is counted (`collate`).
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 
-from ..errors import PictureError
+from ..errors import ImageError
 from ..platform import ignore_stop_signals
 from .augment import Augment
 from .crop import load_crop
@@ -25,22 +25,22 @@ Batch = dict[str, Any]
 
 
 class Draw(NamedTuple):
-    """One picture in one epoch: its row in the manifest, and the seed of its augmentation."""
+    """One image in one epoch: its row in the manifest, and the seed of its augmentation."""
 
     index: int  # type: ignore[assignment]  # a field in the place of tuple.index, which nobody asks
     seed: int
 
 
-class BadPicture(NamedTuple):
+class UnreadableImage(NamedTuple):
     index: int  # type: ignore[assignment]  # as in Draw
     reason: str
     detail: str
 
 
 class EarDataset(Dataset):
-    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'target']}, or a BadPicture.
+    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'target']}, or a UnreadableImage.
 
-    `pixels` is augmented if `augment` is given; with `view` a second, augmented picture comes beside it. With
+    `pixels` is augmented if `augment` is given; with `view` a second, augmented image comes beside it. With
     `denoise` there is a `target` of the first: moved as it is, but in its own light.
     """
 
@@ -61,12 +61,12 @@ class EarDataset(Dataset):
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, draw: Draw | int) -> dict[str, Any] | BadPicture:
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any] | UnreadableImage:
         index, seed = draw if isinstance(draw, Draw) else Draw(draw, derive_seed(0, 0, draw))
         try:
             crop = self._crop(index)
-        except PictureError as error:
-            return BadPicture(index, error.reason, error.detail)
+        except ImageError as error:
+            return UnreadableImage(index, error.reason, error.detail)
         pixels = torch.from_numpy(crop)
         if self.preprocessing.mirror and self.manifest.side(index) == "right":
             pixels = pixels.flip(-1)
@@ -75,25 +75,25 @@ class EarDataset(Dataset):
             item["pixels"], target = self.augment.with_target(pixels, seed)
             if self.denoise:
                 item["target"] = target
-        if self.view:  # the second of two augmented views has a seed of its own; beside a clean picture, the picture's
+        if self.view:  # the second of two augmented views has a seed of its own; beside a clean image, the image's
             item["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
         return item
 
     def _crop(self, index: int) -> np.ndarray:
-        picture, box = self.manifest.file(index), self.manifest.boxes[index]
+        image, box = self.manifest.file(index), self.manifest.boxes[index]
         if self.cache is None:
-            return load_crop(picture, box, self.preprocessing)
-        return self.cache.crop(index, picture, lambda: load_crop(picture, box, self.preprocessing))
+            return load_crop(image, box, self.preprocessing)
+        return self.cache.crop(index, image, lambda: load_crop(image, box, self.preprocessing))
 
 
-def collate(items: list[dict[str, Any] | BadPicture]) -> Batch:
-    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of BadPicture}; B may be 0.
+def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
+    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of UnreadableImage}; B may be 0.
 
     In a worker the tensors lie in shared memory. Left to torch, they would be moved there by a thread whose errors
     (no room, mostly) reach nobody: the batch would be lost and the parent wait for it.
     """
-    good = [item for item in items if not isinstance(item, BadPicture)]
-    batch: Batch = {"bad": [item for item in items if isinstance(item, BadPicture)]}
+    good = [item for item in items if not isinstance(item, UnreadableImage)]
+    batch: Batch = {"bad": [item for item in items if isinstance(item, UnreadableImage)]}
     batch["index"] = torch.tensor([item["index"] for item in good], dtype=torch.int64)
     for name in ("pixels", "view", "target"):
         if good and name in good[0]:

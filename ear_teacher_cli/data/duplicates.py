@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ..console import Talk
+from ..console import Console
 from .boxes import Box
 from .crop import REASONS as UNUSABLE
 from .folder_ears import are_same, match_boxes
@@ -18,7 +18,7 @@ from .image_checks import CropStats, Photo, inspect_all, near_pairs, photos_of
 from .mixed_sources import Mixed
 from .split import Links
 
-COPY, REPEATED = "duplicate-picture", "duplicate-row"
+COPY, REPEATED = "duplicate-image", "duplicate-row"
 UNMARKED, UNDECODABLE = "no-annotation", "no-decoder"
 REASONS = {
     **UNUSABLE,
@@ -61,7 +61,7 @@ class Examined:
     whole: dict[str, CropStats] = field(default_factory=dict)  # path -> the whole image
 
 
-def examine(found: Mixed, num_workers: int, talk: Talk) -> Examined:
+def examine(found: Mixed, num_workers: int, console: Console) -> Examined:
     """Decode every image and cut every ear; drop what cannot be."""
     photos = list(photos_of(found.ears, order_of=lambda index: found.orders[found.parts[index]]))
     for photo in photos:
@@ -86,7 +86,7 @@ def examine(found: Mixed, num_workers: int, talk: Talk) -> Examined:
     results = zip(photos, inspect_all(photos, num_workers), strict=True)
     photo, first = next(results)  # before the clock runs: processes start meanwhile
     take(photo, *first)
-    with talk.progress("looking at", len(photos), "images", done=1) as steps:
+    with console.progress("looking at", len(photos), "images", done=1) as steps:
         for photo, result in results:
             take(photo, *result)
             steps.advance()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import EarTeachError, PictureError
+from ..errors import EarTeachError, ImageError
 from ..files import printable
 from .crop import ImageSource, load_crop
 from .manifest import side_of
@@ -31,14 +31,14 @@ def crops_given(
     last one was taken.
 
     `images`: one that `load_crop` reads, or many. `boxes`: for one image four numbers, for many as many boxes or Nones.
-    `sides`: likewise 'left', 'right' or None; right ears are mirrored if `preprocessing.mirror`. Raises PictureError for an
+    `sides`: likewise 'left', 'right' or None; right ears are mirrored if `preprocessing.mirror`. Raises ImageError for an
     image or a box, EarTeachError for another number of boxes or sides than images, or none.
     """
     one = _is_one(images)
     if one:
         boxes = [boxes] if _is_box(boxes) else boxes
         sides = [sides] if isinstance(sides, str) else sides
-    pictures = _column("images", [images] if one else images, "a path, a PIL image, an array, or many of them")
+    listed = _column("images", [images] if one else images, "a path, a PIL image, an array, or many of them")
     columns = {
         "boxes": _column("boxes", boxes, "x1, y1, x2, y2 for one image, or a list with a box or None for each"),
         "sides": _column("sides", sides, "'left', 'right' or None for each image"),
@@ -49,8 +49,8 @@ def crops_given(
         )
     columns = {name: column for name, column in columns.items() if column is not None}
     for name, column in columns.items():
-        _require_as_many(name, column, pictures)
-    return _crops(iter(pictures), {name: iter(column) for name, column in columns.items()}, preprocessing)
+        _require_as_many(name, column, listed)
+    return _crops(iter(listed), {name: iter(column) for name, column in columns.items()}, preprocessing)
 
 
 def _crops(
@@ -72,15 +72,15 @@ def _crops(
 
 
 def _crop(image: ImageSource, box: Any, side: Any, preprocessing: Preprocessing, place: int) -> np.ndarray:
-    """The crop, mirrored if it has to be. Raises PictureError, naming the place."""
+    """The crop, mirrored if it has to be. Raises ImageError, naming the place."""
     turned = side_of(side) if isinstance(side, str) else None
     if side is not None and turned is None:
         raise EarTeachError(f"image {place}: side {printable(repr(side))[:40]} is unknown; give left, right or None")
     try:
         crop = load_crop(image, box, preprocessing)
-    except PictureError as error:
+    except ImageError as error:
         name = f" ({printable(os.fspath(image))[:200]})" if isinstance(image, str | os.PathLike) else ""
-        raise PictureError(error.reason, f"image {place}{name}: {error.detail}") from error
+        raise ImageError(error.reason, f"image {place}{name}: {error.detail}") from error
     return crop[:, :, ::-1] if preprocessing.mirror and turned == "right" else crop
 
 

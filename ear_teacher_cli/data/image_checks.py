@@ -15,27 +15,27 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..errors import EarTeachError, PictureError
+from ..errors import EarTeachError, ImageError
 from ..platform import interrupts_ignored, usable_cores
 from .boxes import BOX_FORMATS, Box, from_corners, to_corners
-from .crop import Picture, buffered_box, check_box, check_box_inside, cut, read_picture
+from .crop import DecodedImage, buffered_box, check_box, check_box_inside, cut, read_image
 from .manifest import Manifest
 from .preprocessing import Preprocessing
 
 WARNINGS = {
     "box-small": "the box is under 32 px on a side",
-    "box-clamped": "the box's buffer reaches beyond the picture and was clamped",
-    "exif-rotated": "EXIF orientation turns the picture; boxes must be drawn on the upright one",
-    "mode-grey": "grey picture",
-    "mode-alpha": "picture with transparency (dropped)",
-    "mode-16-bit": "16-bit picture (scaled to 8 bits)",
-    "mode-cmyk": "CMYK picture (converted)",
-    "mode-palette": "palette picture (converted)",
-    "duplicate-row": "the same picture and box twice in one manifest",
-    "duplicate-picture": "the same file content under another name, in the same manifest",
-    "near-duplicate": "almost the same ear picture, in the same manifest",
+    "box-clamped": "the box's buffer reaches beyond the image and was clamped",
+    "exif-rotated": "EXIF orientation turns the image; boxes must be drawn on the upright one",
+    "mode-grey": "grey image",
+    "mode-alpha": "image with transparency (dropped)",
+    "mode-16-bit": "16-bit image (scaled to 8 bits)",
+    "mode-cmyk": "CMYK image (converted)",
+    "mode-palette": "palette image (converted)",
+    "duplicate-row": "the same image and box twice in one manifest",
+    "duplicate-image": "the same file content under another name, in the same manifest",
+    "near-duplicate": "almost the same ear image, in the same manifest",
     "leak-photo": "the same photo in two manifests (training and validation)",
-    "leak-near-duplicate": "almost the same ear picture in two manifests (training and validation)",
+    "leak-near-duplicate": "almost the same ear image in two manifests (training and validation)",
 }
 SMALL = 32
 # Of 128 hash bits (see near_pairs). Among 16.8 million pairs of 5,800 real crops, the 9 within 6 bits were
@@ -88,7 +88,7 @@ def photos_of(manifest: Manifest, number: int = 0, order_of: Callable[[int], str
         order = (order_of(indices[0]) if order_of else manifest.box_format) or "xyxy"
         try:
             yield Photo(number, manifest.file(indices[0]), ears, order)
-        except PictureError as error:
+        except ImageError as error:
             yield Photo(number, None, ears, order, (error.reason, error.detail))
 
 
@@ -97,22 +97,22 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, C
     if photo.error is not None:
         return [(index, *photo.error) for index, _ in photo.ears], []
     try:
-        picture = read_picture(photo.path)
-    except PictureError as error:
+        image = read_image(photo.path)
+    except ImageError as error:
         return [(index, error.reason, error.detail) for index, _ in photo.ears], []
     findings, crops = [], []
-    digest = hashlib.sha256(picture.data).digest()
+    digest = hashlib.sha256(image.data).digest()
     for index, box in photo.ears:
-        for reason, detail in _oddities(picture.mode, picture.orientation):
+        for reason, detail in _oddities(image.mode, image.orientation):
             findings.append((index, reason, detail))
         try:
-            crop = cut(picture.image, box, PREVIEW)
-        except PictureError as error:
-            hint = _drawn_before_turning(box, picture) or _in_other_order(box, photo.order, picture)
+            crop = cut(image.image, box, PREVIEW)
+        except ImageError as error:
+            hint = _drawn_before_turning(box, image) or _in_other_order(box, photo.order, image)
             findings.append((index, error.reason, error.detail + hint))
             continue
-        region = box or (0.0, 0.0, float(picture.image.width), float(picture.image.height))
-        findings += [(index, *entry) for entry in _box_warnings(box, region, picture.image.size)]
+        region = box or (0.0, 0.0, float(image.image.width), float(image.image.height))
+        findings += [(index, *entry) for entry in _box_warnings(box, region, image.image.size)]
         size = min(region[2] - region[0], region[3] - region[1])
         crops.append((index, CropStats(digest, *perceptual_hashes(crop), sharpness_of(crop), size)))
     return findings, crops
@@ -142,18 +142,18 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _drawn_before_turning(box: Box | None, picture: Picture) -> str:
-    """A hint where the box leaves the upright picture but fits the picture as it is stored."""
-    if box is None or picture.orientation not in (5, 6, 7, 8):
+def _drawn_before_turning(box: Box | None, image: DecodedImage) -> str:
+    """A hint where the box leaves the upright image but fits the image as it is stored."""
+    if box is None or image.orientation not in (5, 6, 7, 8):
         return ""
     try:
-        check_box_inside(box, (picture.image.height, picture.image.width))
-    except PictureError:
+        check_box_inside(box, (image.image.height, image.image.width))
+    except ImageError:
         return ""
-    return f" (it fits before EXIF orientation {picture.orientation}: drawn on the unturned picture)"
+    return f" (it fits before EXIF orientation {image.orientation}: drawn on the unturned image)"
 
 
-def _in_other_order(box: Box | None, order: str, picture: Picture) -> str:
+def _in_other_order(box: Box | None, order: str, image: DecodedImage) -> str:
     """A hint where the numbers that stand in the list would be a box of this image in the other common order."""
     if box is None or order not in ("xyxy", "xywh"):
         return ""
@@ -161,8 +161,8 @@ def _in_other_order(box: Box | None, order: str, picture: Picture) -> str:
     x1, y1, x2, y2 = to_corners(np.array(from_corners(box, order)), other)
     try:
         check_box((x1, y1, x2, y2))
-        check_box_inside((x1, y1, x2, y2), picture.image.size)
-    except PictureError:
+        check_box_inside((x1, y1, x2, y2), image.image.size)
+    except ImageError:
         return ""
     return f" (as {BOX_FORMATS[other]} it would be in order)"
 
@@ -186,7 +186,7 @@ def _box_warnings(box: Box | None, region: Box, size: tuple[int, int]) -> Iterat
     grown = buffered_box(box, size, buffer)
     wanted = (1 + 2 * buffer) * width, (1 + 2 * buffer) * height
     if grown[2] - grown[0] < wanted[0] - 0.5 or grown[3] - grown[1] < wanted[1] - 0.5:
-        if not _is_whole(box, size):  # a box that is the whole picture leaves no room, and asks for none
+        if not _is_whole(box, size):  # a box that is the whole image leaves no room, and asks for none
             yield "box-clamped", f"box [{', '.join(f'{v:g}' for v in box)}] in {size[0]} x {size[1]}"
 
 

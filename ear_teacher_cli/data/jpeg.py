@@ -1,7 +1,7 @@
 """The part of a JPEG that a crop needs: as few pixels as its size allows, and no row below it.
 
 libjpeg can decode to 1/2, 1/4 or 1/8 of the size for less work, and from the top down. Both are used where a crop of
-a large photo is wanted. What comes out is close to the crop of the whole picture (see SPARE).
+a large photo is wanted. What comes out is close to the crop of the whole image (see SPARE).
 """
 
 import io
@@ -13,12 +13,12 @@ from PIL import Image
 Box = tuple[float, float, float, float]
 
 # A photo is decoded no smaller than this many times the crop's resolution. At 1.5 the mean difference from the crop
-# of the whole picture is about 1 level of 255 in photographs, under what JPEG's own rounding does at quality 90; at
+# of the whole image is about 1 level of 255 in photographs, under what JPEG's own rounding does at quality 90; at
 # hard edges of drawings, which libjpeg's filter and Pillow's treat otherwise, single pixels differ by up to 60.
 SPARE = 1.5
 _MARGIN = 4  # pixels of the crop around its region that the resampling filter looks at (Lanczos: 3)
 _END = b"\xff\xd9"
-# EXIF orientation -> what turns the stored picture upright (PIL's own exif_transpose writes the EXIF anew, and
+# EXIF orientation -> what turns the stored image upright (PIL's own exif_transpose writes the EXIF anew, and
 # fails on odd ones).
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,14 +35,14 @@ _BACK = {6: 8, 8: 6}  # the others are their own inverse
 
 @dataclass(frozen=True)
 class Part:
-    """An upright piece of a picture, perhaps decoded smaller, and where the wanted region is in it."""
+    """An upright piece of an image, perhaps decoded smaller, and where the wanted region is in it."""
 
     image: Image.Image
     region: Box
 
 
 def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scale: tuple[float, float]) -> Part | None:
-    """Decode what `region` (pixels of the upright picture) needs to be made `scale` (x, y) times smaller.
+    """Decode what `region` (pixels of the upright image) needs to be made `scale` (x, y) times smaller.
 
     `image`: what was opened from `data`. None if nothing is to be gained, or the file does not end as a JPEG
     does: whether it is whole is then to be found by decoding all of it.
@@ -52,7 +52,7 @@ def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scal
     shrink = next((k for k in (8, 4, 2) if k * SPARE <= min(scale)), 1)
     width, height = image.size
     upright_size = (height, width) if orientation in TURNED else (width, height)
-    wanted = turned(region, _BACK.get(orientation, orientation), upright_size)  # in the picture as it is stored
+    wanted = turned(region, _BACK.get(orientation, orientation), upright_size)  # in the image as it is stored
     x1, y1, x2, y2 = (v / shrink for v in wanted)
     place = window(
         (x1, y1, x2, y2), (scale[0] / shrink, scale[1] / shrink), (-(-width // shrink), -(-height // shrink))
@@ -78,7 +78,7 @@ def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scal
 
 
 def window(region: Box, scale: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What is looked at of a picture of `size` (width, height) to make `region` of it `scale` (x, y) times smaller, in
+    """What is looked at of an image of `size` (width, height) to make `region` of it `scale` (x, y) times smaller, in
     whole pixels. What is cut to its window once stays as it is when it is cut again."""
     x1, y1, x2, y2 = region
     margin = math.ceil(_MARGIN * max(1, *scale))
@@ -87,7 +87,7 @@ def window(region: Box, scale: tuple[float, float], size: tuple[int, int]) -> tu
 
 
 def turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
-    """Where `box` in a picture of `size` (width, height) is when UPRIGHT[orientation] was done to it."""
+    """Where `box` in an image of `size` (width, height) is when UPRIGHT[orientation] was done to it."""
     x1, y1, x2, y2 = box
     width, height = size
     if orientation in (2, 3, 7, 8):
@@ -122,7 +122,7 @@ class _Feed(io.BytesIO):
         return super().read(size)
 
     def _is_filled(self) -> bool:
-        # A picture starts out black; where the row itself is, more is read than need be, and nothing is lost.
+        # An image starts out black; where the row itself is, more is read than need be, and nothing is lost.
         pixels, width = self.image.im, self.image.width
         found = (pixels.getpixel((x, self.row)) for x in range(0, width, max(1, width // 16)))
         return any(sum(pixel) if isinstance(pixel, tuple) else pixel for pixel in found)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import Reading
-from ..console import Talk
-from ..errors import ManifestError, PictureError
+from ..console import Console
+from ..errors import ImageError, ManifestError
 from ..files import printable, whole_file
 from .boxes import Box, Boxes
 from .folder_ears import read_ears
@@ -64,19 +64,19 @@ class Manifest:
         return (str(identity), self.side(index)) if identity else None
 
     def file(self, index: int) -> str:
-        """Absolute path of the picture. Raises PictureError('outside-root') if it leaves the root, also by symlink."""
+        """Absolute path of the image. Raises ImageError('outside-root') if it leaves the root, also by symlink."""
         path = self.paths[index]
         if "\0" in path:
-            raise PictureError("outside-root", "the path holds a NUL byte")
+            raise ImageError("outside-root", "the path holds a NUL byte")
         if self.root is None:
             return os.path.abspath(path)
         full = os.path.realpath(os.path.join(self._real_root, path))
         if not _is_within(full, self._real_root):
             if not _is_within(os.path.normpath(os.path.join(self._real_root, path)), self._real_root):
-                raise PictureError("outside-root", f"the path leaves {printable(self.root)}; see --root-dir")
+                raise ImageError("outside-root", f"the path leaves {printable(self.root)}; see --root-dir")
             there = full.removesuffix(os.sep + os.path.normpath(path))
             mend = f"give --root-dir {printable(there)}" if there != full else "see --root-dir"
-            raise PictureError("outside-root", f"a symbolic link leads out of {printable(self.root)}; {mend}")
+            raise ImageError("outside-root", f"a symbolic link leads out of {printable(self.root)}; {mend}")
         return full
 
     def summary(self) -> str:
@@ -155,11 +155,11 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None, readin
     return _with_boxes(manifest, [corners], corners.boxes, rows.warnings)
 
 
-def tell(manifest: Manifest, talk: Talk) -> None:
+def tell(manifest: Manifest, console: Console) -> None:
     """Say what was read, and warn of what was not."""
-    talk.say(manifest.summary())
+    console.info(manifest.summary())
     for warning in manifest.warnings:
-        talk.warn(warning)
+        console.warn(warning)
 
 
 def _manifest(source: Path, root: Path, rows: Rows) -> Manifest:
@@ -196,7 +196,7 @@ def _read_folder(source: Path, reading: Reading) -> Manifest:
 
 
 def named_by_folders(manifest: Manifest) -> Manifest:
-    """A folder's pictures with the names of their folders as identities (root/identity/picture.jpg; '' in the root). A
+    """A folder's images with the names of their folders as identities (root/identity/image.jpg; '' in the root). A
     list that names nobody stays so: its folders may be years."""
     if manifest.identities is not None or not Path(manifest.source).is_dir():
         return manifest
@@ -210,7 +210,7 @@ def folder_name(path: str) -> str:
 
 
 def read_input(source: str, root_dir: str | None = None, reading: Reading | None = None) -> Manifest:
-    """Whatever the user named, as a manifest: a picture, what `read_manifest` reads, or `-` for paths on stdin.
+    """Whatever the user named, as a manifest: an image, what `read_manifest` reads, or `-` for paths on stdin.
 
     Raises ManifestError.
     """
@@ -219,23 +219,23 @@ def read_input(source: str, root_dir: str | None = None, reading: Reading | None
         paths = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
         paths = [path for path in paths if path.strip()]
         if not paths:
-            raise ManifestError("stdin: holds no paths; give one picture a line, as find prints them")
-        return pictures_manifest(paths, "stdin")
+            raise ManifestError("stdin: holds no paths; give one image a line, as find prints them")
+        return images_manifest(paths, "stdin")
     suffix = Path(source).suffix.lower()
     if suffix in IMAGES | HEIC and not Path(source).is_dir():
         if not Path(source).exists():
             raise ManifestError(f"{printable(source)}: no such file; check the path")
-        return pictures_manifest([source], source)
+        return images_manifest([source], source)
     if suffix not in FORMATS and Path(source).is_file():
         raise ManifestError(
-            f"{printable(source)}: neither a picture nor a manifest by its name; give a folder, a picture, "
+            f"{printable(source)}: neither an image nor a manifest by its name; give a folder, an image, "
             "a manifest, or - for paths on stdin"
         )
     return read_manifest(source, root_dir, reading)
 
 
-def pictures_manifest(paths: Iterable[str], source: str) -> Manifest:
-    """A manifest of whole pictures that the user named one by one (no root to stay in)."""
+def images_manifest(paths: Iterable[str], source: str) -> Manifest:
+    """A manifest of whole images that the user named one by one (no root to stay in)."""
     paths = list(paths)
     return Manifest(source=source, root=None, paths=paths, boxes=[None] * len(paths), rows=range(len(paths)))
 
@@ -269,7 +269,7 @@ def keep_rows(manifest: Manifest, indices: Iterable[int], path: str | Path, iden
 
 
 def _find_root(source: Path, paths: Sequence[str]) -> Path:
-    """The working directory; or the manifest's folder, when of a sample of the pictures some are only there."""
+    """The working directory; or the manifest's folder, when of a sample of the images some are only there."""
     sample = [paths[i] for i in range(0, len(paths), max(1, len(paths) // 20)) if "\0" not in paths[i]]
     if any(os.path.exists(p) for p in sample) or not any((source.parent / p).exists() for p in sample):
         return Path(".")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from ..errors import ManifestError
-from ..files import brief, printable
+from ..files import printable, short_message
 
 
 def read_npy(path: str | Path) -> Any:
@@ -50,7 +50,7 @@ def read_npy(path: str | Path) -> Any:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except _DAMAGE as error:
         raise ManifestError(
-            f"{where}: damaged ({type(error).__name__}: {brief(error)}); save it again with numpy"
+            f"{where}: damaged ({type(error).__name__}: {short_message(error)}); save it again with numpy"
         ) from error
     if isinstance(value, np.ndarray) and value.dtype == object and value.shape == () and shape == ():
         return value.item()
@@ -65,7 +65,9 @@ def map_npy(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except _DAMAGE as error:
-        raise ManifestError(f"{where}: is no whole array of numbers ({brief(error)}); write it again") from error
+        raise ManifestError(
+            f"{where}: is no whole array of numbers ({short_message(error)}); write it again"
+        ) from error
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
@@ -81,7 +83,9 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except (*_DAMAGE, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
-        raise ManifestError(f"{where}: damaged ({type(error).__name__}: {brief(error)}); write it again") from error
+        raise ManifestError(
+            f"{where}: damaged ({type(error).__name__}: {short_message(error)}); write it again"
+        ) from error
 
 
 # Times its size on disk that an archive may unpack to: numbers compress to a half, names to a twentieth.
@@ -197,7 +201,7 @@ def _plain(kind: _Dtype) -> np.dtype:
 
 
 def _scan(data: bytes) -> None:
-    """Look at a pickle's program without running it: lengths must be there, and a place in the memo be one that so many
+    """ValidationEmbeddings at a pickle's program without running it: lengths must be there, and a place in the memo be one that so many
     bytes can fill. Python's unpickler makes room first: five bytes can ask for tens of gigabytes. Raises ValueError."""
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):

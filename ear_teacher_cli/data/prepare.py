@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..config import Reading
-from ..console import Talk, counted
-from ..errors import ConfigError, EarTeachError, WordsError
+from ..console import Console, counted
+from ..errors import ConfigError, EarTeachError, UsageError
 from ..files import printable, refuse_existing, shell_word, whole_file
 from .duplicates import (
     REASONS,
@@ -69,7 +69,7 @@ class Prepared:
 def prepare(
     raw: str,
     out: str,
-    talk: Talk,
+    console: Console,
     *,
     val_share: float = 0.2,
     seed: int = 0,
@@ -89,24 +89,24 @@ def prepare(
     if not 0 < val_share < 1:
         raise ConfigError("val_share", f"{val_share:g} is no share of the ears", "give a number between 0 and 1")
     if format not in FORMATS:
-        raise WordsError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
+        raise UsageError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
     lists = [Path(out) / f"{split}_teacher.{format}" for split in SPLITS]
     if not dry_run:
         _refuse_outputs(raw, Path(out), [*lists, Path(out) / REPORT], overwrite)
     found = read_mixed(raw, root_dir, reading or Reading())
     if folder_identities:
         name_by_folders(found)
-    prepared = _prepared(found, val_share, seed, num_workers, talk)
+    prepared = _prepared(found, val_share, seed, num_workers, console)
     options = {"raw": raw, "val_share": val_share, "seed": seed, "folder_identities": folder_identities}
     report = options | _report(prepared)
     for warning in prepared.warnings:
-        talk.warn(warning)
-    _say(prepared, report, talk)
+        console.warn(warning)
+    _say(prepared, report, console)
     if dry_run:
-        talk.say("dry run: nothing was written")
+        console.info("dry run: nothing was written")
         return prepared
     _write(prepared, report, lists, Path(out) / REPORT)
-    _say_next(prepared, lists, Path(out), talk)
+    _say_next(prepared, lists, Path(out), console)
     return prepared
 
 
@@ -117,7 +117,7 @@ def _own_files(out: Path) -> list[Path]:
 def _refuse_outputs(raw: str, out: Path, paths: list[Path], overwrite: bool) -> None:
     """Raise EarTeachError if the outputs cannot be written there, before the images are read."""
     if out.exists() and not out.is_dir():
-        raise WordsError(f"{printable(out)}: is a file; name a folder for the lists")
+        raise UsageError(f"{printable(out)}: is a file; name a folder for the lists")
     if not out.exists():
         refuse_existing(out, overwrite)  # the folder that it is to be in
     else:
@@ -125,8 +125,8 @@ def _refuse_outputs(raw: str, out: Path, paths: list[Path], overwrite: bool) -> 
             refuse_existing(path, overwrite, inputs=[raw])
 
 
-def _prepared(found: Mixed, share: float, seed: int, num_workers: int, talk: Talk) -> Prepared:
-    examined = examine(found, num_workers, talk)
+def _prepared(found: Mixed, share: float, seed: int, num_workers: int, console: Console) -> Prepared:
+    examined = examine(found, num_workers, console)
     drop_repeated_rows(found, examined)
     merged = merge_copies(found, examined)
     where, paths = printable(found.ears.source), found.ears.paths
@@ -309,9 +309,9 @@ def _rows(prepared: Prepared, indices: list[int]) -> list[tuple]:
     ]
 
 
-def _say(prepared: Prepared, report: dict[str, Any], talk: Talk) -> None:
-    found, facts = report["found"], []
-    facts.append(
+def _say(prepared: Prepared, report: dict[str, Any], console: Console) -> None:
+    found, lines = report["found"], []
+    lines.append(
         (
             "found",
             f"{counted(found['ears'], 'ear')} on {counted(found['images'], 'image')} in "
@@ -320,9 +320,9 @@ def _say(prepared: Prepared, report: dict[str, Any], talk: Talk) -> None:
         )
     )
     boxes = [f"{printable(part)}: {one['boxes']}" for part, one in report["read"].items() if one["boxes"]]
-    facts += _named("boxes", boxes)
+    lines += _named("boxes", boxes)
     dropped = _by_reason(prepared.examined.dropped)
-    facts += _named(
+    lines += _named(
         "dropped",
         [f"{len(g)} {reason} ({REASONS[reason]}): {_some([one.path for one in g])}" for reason, g in dropped.items()],
     )
@@ -330,20 +330,20 @@ def _say(prepared: Prepared, report: dict[str, Any], talk: Talk) -> None:
         copies = [f"{one.kept} also is {', '.join(one.copies)}" for one in prepared.merged]
         other = sum(one.boxes_differ for one in prepared.merged)
         differ = f"; {other} with other boxes or none in a copy" if other else ""
-        facts.append(("merged", f"{counted(len(copies), 'image')} with copies{differ}: {_some(copies)}"))
+        lines.append(("merged", f"{counted(len(copies), 'image')} with copies{differ}: {_some(copies)}"))
     if prepared.near:
         alike = [" ~ ".join(paths[:_FEW]) for paths in prepared.near]
-        facts.append(("alike", f"{counted(len(alike), 'group')} of near duplicates, each on one side: {_some(alike)}"))
+        lines.append(("alike", f"{counted(len(alike), 'group')} of near duplicates, each on one side: {_some(alike)}"))
     if prepared.altered:
         alike = [" ~ ".join(paths[:_FEW]) for paths in prepared.altered]
-        facts.append(
+        lines.append(
             ("altered", f"{counted(len(alike), 'photo')} in several versions (.rf.), each on one side: {_some(alike)}")
         )
-    facts += _named("sources", [_source_line(name, one) for name, one in report["sources"].items()])
-    facts.append(
+    lines += _named("sources", [_source_line(name, one) for name, one in report["sources"].items()])
+    lines.append(
         ("split", f"{_shares(report['written'])}, by {report['written']['groups']} groups, seed {report['seed']}")
     )
-    talk.facts(facts)
+    console.summary(lines)
 
 
 def _source_line(name: str, one: dict[str, Any]) -> str:
@@ -372,14 +372,14 @@ def _was(names: list[str]) -> str:
     return "was" if len(names) == 1 else "were"
 
 
-def _say_next(prepared: Prepared, lists: list[Path], out: Path, talk: Talk) -> None:
+def _say_next(prepared: Prepared, lists: list[Path], out: Path, console: Console) -> None:
     root = f" --root-dir {shell_word(prepared.root_dir)}" if prepared.root_dir is not None else ""
     train, val = map(shell_word, lists)
-    facts = [("written", f"{printable(lists[0])}, {printable(lists[1])}, {printable(out / REPORT)}")]
+    lines = [("written", f"{printable(lists[0])}, {printable(lists[1])}, {printable(out / REPORT)}")]
     if root:
-        facts.append(("paths", f"start from {printable(prepared.root_dir)}, which commands must be told:{root}"))
-    facts.append(("next", f"earteach train --train-metadata {train} --val-metadata {val}{root}"))
-    talk.facts(facts)
+        lines.append(("paths", f"start from {printable(prepared.root_dir)}, which commands must be told:{root}"))
+    lines.append(("next", f"earteach train --train-metadata {train} --val-metadata {val}{root}"))
+    console.summary(lines)
     stale = [path.name for path in _own_files(out) if path.exists() and path not in (*lists, out / REPORT)]
     if stale:
-        talk.warn(f"{printable(out)}: {', '.join(stale)} {_was(stale)} there before, and of another split; remove")
+        console.warn(f"{printable(out)}: {', '.join(stale)} {_was(stale)} there before, and of another split; remove")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..config import AUTO, Reading
-from ..errors import ManifestError, PictureError
+from ..errors import ImageError, ManifestError
 from ..files import printable
 from .box_drawing import draw_readings
 from .box_format import Judgement, could_be_centres, impossible, judge
@@ -177,10 +177,10 @@ def _or_centres(sample: _Sample, order: str, orders: tuple[str, ...]) -> str:
 
 
 def _open_question(sample: _Sample, files: "Files", judged: Judgement, orders: tuple[str, ...], where: str) -> str:
-    """What to say of a list whose order is open, with a picture of its readings where one can be drawn."""
+    """What to say of a list whose order is open, with an image of its readings where one can be drawn."""
     rows = [(files.path(int(p)), tuple(box)) for p, box in zip(sample.places, sample.numbers.tolist(), strict=True)]
-    picture = draw_readings(where, rows, orders)
-    seen = f"look at {picture} and " if picture else ""
+    image = draw_readings(where, rows, orders)
+    seen = f"look at {image} and " if image else ""
     return (
         f"{where}: its boxes can be {' or '.join(BOX_FORMATS[o] for o in orders)} ({judged.reason}); {seen}give "
         f"--box-format ({', '.join(orders)})"
@@ -191,7 +191,7 @@ class Files:
     """Sizes of the images of a list, read from their headers, each once."""
 
     def __init__(self, paths: Sequence[str], locate: Callable[[int], str]):
-        """`locate(place)`: the absolute path of a row's image, or PictureError."""
+        """`locate(place)`: the absolute path of a row's image, or ImageError."""
         self._paths, self._locate = paths, locate
         self._numbers: dict[str, int] = {}
         self._sizes: dict[str, tuple[float, float]] = {}
@@ -203,7 +203,7 @@ class Files:
     def path(self, place: int) -> str | None:
         try:
             return self._locate(place)
-        except PictureError:
+        except ImageError:
             return None
 
     def read(self, places: np.ndarray) -> np.ndarray:
@@ -231,6 +231,6 @@ def _sizes(paths: list[str | None]) -> Iterator[tuple[float, float]]:
 def _size(path: str | None) -> tuple[float, float]:
     try:
         width, height = image_size(path) if path else (np.nan, np.nan)
-    except PictureError:
+    except ImageError:
         return np.nan, np.nan
     return float(width), float(height)

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 
 from .. import run_folder
 from ..config import TrainConfig
-from ..console import Talk
+from ..console import Console
 from ..data.crop import ImageSource
-from ..data.dataset import BadPicture, EarDataset, collate, leave_stopping_to_the_parent
+from ..data.dataset import EarDataset, UnreadableImage, collate, leave_stopping_to_the_parent
 from ..data.given_images import crops_given
 from ..data.manifest import Manifest
 from ..data.preprocessing import Preprocessing, normalise, preprocessing_of
-from ..errors import ConfigError, EarTeachError, ForeignWeightsError, WeightsError, WordsError
+from ..errors import ConfigError, EarTeachError, ForeignWeightsError, UsageError, WeightsError
 from ..files import printable
 from ..model.checkpoint import Checkpoint, read_checkpoint, read_tensors
 from ..model.export_format import WEIGHTS, is_export_folder, read_export, read_whitening, whitening_of
@@ -72,11 +72,11 @@ class Embedder:
         --side-policy mirror heed it.
         `whiten`: as the run fitted it, where it did; False: as `embed --no-whiten`. `normalize`: rows of unit length;
         False: the backbone's numbers, neither whitened nor of unit length, as `embed --no-normalize`.
-        `batch_size`: crops in memory at a time. Raises PictureError for the first image or box that cannot be used, by
+        `batch_size`: crops in memory at a time. Raises ImageError for the first image or box that cannot be used, by
         its place from 0; EarTeachError where there are no images, or not as many boxes.
         """
         if batch_size < 1:
-            raise WordsError(f"batch_size: {batch_size} is less than 1; leave it out")
+            raise UsageError(f"batch_size: {batch_size} is less than 1; leave it out")
         if self.preprocessing.mirror and sides is None:
             warnings.warn(
                 "these weights want right ears mirrored, and no sides were given: embedded as they are; give sides=",
@@ -111,7 +111,7 @@ def load_embedder(
     that the run fitted, if it did; False: its file need not be there, and all rows are raw. Raises EarTeachError.
     """
     if path is not None and not str(path):
-        raise WordsError("weights: no path was given; name an export, a checkpoint or a run")
+        raise UsageError("weights: no path was given; name an export, a checkpoint or a run")
     weights = str(path) if path is not None else os.environ.get("EARTEACH_WEIGHTS") or _newest()
     return _embedder_of(weights, backbone, image_size, whiten)
 
@@ -119,7 +119,7 @@ def load_embedder(
 def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whiten: bool) -> Embedder:
     if weights.startswith("timm:"):
         if backbone is not None:
-            raise WordsError(
+            raise UsageError(
                 f"--backbone {printable(backbone)}: {printable(weights)} says it already; leave the option out"
             )
         return _from_timm(weights.removeprefix("timm:"), image_size)
@@ -129,7 +129,7 @@ def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whi
     elif path.is_dir():
         path = run_folder.checkpoint_of(path, best=True)
     if path.suffix == ".onnx":
-        raise WordsError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
+        raise UsageError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
     try:
         embedder = (
             embedder_of_export(path, whiten)
@@ -147,7 +147,7 @@ def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whi
         return _ready(module, backbone, preprocessing, receipt)
     name, size = embedder.architecture, embedder.preprocessing.image_size
     if backbone not in (None, name) or image_size not in (None, size):
-        raise WordsError(
+        raise UsageError(
             f"{printable(path)}: is of {name} at {size} px and says so; leave --backbone and --image-size out"
         )
     return embedder
@@ -170,43 +170,45 @@ def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Mod
     return embedder.backbone.cpu(), embedder.preprocessing
 
 
-def embed_pictures(
+def embed_images(
     embedder: Embedder,
     manifest: Manifest,
     batch_size: int,
     num_workers: int,
     load_timeout: int,
-    talk: Talk,
+    console: Console,
     start: int = 0,
-) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
-    """A batch at a time, in order, from the picture `start` on: indices B, embeddings float32 B,D (None if B is 0), and
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[UnreadableImage]]]:
+    """A batch at a time, in order, from the image `start` on: indices B, embeddings float32 B,D (None if B is 0), and
     what could not be read."""
     if embedder.preprocessing.mirror:
         unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
         if unknown:
-            talk.warn(
+            console.warn(
                 f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
                 "embedded as they are. A manifest with a side column puts it right"
             )
     batches = crops_of(
-        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, talk, "embedding", start
+        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, console, "embedding", start
     )
     for good, pixels, bad in batches:
         yield good, embedder(pixels) if good else None, bad
 
 
 def embed_manifest(
-    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk, whiten: bool = True
+    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, console: Console, whiten: bool = True
 ) -> Embeddings:
     """All that can be read, in memory, at unit length. Raises EarTeachError if nothing can."""
     rows, kept = [], []
-    for good, vectors, _ in embed_pictures(embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, talk):
+    for good, vectors, _ in embed_images(
+        embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, console
+    ):
         if good:
             rows.append(embedder.unit_rows(vectors, whiten))
             kept += good
     if not kept:
         raise EarTeachError(
-            f"{printable(manifest.source)}: not one of {len(manifest)} pictures could be read; nothing to score"
+            f"{printable(manifest.source)}: not one of {len(manifest)} images could be read; nothing to score"
         )
     part = manifest.subset(kept)
     return Embeddings(
@@ -229,11 +231,11 @@ def crops_of(
     batch_size: int,
     num_workers: int,
     load_timeout: int,
-    talk: Talk,
+    console: Console,
     what: str,
     start: int = 0,
-) -> Iterator[tuple[list[int], torch.Tensor | None, list[BadPicture]]]:
-    """A batch at a time, in order, from the picture `start` on: indices B, uint8 B,3,H,W (None if B is 0), and what
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[UnreadableImage]]]:
+    """A batch at a time, in order, from the image `start` on: indices B, uint8 B,3,H,W (None if B is 0), and what
     could not be read, which is said. `what` is done to them: for the progress bar."""
     workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
     loader = DataLoader(
@@ -246,10 +248,10 @@ def crops_of(
         timeout=load_timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
-    with talk.progress(what, len(manifest) - start, "pictures") as steps:
+    with console.progress(what, len(manifest) - start, "pictures") as steps:
         for batch in loader:
             for bad in batch["bad"]:
-                talk.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
+                console.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
             good = batch["index"].tolist()
             yield good, batch["pixels"] if good else None, batch["bad"]
             steps.advance(len(good) + len(batch["bad"]))

@@ -15,7 +15,7 @@ import numpy as np
 from ..data.boxes import Box
 from ..data.npy import map_npy, read_npz
 from ..errors import ManifestError
-from ..files import brief, printable, uncell
+from ..files import printable, short_message, unescape_csv
 
 EMBEDDING_SUFFIXES = (".npy", ".npz", ".csv")
 
@@ -33,7 +33,7 @@ class Embeddings:
     weights: str = ""  # the name of the weights' file, if `x.json` says it
     whitened: bool = False  # by the run that made them, as `x.json` says
     fingerprint: str = ""  # of the weights and their preprocessing, if `x.json` says it
-    root: Path | None = None  # where the pictures lie, if they were embedded just now
+    root: Path | None = None  # where the images lie, if they were embedded just now
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -104,7 +104,7 @@ def _read_csv(path: Path, where: str) -> Embeddings:
         except ValueError as error:
             raise ManifestError(f"{where} row {len(rows)}: {printable(error)}; embed again") from error
     if not rows or not len(rows[0]):
-        raise ManifestError(f"{where}: holds no columns e0, e1, ... of an embedding; pictures need --weights")
+        raise ManifestError(f"{where}: holds no columns e0, e1, ... of an embedding; images need --weights")
     return Embeddings(str(path), np.stack(rows), *_columns(table, where))
 
 
@@ -122,9 +122,9 @@ def _columns(table: list[dict[str, str]], where: str) -> tuple[list, list, list 
             boxes.append(_box_of(corners) if all(corners) else None)
         except ValueError:
             raise ManifestError(f"{where} row {row}: its box is not four numbers; embed again") from None
-    known = [[uncell(line.get(name) or "") for line in table] for name in ("identity", "side")]
+    known = [[unescape_csv(line.get(name) or "") for line in table] for name in ("identity", "side")]
     identities, sides = (column if any(column) else None for column in known)
-    return [uncell(line["path"]) for line in table], boxes, identities, sides
+    return [unescape_csv(line["path"]) for line in table], boxes, identities, sides
 
 
 def _box_of(corners: Sequence[str]) -> Box:
@@ -143,7 +143,9 @@ def _table(path: Path) -> list[dict[str, str]]:
         with open(path, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{printable(path)}: not readable as CSV ({brief(error)}); check the path") from error
+        raise ManifestError(
+            f"{printable(path)}: not readable as CSV ({short_message(error)}); check the path"
+        ) from error
     for row, line in enumerate(table):
         if None in line or None in line.values():
             raise ManifestError(f"{printable(path)} row {row}: not as many cells as the header; embed again")
@@ -156,7 +158,7 @@ def _about(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{printable(path)}: not readable as JSON ({brief(error)}); embed again") from error
+        raise ManifestError(f"{printable(path)}: not readable as JSON ({short_message(error)}); embed again") from error
     return about if isinstance(about, dict) else {}
 
 

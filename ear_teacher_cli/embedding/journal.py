@@ -1,7 +1,7 @@
 """Embeddings under way: rows and names on the disk as they come, so that a killed `embed` can go on.
 
 Beside `x.npy` a folder `.x.npy.unfinished` holds `state.json` (what the rows were made from and with), `rows.npy`
-(float32 [N, D]) and `names.csv`. It is there from the first picture until the outputs have their names.
+(float32 [N, D]) and `names.csv`. It is there from the first image until the outputs have their names.
 """
 
 import csv
@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..console import Talk
-from ..data.dataset import BadPicture
+from ..console import Console
+from ..data.dataset import UnreadableImage
 from ..data.manifest import Manifest
-from ..errors import EarTeachError, PictureError, WordsError
-from ..files import cell, has_writer, only_writer, printable, whole_file
+from ..errors import EarTeachError, ImageError, UsageError
+from ..files import escape_csv, has_writer, only_writer, printable, whole_file
 from ..platform import OPEN_FILES_CAN_BE_REMOVED
 
 STATE, _ROWS, _NAMES = "state.json", "rows.npy", "names.csv"
@@ -30,9 +30,9 @@ _HEADER_BYTES = 128  # of a .npy file of two dimensions
 
 
 class Journal:
-    """Rows and names of the first `done` pictures of a manifest, `count` of which have a row.
+    """Rows and names of the first `done` images of a manifest, `count` of which have a row.
 
-    Pictures come in batches of `batch_size`, the size with which numbers can be repeated to the last bit: a journal
+    Images come in batches of `batch_size`, the size with which numbers can be repeated to the last bit: a journal
     that is opened again goes back to the end of a whole batch.
     """
 
@@ -42,7 +42,7 @@ class Journal:
         self.writer = csv.writer(self.names)
         known = {"identity": manifest.identities, "side": manifest.sides}
         self.labels = {name: column for name, column in known.items() if column is not None}
-        self.kept: list[int] = []  # indices of the pictures that have a row
+        self.kept: list[int] = []  # indices of the images that have a row
         self.done = 0
         self._go_back()
 
@@ -50,25 +50,25 @@ class Journal:
     def count(self) -> int:
         return len(self.kept)
 
-    def add(self, good: list[int], vectors: np.ndarray | None, bad: list[BadPicture]) -> None:
-        """One batch: indices of its readable pictures with their float32 rows, and the others."""
+    def add(self, good: list[int], vectors: np.ndarray | None, bad: list[UnreadableImage]) -> None:
+        """One batch: indices of its readable images with their float32 rows, and the others."""
         if vectors is not None:
             self.rows.write(vectors.astype("<f4", copy=False).tobytes())
             self.rows.flush()
         entries: list[tuple[int, int | str, str]] = [(index, self.count + i, "ok") for i, index in enumerate(good)]
         entries += [(entry.index, "", f"{entry.reason}: {entry.detail}") for entry in bad]
         for index, row, status in sorted(entries, key=lambda entry: entry[0]):
-            self.writer.writerow([row, *self.name_of(index), cell(status), *self.labels_of(index)])
+            self.writer.writerow([row, *self.name_of(index), escape_csv(status), *self.labels_of(index)])
         self.names.flush()
         self.kept += good
         self.done += len(entries)
 
     def name_of(self, index: int) -> list[Any]:
         """Path and box, as cells."""
-        return [cell(self.manifest.paths[index]), *(self.manifest.boxes[index] or ("",) * 4)]
+        return [escape_csv(self.manifest.paths[index]), *(self.manifest.boxes[index] or ("",) * 4)]
 
     def labels_of(self, index: int) -> list[str]:
-        return [cell(column[index]) for column in self.labels.values()]
+        return [escape_csv(column[index]) for column in self.labels.values()]
 
     def finish(self) -> None:
         """Write the header, which says how many rows there are."""
@@ -157,16 +157,16 @@ def join_journals(folders: list[Path], rows: BinaryIO, names: BinaryIO) -> None:
 
 
 @contextmanager
-def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def unfinished(out: Path, state: dict[str, Any], resume: bool, console: Console) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The files of a Journal for `out`: rows and names. They go when the body ends well, and stay if it does not.
 
     `state`: plain values, on which every byte depends. Without `resume` what is there is dropped: ask `parts_of` first.
-    Raises WordsError if there is nothing to `resume`, EarTeachError if that was made with another state, or is being
+    Raises UsageError if there is nothing to `resume`, EarTeachError if that was made with another state, or is being
     made by another process.
     """
     folder = folder_of(out)
     if resume and not (folder / STATE).is_file():
-        raise WordsError(f"{printable(out)}: there is nothing unfinished of it; leave --resume out")
+        raise UsageError(f"{printable(out)}: there is nothing unfinished of it; leave --resume out")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -176,7 +176,7 @@ def unfinished(out: Path, state: dict[str, Any], resume: bool, talk: Talk) -> It
             _refuse_other(_state_of(folder, out), state, out)
         else:
             if (folder / _ROWS).exists():
-                talk.say(f"{printable(out)}: an unfinished one is dropped (--overwrite)")
+                console.info(f"{printable(out)}: an unfinished one is dropped (--overwrite)")
             for name in (STATE, _ROWS, _NAMES):
                 (folder / name).unlink(missing_ok=True)
         try:
@@ -215,14 +215,14 @@ def put_rows(rows: BinaryIO, path: Path) -> None:
 
 
 def input_mark(manifest: Manifest) -> str:
-    """SHA-256 of what an input is: paths, boxes, labels, and size and time of every picture."""
+    """SHA-256 of what an input is: paths, boxes, labels, and size and time of every image."""
     mark = hashlib.sha256()
     for i, path in enumerate(manifest.paths):
         labels = [column[i] for column in (manifest.identities, manifest.sides) if column is not None]
         try:
             status = os.stat(manifest.file(i))
             seen = [status.st_size, status.st_mtime_ns]
-        except (OSError, PictureError):
+        except (OSError, ImageError):
             seen = []
         mark.update(json.dumps([path, manifest.boxes[i], labels, seen]).encode())
     return mark.hexdigest()

@@ -1,6 +1,6 @@
-"""`embed`: pictures in, one row of numbers per readable picture out, with names and provenance beside it.
+"""`embed`: images in, one row of numbers per readable image out, with names and provenance beside it.
 
-Rows stream to disk: memory does not grow with their number, and a killed `embed` goes on with `--resume`. A picture
+Rows stream to disk: memory does not grow with their number, and a killed `embed` goes on with `--resume`. An image
 that cannot be read has no row; the list beside the embeddings says why.
 """
 
@@ -24,14 +24,14 @@ import torch
 
 from .. import __version__
 from ..config import Reading
-from ..console import Talk
-from ..data.dataset import BadPicture
+from ..console import Console
+from ..data.dataset import UnreadableImage
 from ..data.manifest import Manifest, read_input, tell
 from ..distributed import Ranks, joined
-from ..errors import EarTeachError, WordsError
+from ..errors import EarTeachError, UsageError
 from ..files import only_writer, printable, refuse_existing, whole_file
 from ..platform import usable_cores
-from .embedder import Embedder, embed_pictures, load_embedder
+from .embedder import Embedder, embed_images, load_embedder
 from .journal import STATE, Journal, folder_of, input_mark, join_journals, parts_of, put_rows, rows_in, unfinished
 
 FORMATS = ("npy", "npz", "csv")
@@ -62,34 +62,34 @@ def embed(
     load_timeout: int = 300,
     resume: bool = False,
     overwrite: bool = False,
-    talk: Talk,
+    console: Console,
 ) -> Embedded:
-    """Embed `source` (a folder, a manifest, a picture, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
+    """Embed `source` (a folder, a manifest, an image, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
 
     `normalize`: rows at unit length (L2). `whiten`: as the run fitted it to its training embeddings, where it did;
     rows that are not normalised are not whitened either. `resume`: go on with what a killed one left, to the same
-    bytes; without it, and without `overwrite`, raises WordsError if there is such a thing. Raises EarTeachError if not
-    one picture could be embedded.
+    bytes; without it, and without `overwrite`, raises UsageError if there is such a thing. Raises EarTeachError if not
+    one image could be embedded.
     """
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
     if resume and out == "-":
-        raise WordsError("--resume: what went to stdout is not kept; name a file")
+        raise UsageError("--resume: what went to stdout is not kept; name a file")
     with joined() as ranks:
         if ranks.world > 1 and (out == "-" or source == "-"):
-            raise WordsError("-: cannot be shared by several processes; name files")
+            raise UsageError("-: cannot be shared by several processes; name files")
         if out != "-":
             _refuse_outputs([out, *sidecars.values()], (source, weights), resume, overwrite, ranks)
         manifest = read_input(source, root_dir, reading)
-        talk = Talk(quiet=True) if ranks.rank else talk
+        console = Console(quiet=True) if ranks.rank else console
         embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
-        talk.say(
-            f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers a picture, "
+        console.info(
+            f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers an image, "
             f"{embedder.preprocessing.image_size} px"
         )
         if embedder.whitening:
-            talk.say("whitened as the run fitted it (--no-whiten: raw)")
-        tell(manifest, talk)
+            console.info("whitened as the run fitted it (--no-whiten: raw)")
+        tell(manifest, console)
         dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
         about = _provenance(embedder, manifest, dim, normalize)
         mine = ranks.block(len(manifest), batch_size)
@@ -97,14 +97,14 @@ def embed(
         going_on = resume and _has_part(out, ranks)
         if overwrite and not resume and out != "-" and ranks.rank == 0:
             _drop_other_parts(out, ranks)
-        with _files(out, about, batch_size, part, going_on, talk, ranks) as files:
+        with _files(out, about, batch_size, part, going_on, console, ranks) as files:
             journal = Journal(*files, part, dim, batch_size)
             if journal.done:
-                talk.say(f"going on after {journal.done} of {len(part)} pictures")
+                console.info(f"going on after {journal.done} of {len(part)} images")
             workers = min(num_workers, max(1, usable_cores() // ranks.local))
             try:
-                for good, vectors, bad in embed_pictures(
-                    embedder, part, batch_size, workers, load_timeout, talk, journal.done
+                for good, vectors, bad in embed_images(
+                    embedder, part, batch_size, workers, load_timeout, console, journal.done
                 ):
                     rows = None
                     if good:
@@ -112,8 +112,8 @@ def embed(
                     _add(journal, good, rows, bad, out)
             except KeyboardInterrupt:
                 if journal.count and out != "-":
-                    talk.say(
-                        f"interrupted: {journal.done} of {len(part)} pictures are kept; --resume goes on with them"
+                    console.info(
+                        f"interrupted: {journal.done} of {len(part)} images are kept; --resume goes on with them"
                     )
                 raise
             journal.finish()
@@ -124,7 +124,7 @@ def embed(
                     count = whole.count
                     if count == 0:
                         raise EarTeachError(
-                            f"{printable(source)}: not one of {len(manifest)} pictures could be read; nothing was written"
+                            f"{printable(source)}: not one of {len(manifest)} images could be read; nothing was written"
                         )
                     _put(whole, out, kind, sidecars, about)
             ranks.wait()  # and so is the output: the parts may go
@@ -134,12 +134,12 @@ def embed(
 def _refuse_outputs(
     outputs: list[str | Path], inputs: tuple[str | None, ...], resume: bool, overwrite: bool, ranks: Ranks
 ) -> None:
-    """Raise WordsError if something would be lost: an output, or what a killed embed has done of it."""
+    """Raise UsageError if something would be lost: an output, or what a killed embed has done of it."""
     out = Path(outputs[0])
     parts = parts_of(out)
     if ranks.any(bool(parts)) and not resume and not overwrite:  # asked of all before one of them writes
         held = sum(map(rows_in, parts)) or "some"
-        raise WordsError.of_all(
+        raise UsageError.on_all_ranks(
             f"{printable(out)}: an embed that was killed left {held} finished rows of it; go on with --resume, or start "
             "anew with --overwrite"
         )
@@ -156,7 +156,7 @@ def _drop_other_parts(out: str, ranks: Ranks) -> None:
 
 
 def _put(journal: Journal, out: str, kind: str, sidecars: dict[str, Path], about: dict[str, Any]) -> None:
-    """Write the outputs of a finished journal of all pictures."""
+    """Write the outputs of a finished journal of all images."""
     if out == "-":
         _to_stdout(journal, kind)
         return
@@ -188,7 +188,7 @@ def _joined_parts(journal: Journal, out: str, manifest: Manifest, ranks: Ranks) 
         whole = Journal(rows, names, manifest, journal.dim, journal.batch_size)
         if whole.done < len(manifest):
             raise EarTeachError(
-                f"{printable(out)}: {whole.done} of {len(manifest)} pictures are there after all are done; "
+                f"{printable(out)}: {whole.done} of {len(manifest)} images are there after all are done; "
                 "is its folder the same for all processes? Nothing was written"
             )
         whole.finish()
@@ -196,8 +196,8 @@ def _joined_parts(journal: Journal, out: str, manifest: Manifest, ranks: Ranks) 
 
 
 def _has_part(out: str, ranks: Ranks) -> bool:
-    """Whether this rank has something to go on with; one that was killed at its first picture has not, but others may.
-    Raises WordsError if none has."""
+    """Whether this rank has something to go on with; one that was killed at its first image has not, but others may.
+    Raises UsageError if none has."""
     mine = (folder_of(_part(out, ranks)) / STATE).is_file()
     if ranks.any(mine):
         return mine
@@ -206,8 +206,8 @@ def _has_part(out: str, ranks: Ranks) -> bool:
     worlds = {int(name.split("-of-")[1].split(".")[0]) if "-of-" in name else 1 for name in others}
     if not worlds:
         mend = "it is finished; --overwrite writes it anew" if path.exists() else "leave --resume out"
-        raise WordsError(f"{printable(out)}: there is nothing unfinished of it; {mend}")
-    raise WordsError(
+        raise UsageError(f"{printable(out)}: there is nothing unfinished of it; {mend}")
+    raise UsageError(
         f"{printable(out)}: there is nothing unfinished of it by {ranks.world} process(es); start {min(worlds)} processes, as "
         "it was"
     )
@@ -219,17 +219,17 @@ def _part(out: str, ranks: Ranks) -> Path:
     return path if ranks.world == 1 else path.with_name(f"{path.name}.{ranks.rank + 1}-of-{ranks.world}")
 
 
-def _add(journal: Journal, good: list[int], rows: np.ndarray | None, bad: list[BadPicture], out: str) -> None:
+def _add(journal: Journal, good: list[int], rows: np.ndarray | None, bad: list[UnreadableImage], out: str) -> None:
     try:
         journal.add(good, rows, bad)
     except OSError as error:
-        kept = f"{journal.done} of {len(journal.manifest)} pictures are kept: make room, and go on with --resume"
+        kept = f"{journal.done} of {len(journal.manifest)} images are kept: make room, and go on with --resume"
         raise EarTeachError(f"{printable(out)}: cannot be written ({error.strerror or error}); {kept}") from error
 
 
 @contextmanager
 def _files(
-    out: str, about: dict[str, Any], batch_size: int, manifest: Manifest, resume: bool, talk: Talk, ranks: Ranks
+    out: str, about: dict[str, Any], batch_size: int, manifest: Manifest, resume: bool, console: Console, ranks: Ranks
 ) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     if out == "-":
         with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as names:
@@ -238,7 +238,7 @@ def _files(
     threads = torch.get_num_threads()  # sums of floats depend on it
     state = {**about, "batch_size": batch_size, "threads": threads, "pictures_or_labels": input_mark(manifest)}
     part = _part(out, ranks)
-    with unfinished(part, state, resume, talk) as files:
+    with unfinished(part, state, resume, console) as files:
         yield files
 
 
@@ -263,13 +263,13 @@ def _provenance(embedder: Embedder, manifest: Manifest, dim: int, normalize: boo
 def _format_of(out: str, format: str | None) -> str:
     suffix = Path(out).suffix.removeprefix(".").lower()
     if format is not None and format not in FORMATS:
-        raise WordsError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
+        raise UsageError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
     if out == "-":
         return format or "npy"
     if suffix not in FORMATS:
-        raise WordsError(f"{printable(out)}: name a {', '.join('.' + f for f in FORMATS)} file, or - for stdout")
+        raise UsageError(f"{printable(out)}: name a {', '.join('.' + f for f in FORMATS)} file, or - for stdout")
     if format not in (None, suffix):
-        raise WordsError(f"{printable(out)}: is named .{suffix} but --format says {format}; make them agree")
+        raise UsageError(f"{printable(out)}: is named .{suffix} but --format says {format}; make them agree")
     return suffix
 
 
@@ -300,7 +300,7 @@ def _write_npy(journal: Journal, file: IO[bytes]) -> None:
 
 
 def _write_npz(journal: Journal, file: BinaryIO) -> None:
-    """`embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole picture)."""
+    """`embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole image)."""
     manifest = journal.manifest
     paths = np.array([manifest.paths[i] for i in journal.kept])
     boxes = np.array([manifest.boxes[i] or (float("nan"),) * 4 for i in journal.kept], np.float32)

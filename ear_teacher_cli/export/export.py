@@ -17,12 +17,12 @@ from torch import nn
 
 from .. import run_folder
 from ..config import Reading
-from ..console import Talk
+from ..console import Console
 from ..data.data_card import stated
 from ..data.manifest import Manifest, read_manifest
 from ..data.preprocessing import normalise
 from ..embedding.embedder import Embedder, crops_of, embedder_of
-from ..errors import EarTeachError, ManifestError, WeightsError, WordsError
+from ..errors import EarTeachError, ManifestError, UsageError, WeightsError
 from ..files import printable, refuse_existing, refuse_existing_folder, whole_file, whole_folder
 from ..model.checkpoint import Checkpoint, read_checkpoint, write_safetensors
 from ..model.export_format import (
@@ -79,7 +79,7 @@ def export_backbone(
     license: str | None = None,
     batch_size: int = 32,
     num_workers: int = 8,
-    talk: Talk | None = None,
+    console: Console | None = None,
 ) -> Export:
     """Write `out`, load it back strictly, compare embeddings, then rename it in place.
 
@@ -127,18 +127,18 @@ def export_backbone(
         with _with_whitening(out, whitening), whole_file(out) as temporary:
             difference = _write_weights(temporary, state, header, teacher)
     else:
-        manifest = _validation_pictures(checkpoint, val_metadata, root_dir, reading)
-        maps, pictures = _measured(
-            maps_of_teacher, checkpoint, manifest, batch_size, num_workers, talk or Talk(quiet=True)
+        manifest = _validation_images(checkpoint, val_metadata, root_dir, reading)
+        maps, images = _measured(
+            maps_of_teacher, checkpoint, manifest, batch_size, num_workers, console or Console(quiet=True)
         )
         said = Stated(stated(consent, "consent"), stated(license, "license"), ema, half)
         with whole_folder(out, FOLDER) as folder:
             difference = _write_weights(folder / WEIGHTS, state, header, teacher)
             if whitening:
                 (folder / beside.name).write_bytes(whitening)
-            for name, content in sidecars(about, maps, pictures).items():
+            for name, content in sidecars(about, maps, images).items():
                 _write_json(folder / name, content)
-            card = model_card(about, checkpoint, maps, pictures, *_figures(checkpoint), said)
+            card = model_card(about, checkpoint, maps, images, *_figures(checkpoint), said)
             (folder / CARD).write_text(card, encoding="utf-8")
             _prove_folder(folder, teacher, maps_of_teacher, about)
     return Export(
@@ -161,18 +161,18 @@ def _kind_of(out: str | Path) -> str:
         return suffix.removeprefix(".")
     if not suffix or Path(out).is_dir() or str(out).endswith("/"):
         return "folder"
-    raise WordsError(f"{printable(out)}: name a .safetensors, a .onnx, or a folder (end its name with /)")
+    raise UsageError(f"{printable(out)}: name a .safetensors, a .onnx, or a folder (end its name with /)")
 
 
 def _refuse_idle(kind: str, features: bool, half: bool, **of_folders: str | None) -> None:
-    """Raise WordsError for an option that this kind of export would not heed."""
+    """Raise UsageError for an option that this kind of export would not heed."""
     if features and kind != "onnx":
-        raise WordsError("--features: is for ONNX; timm makes the maps of a folder or a .safetensors. Leave it out")
+        raise UsageError("--features: is for ONNX; timm makes the maps of a folder or a .safetensors. Leave it out")
     if half and kind == "onnx":
-        raise WordsError("--half: ONNX is written in float32; leave it out, or write a .safetensors or a folder")
+        raise UsageError("--half: ONNX is written in float32; leave it out, or write a .safetensors or a folder")
     for name, value in of_folders.items():
         if value is not None and kind != "folder":
-            raise WordsError(f"--{name.replace('_', '-')}: is for the folder form; leave it out, or name a folder")
+            raise UsageError(f"--{name.replace('_', '-')}: is for the folder form; leave it out, or name a folder")
 
 
 def _siblings(out: Path) -> list[Path]:
@@ -182,13 +182,13 @@ def _siblings(out: Path) -> list[Path]:
 
 
 def _refuse_to_part(out: Path, whitening: bytes | None, overwrite: bool) -> None:
-    """Raise WordsError if writing this whitening would take a sibling's away."""
+    """Raise UsageError if writing this whitening would take a sibling's away."""
     beside = whitening_beside(out)
     if whitening is None or _is(beside, whitening):
         return
     if beside.exists() and _siblings(out):
         name = printable(_siblings(out)[0].name)
-        raise WordsError(f"{printable(beside)}: belongs to {name}, which is of other weights; choose another name")
+        raise UsageError(f"{printable(beside)}: belongs to {name}, which is of other weights; choose another name")
     refuse_existing(beside, overwrite)
 
 
@@ -306,7 +306,7 @@ def _largest_difference(fresh: nn.Module, own: nn.Module, about: About) -> float
     return max(float((a - b).abs().max()) for a, b in pairs) if sound else float("inf")
 
 
-def _validation_pictures(
+def _validation_images(
     checkpoint: Checkpoint, val_metadata: str | None, root_dir: str | None, reading: Reading | None
 ) -> Manifest:
     config = checkpoint.config
@@ -318,28 +318,28 @@ def _validation_pictures(
         where = (
             ""
             if val_metadata
-            else " (a folder has the statistics of the run's validation pictures; or name others with --val-metadata)"
+            else " (a folder has the statistics of the run's validation images; or name others with --val-metadata)"
         )
         raise ManifestError(f"{error}{where}") from error
 
 
 def _measured(
-    maps: nn.Module, checkpoint: Checkpoint, manifest: Manifest, batch_size: int, num_workers: int, talk: Talk
+    maps: nn.Module, checkpoint: Checkpoint, manifest: Manifest, batch_size: int, num_workers: int, console: Console
 ) -> tuple[list[MapStatistics], int]:
-    """(statistics of the maps, of how many pictures)."""
+    """(statistics of the maps, of how many images)."""
     preprocessing, timeout = checkpoint.preprocessing, checkpoint.config.load_timeout
     count = 0
 
     def images():
         nonlocal count
-        for good, pixels, _ in crops_of(manifest, preprocessing, batch_size, num_workers, timeout, talk, "maps of"):
+        for good, pixels, _ in crops_of(manifest, preprocessing, batch_size, num_workers, timeout, console, "maps of"):
             if good:
                 count += len(good)
                 yield normalise(pixels, preprocessing)
 
     found = statistics(maps, images())
     if not found:
-        raise EarTeachError(f"{printable(manifest.source)}: not one picture could be read; check --root-dir")
+        raise EarTeachError(f"{printable(manifest.source)}: not one image could be read; check --root-dir")
     return found, count
 
 

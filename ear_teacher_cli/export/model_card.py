@@ -15,7 +15,7 @@ _PANELS = {"Machine", "Output"}
 _OPTIONS = {"train_metadata", "val_metadata", "root_dir", "pretrained_path", "cache", "cache_limit", "num_workers"}
 _OPTIONS |= {"load_timeout", "max_bad", "images", "num_collage_samples"}
 _FIGURES = (
-    ("val/retrieval", "validation pictures found from their own augmented view, %"),
+    ("val/retrieval", "validation images found from their own augmented view, %"),
     ("val/rank1", "rank-1 by identity, %"),
     ("val/eer", "equal error rate by identity, %"),
     ("val/psnr", "PSNR of the reconstruction, dB"),
@@ -38,13 +38,13 @@ def model_card(
     about: About,
     checkpoint: Checkpoint,
     maps: list[MapStatistics],
-    pictures: int,
+    images: int,
     figures: dict[str, str],
     before: dict[str, str],
     stated: Stated,
 ) -> str:
     """Markdown. `figures`, `before`: rows of metrics.csv for this checkpoint's epoch and for before training, or empty.
-    `pictures`: how many the statistics of the maps are of."""
+    `images`: how many the statistics of the maps are of."""
     size = about.preprocessing.image_size
     channels = "/".join(str(stage.channels) for stage in maps)
     strides = "/".join(str(stage.stride) for stage in maps)
@@ -73,8 +73,8 @@ backbone = timm.create_model("local-dir:FOLDER", pretrained=True)               
 maps = timm.create_model("local-dir:FOLDER", pretrained=True, features_only=True)   # -> one map per stride
 ```
 
-`{PREPROCESS}` says how a picture becomes the input, `{FEATURES}` has mean and variance of every channel of the maps over
-{pictures} crops, `{CONFIG}` is timm's. `earteach verify FOLDER` checks the whole on any machine.
+`{PREPROCESS}` says how an image becomes the input, `{FEATURES}` has mean and variance of every channel of the maps over
+{images} crops, `{CONFIG}` is timm's. `earteach verify FOLDER` checks the whole on any machine.
 {whitening}
 Fingerprint (weights and preprocessing): `{about.fingerprint}`
 
@@ -101,7 +101,7 @@ Epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}{_further(checkpoint)}
 
 ## Limits
 
-- The figures are of the validation pictures of this run, which chose the checkpoint. They say nothing of other cameras:
+- The figures are of the validation images of this run, which chose the checkpoint. They say nothing of other cameras:
   measure there with `earteach evaluate` before use.
 - Embeddings of ears are biometric data. They must not be used to identify people who have not agreed to it.
 - It was not tested for differences between groups of people.

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..data.preprocessing import Preprocessing, normalise
 from ..errors import EarTeachError, WeightsError
-from ..files import brief, printable
+from ..files import printable, short_message
 from ..model.file_digest import seal
 
 INPUT, EMBEDDING = "pixels", "embedding"
@@ -78,7 +78,9 @@ def write_onnx(
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-        raise WeightsError(f"ONNX: torch cannot export this model ({brief(error)}); use a .safetensors") from error
+        raise WeightsError(
+            f"ONNX: torch cannot export this model ({short_message(error)}); use a .safetensors"
+        ) from error
     model = program.model_proto
     _forget_where_it_was_made(model)
     for name, value in sorted(header.items()):
@@ -87,7 +89,7 @@ def write_onnx(
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise WeightsError(f"ONNX: torch's model is not valid ({brief(error)}); use a .safetensors") from error
+        raise WeightsError(f"ONNX: torch's model is not valid ({short_message(error)}); use a .safetensors") from error
     path.write_bytes(model.SerializeToString(deterministic=True))
     seal(path)
 
@@ -116,7 +118,7 @@ class OnnxModel:
             self.outputs = [output.name for output in self.session.get_outputs()]
         except _errors() as error:
             raise WeightsError(
-                f"{printable(path)}: no ONNX model, or damaged ({brief(error)}); export it again"
+                f"{printable(path)}: no ONNX model, or damaged ({short_message(error)}); export it again"
             ) from error
         self.where = printable(path)
 
@@ -125,7 +127,7 @@ class OnnxModel:
         try:
             return self.session.run(None, {INPUT: pixels})
         except _errors() as error:
-            raise WeightsError(f"{self.where}: does not run ({brief(error)}); export it again") from error
+            raise WeightsError(f"{self.where}: does not run ({short_message(error)}); export it again") from error
 
 
 def _errors() -> tuple[type[Exception], ...]:

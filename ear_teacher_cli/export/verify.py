@@ -11,8 +11,8 @@ import torch
 
 from ..data.preprocessing import normalise
 from ..embedding.embedder import embedder_of_export, load_embedder
-from ..errors import EarTeachError, ForeignWeightsError, WeightsError, WordsError
-from ..files import brief, printable
+from ..errors import EarTeachError, ForeignWeightsError, UsageError, WeightsError
+from ..files import printable, short_message
 from ..model.checkpoint import read_safetensors
 from ..model.export_format import (
     CARD,
@@ -53,7 +53,7 @@ def verify(source: str, against: str | None = None) -> list[Check]:
     """
     path = Path(source)
     if path.is_file() and path.suffix not in (".onnx", ".safetensors"):
-        raise WordsError(
+        raise UsageError(
             f"{printable(path)}: is no export by its name; verify takes a .safetensors, a .onnx or a folder"
         )
     if path.suffix == ".onnx":
@@ -83,7 +83,7 @@ def _weights(path: Path) -> tuple[About, list[Check], Callable[[np.ndarray], np.
     kind = "float16" if any(tensor.dtype == torch.float16 for tensor in state.values()) else "float32"
     if embedder.embedding_dim != about.embedding_dim:
         raise WeightsError(
-            f"{printable(path)}: says {about.embedding_dim} numbers a picture, its weights give {embedder.embedding_dim}; "
+            f"{printable(path)}: says {about.embedding_dim} numbers an image, its weights give {embedder.embedding_dim}; "
             "export it again"
         )
     checks = [Check("weights", f"{len(state)} tensors ({kind}) fit timm's {about.architecture}, all of them", True)]
@@ -140,21 +140,21 @@ def _folder(folder: Path, about: About) -> list[Check]:
     info = own.feature_info
     described = list(zip(info.module_name(), info.reduction(), info.channels(), strict=True))
     try:
-        pictures = said[FEATURES]["pictures"]
+        measured_on = said[FEATURES]["pictures"]
         maps = [MapStatistics(**stage) for stage in said[FEATURES]["maps"]]
-        whole = isinstance(pictures, int) and pictures > 0
+        whole = isinstance(measured_on, int) and measured_on > 0
         whole &= [(m.name, m.stride, m.channels) for m in maps] == described
         whole &= all(len(m.mean) == len(m.variance) == m.channels and min(m.variance) >= 0 for m in maps)
-        wanted = sidecars(about, maps, pictures)
+        wanted = sidecars(about, maps, measured_on)
     except (KeyError, TypeError, ValueError, RecursionError):
-        whole, pictures, wanted = False, None, sidecars(about, [], 0)
+        whole, measured_on, wanted = False, None, sidecars(about, [], 0)
     strides = "/".join(str(stride) for _, stride, _ in described)
     checks = []
     for name in (CONFIG, PREPROCESS, FEATURES):
         same = said[name] == wanted[name] and (name != FEATURES or whole)
         found = "as these weights want it" if same else "not what was written for these weights"
         if name == FEATURES and same:
-            found = f"strides {strides}, statistics over {pictures} pictures"
+            found = f"strides {strides}, statistics over {measured_on} images"
         checks.append(Check(name, found, same))
     card = (folder / CARD).is_file()
     checks.append(Check(CARD, "the model card" if card else "is not there", card))
@@ -163,7 +163,7 @@ def _folder(folder: Path, about: About) -> list[Check]:
     try:
         timms = open_local_dir(folder)
     except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
-        return [*checks, Check("timm's local-dir", f"does not open it ({brief(error)})", False)]
+        return [*checks, Check("timm's local-dir", f"does not open it ({short_message(error)})", False)]
     images = normalise(torch.from_numpy(draw(about.preprocessing.image_size)), about.preprocessing)
     with torch.inference_mode():
         outputs, expected = ([model(images), *stages(images)] for model, stages in (timms, (backbone, own)))
@@ -179,7 +179,9 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{printable(path)}: is no JSON ({brief(error)}); export the folder again") from error
+        raise WeightsError(
+            f"{printable(path)}: is no JSON ({short_message(error)}); export the folder again"
+        ) from error
 
 
 def _file(seal: Seal, entries: Collection[str]) -> Check:
@@ -209,7 +211,7 @@ def _golden(about: About, run: Callable[[np.ndarray], np.ndarray]) -> Check:
     count = len(about.golden.pixels)
     return Check(
         "golden batch",
-        f"{count} drawn pictures, largest difference {difference:.2g} (at most {TOLERANCE:g})",
+        f"{count} drawn images, largest difference {difference:.2g} (at most {TOLERANCE:g})",
         difference <= TOLERANCE,
     )
 

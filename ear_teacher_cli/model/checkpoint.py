@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from .. import __version__
 from ..config import TrainConfig, from_dict
 from ..data.preprocessing import Preprocessing
-from ..errors import ForeignWeightsError, WeightsError, WordsError
-from ..files import brief, printable, whole_file
+from ..errors import ForeignWeightsError, UsageError, WeightsError
+from ..files import printable, short_message, whole_file
 
 FORMAT = 1
 
@@ -55,10 +55,10 @@ class Checkpoint:
     def as_learning(self) -> "Checkpoint":
         """With the weights that training goes on with, not the moving average or what was moved back to the start.
 
-        Without the whitening, which was fitted to the others. Raises WordsError if there is but one set."""
+        Without the whitening, which was fitted to the others. Raises UsageError if there is but one set."""
         learning = self.content.get("learning_state")
         if not isinstance(learning, dict):
-            raise WordsError(f"{printable(self.path)}: holds one set of weights; leave --no-ema out")
+            raise UsageError(f"{printable(self.path)}: holds one set of weights; leave --no-ema out")
         content = {**self.content, "state_dict": learning}
         content.pop("whitening", None)
         return replace(self, content=content)
@@ -142,7 +142,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{printable(path)}: damaged or no safetensors file ({brief(error)}); fetch it again"
+            f"{printable(path)}: damaged or no safetensors file ({short_message(error)}); fetch it again"
         ) from error
 
 
@@ -151,7 +151,7 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(brief(error)) from error
+        raise OSError(short_message(error)) from error
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -181,9 +181,13 @@ def read_torch(path: Path) -> Any:
                 f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
                 "nothing was run. Give a file of plain tensors (.safetensors)"
             ) from error
-        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); use another copy") from error
+        raise WeightsError(
+            f"{where}: is no weights file, or damaged ({short_message(error)}); use another copy"
+        ) from error
     except _DAMAGE as error:
-        raise WeightsError(f"{where}: is no weights file, or damaged ({brief(error)}); use another copy") from error
+        raise WeightsError(
+            f"{where}: is no weights file, or damaged ({short_message(error)}); use another copy"
+        ) from error
 
 
 def _check_archive(path: Path) -> None:

@@ -24,7 +24,7 @@ class Decoder(nn.Module):
                 nn.BatchNorm2d(narrow),
                 nn.ReLU(inplace=True),
             ]
-        # the last convolution is plain: transposed ones alone leave a grid of dots on the picture
+        # the last convolution is plain: transposed ones alone leave a grid of dots on the image
         self.steps = nn.Sequential(*steps, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ def about_of(header: dict[str, str], where: str) -> About:
         raise WeightsError(f"{where}: its header is not whole ({error!r}); export it again") from error
 
 
-def sidecars(about: About, maps: list[MapStatistics], pictures: int) -> dict[str, dict[str, Any]]:
+def sidecars(about: About, maps: list[MapStatistics], images: int) -> dict[str, dict[str, Any]]:
     """What a folder's .json files hold: timm's config.json, preprocess.json, features.json.
 
     `num_classes` is 0 at both places of config.json: else timm looks for a classifier. The sha256 in features.json is of
@@ -124,7 +124,7 @@ def sidecars(about: About, maps: list[MapStatistics], pictures: int) -> dict[str
         },
     }
     of_crops = {**preprocessing.as_dict(), "embedding_dim": about.embedding_dim, "fingerprint": about.fingerprint}
-    features = {"pictures": pictures, "fingerprint": about.fingerprint, "maps": [asdict(stage) for stage in maps]}
+    features = {"pictures": images, "fingerprint": about.fingerprint, "maps": [asdict(stage) for stage in maps]}
     features["sha256"] = hashlib.sha256(json.dumps(features, sort_keys=True).encode()).hexdigest()
     # as they come back from JSON, so that what is read can be compared
     return json.loads(json.dumps({CONFIG: config, PREPROCESS: of_crops, FEATURES: features}))

@@ -61,7 +61,7 @@ def open_local_dir(folder: str | Path) -> tuple[nn.Module, nn.Module]:
 
 @torch.inference_mode()
 def statistics(maps: nn.Module, images: Iterable[torch.Tensor]) -> list[MapStatistics]:
-    """Mean and variance of every channel over all cells of all pictures; none if there are no pictures.
+    """Mean and variance of every channel over all cells of all images; none if there are no images.
 
     `images`: normalised, B,3,H,W each."""
     sums: list[torch.Tensor] = []

@@ -1,6 +1,6 @@
 """Learning gently from a pretrained start: what stays as it is, and how fast the rest may move.
 
-A backbone that is fine-tuned on few pictures forgets what its pretraining gave it, and that shows on the next
+A backbone that is fine-tuned on few images forgets what its pretraining gave it, and that shows on the next
 camera. Early stages kept, batch-norm statistics kept, and a learning rate that falls towards the stem are the
 three brakes.
 """

@@ -1,8 +1,8 @@
-"""The golden batch: drawn pictures and the embeddings they must have, which travel with every export.
+"""The golden batch: drawn images and the embeddings they must have, which travel with every export.
 
 The embeddings are computed in float64 and stored in float32: in float32 their last digits would depend on the processor
 and the number of threads. So the same checkpoint gives the same file on other processors, as long as Pillow, which draws
-the pictures, and zlib, which packs them, are of the same versions (8,448 numbers of three models, instruction sets from
+the images, and zlib, which packs them, are of the same versions (8,448 numbers of three models, instruction sets from
 SSE4.1 to AVX512, one and two threads: all equal). It is not a proof: a sum that lies between two float32 numbers may be
 rounded to either. `verify` therefore compares within TOLERANCE.
 """
@@ -63,7 +63,7 @@ def golden_from(text: str, image_size: int, embedding_dim: int, where: str) -> G
         count, shape = int(packed["pictures"]), (3, image_size, image_size)
         size = count * 3 * image_size**2
         if not 0 < size <= _MOST_BYTES:
-            raise ValueError(f"{count} pictures")
+            raise ValueError(f"{count} images")
         pixels = zlib.decompressobj().decompress(base64.b64decode(packed["pixels"], validate=True), size + 1)
         embeddings = base64.b64decode(packed["embeddings"], validate=True)
         return Golden(
@@ -75,7 +75,7 @@ def golden_from(text: str, image_size: int, embedding_dim: int, where: str) -> G
 
 
 def golden_of(backbone: nn.Module, preprocessing: Preprocessing) -> Golden:
-    """Draw the pictures and embed them, on the CPU."""
+    """Draw the images and embed them, on the CPU."""
     pixels = draw(preprocessing.image_size)
     exact = copy.deepcopy(backbone).cpu().double().eval()
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def golden_of(backbone: nn.Module, preprocessing: Preprocessing) -> Golden:
 
 
 def draw(size: int) -> np.ndarray:
-    """Four pictures, uint8 [4, 3, size, size]: a drawn left ear, a right one, a ramp of colours, blocks of noise."""
+    """Four images, uint8 [4, 3, size, size]: a drawn left ear, a right one, a ramp of colours, blocks of noise."""
     ear = _ear(size)
     ramp = np.linspace(0, 255, size).astype(np.uint8)
     ramps = np.stack(
@@ -99,8 +99,8 @@ def draw(size: int) -> np.ndarray:
 
 def _ear(size: int) -> np.ndarray:
     """A left ear in flat colours, size x size x 3."""
-    picture = Image.new("RGB", (size, size), (196, 152, 126))
-    pen, line = ImageDraw.Draw(picture), max(1, size // 20)
+    image = Image.new("RGB", (size, size), (196, 152, 126))
+    pen, line = ImageDraw.Draw(image), max(1, size // 20)
 
     def place(*shares: float) -> list[int]:
         return [round(share * size) for share in shares]
@@ -110,4 +110,4 @@ def _ear(size: int) -> np.ndarray:
     pen.arc(place(0.32, 0.16, 0.70, 0.70), 200, 70, (164, 114, 92), line)  # antihelix
     pen.ellipse(place(0.34, 0.36, 0.60, 0.66), (112, 66, 52))  # concha
     pen.ellipse(place(0.24, 0.44, 0.40, 0.60), (214, 166, 138))  # tragus
-    return np.asarray(picture)
+    return np.asarray(image)

@@ -22,7 +22,7 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
 
 @torch.no_grad()
 def embedding_size(backbone: nn.Module, image_size: int) -> int:
-    """D, from a picture sent through (timm's attributes differ from model to model)."""
+    """D, from an image sent through (timm's attributes differ from model to model)."""
     was_training = backbone.training
     size = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape
     backbone.train(was_training)
@@ -32,7 +32,7 @@ def embedding_size(backbone: nn.Module, image_size: int) -> int:
 
 
 class TeacherModel(nn.Module):
-    """Backbone -> embedding -> projection -> prediction; and embedding -> decoder -> picture.
+    """Backbone -> embedding -> projection -> prediction; and embedding -> decoder -> image.
 
     The metric loss is asked of the prediction head's output, at the end of the chain, so that projection and
     prediction both learn (DistributedDataParallel refuses parameters without a gradient) and the embedding

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import EarTeachError
 
-# What few pictures say of the small components is noise: the covariance goes a tenth of the way to a multiple of the
+# What few images say of the small components is noise: the covariance goes a tenth of the way to a multiple of the
 # identity (chosen on people held out of training).
 SHRINK = 0.1
 _BLOCK = 4096

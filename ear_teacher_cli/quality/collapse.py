@@ -1,6 +1,6 @@
 """Is the teacher still telling ears apart? Figures of collapse, and a plain verdict.
 
-All are of the validation pictures' embeddings, clean, in evaluation mode. M pictures, D numbers each.
+All are of the validation images' embeddings, clean, in evaluation mode. M images, D numbers each.
 """
 
 import math
@@ -17,7 +17,7 @@ FALLEN_SPREAD = 0.25
 FALLEN_RANK = 0.5
 # Standard errors of a difference of two shares that a change of `retrieval` must exceed, not to be taken for chance.
 FALLEN_RETRIEVAL = 3
-# Pictures, evenly spaced, that all this is measured on: comparing all pairs of a large validation set would cost more
+# Images, evenly spaced, that all this is measured on: comparing all pairs of a large validation set would cost more
 # than training.
 JUDGED_ON = 4096
 
@@ -51,28 +51,28 @@ def health(embeddings: torch.Tensor) -> Health:
     )
 
 
-def judge(now: Mapping[str, float], start: Mapping[str, float], pictures: int) -> tuple[str, str]:
+def judge(now: Mapping[str, float], start: Mapping[str, float], images: int) -> tuple[str, str]:
     """(`in order`, `COLLAPSED` or `DEGRADED`; why, if it is a bad one) of figures by their names, those of Health and
-    `retrieval`, measured on so many pictures. Both are empty where they could not be measured.
+    `retrieval`, measured on so many images. Both are empty where they could not be measured.
 
     COLLAPSED: spread or effective rank has fallen, and retrieval has not risen beyond chance. DEGRADED: retrieval has
     fallen beyond chance."""
     needed = {"retrieval", *(spec.name for spec in fields(Health))}
-    if not pictures or not needed <= now.keys() or not needed <= start.keys():
+    if not images or not needed <= now.keys() or not needed <= start.keys():
         return "", ""
     states = (Health(*(figures[spec.name] for spec in fields(Health))) for figures in (now, start))
-    # random features use many directions and say little: what finds pictures again better than they has not collapsed
-    better = now["retrieval"] - start["retrieval"] > _chance(start["retrieval"], pictures)
+    # random features use many directions and say little: what finds images again better than they has not collapsed
+    better = now["retrieval"] - start["retrieval"] > _chance(start["retrieval"], images)
     if (fallen := verdict(*states)) and not better:
         return "COLLAPSED", fallen
-    if lost := degraded(now["retrieval"], start["retrieval"], pictures):
+    if lost := degraded(now["retrieval"], start["retrieval"], images):
         return "DEGRADED", lost
     return "in order", ""
 
 
 def judged_rows(people: Sequence[Any]) -> list[int]:
     """At most JUDGED_ON of N rows, evenly spaced; where they say who is on them (else None or ''), whole people: a row
-    here and there of a list in order would leave nobody with two pictures."""
+    here and there of a list in order would leave nobody with two images."""
     if len(people) <= JUDGED_ON:
         return list(range(len(people)))
     evenly = torch.linspace(0, len(people) - 1, JUDGED_ON).round().long().tolist()
@@ -103,20 +103,20 @@ def verdict(now: Health, start: Health) -> str | None:
     return " and ".join(fallen) or None
 
 
-def degraded(now: float, start: float, pictures: int) -> str | None:
-    """What `retrieval` (percent, of so many pictures) fell to; None unless it fell by more than chance. Embeddings may
+def degraded(now: float, start: float, images: int) -> str | None:
+    """What `retrieval` (percent, of so many images) fell to; None unless it fell by more than chance. Embeddings may
     stay spread out and yet forget what they were of: labels that mean nothing do that to a pretrained backbone."""
-    fell = start - now > _chance(start, pictures)
+    fell = start - now > _chance(start, images)
     return f"retrieval {now:.1f} % of {start:.1f} % before training" if fell else None
 
 
-def _chance(start: float, pictures: int) -> float:
-    """Points by which a share (percent, of so many pictures) may differ from the start's without a reason."""
-    return FALLEN_RETRIEVAL * math.sqrt(2 * max(start * (100 - start), 100) / pictures)
+def _chance(start: float, images: int) -> float:
+    """Points by which a share (percent, of so many images) may differ from the start's without a reason."""
+    return FALLEN_RETRIEVAL * math.sqrt(2 * max(start * (100 - start), 100) / images)
 
 
 def retrieval(embeddings: torch.Tensor, views: torch.Tensor) -> float:
-    """Share of M pictures whose own augmented view is nearer (by cosine) than that of any other. M,D each; in
+    """Share of M images whose own augmented view is nearer (by cosine) than that of any other. M,D each; in
     percent. By chance 100 / M."""
     nearest = (F.normalize(embeddings.float(), dim=1) @ F.normalize(views.float(), dim=1).T).argmax(1)
     return 100 * float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean())

@@ -1,6 +1,6 @@
 """`evaluate`: embeddings and who is on them in; identity scores with intervals, curves and a look-alike sheet out.
 
-No torch on the way, unless pictures are to be embedded first (`weights`).
+No torch on the way, unless images are to be embedded first (`weights`).
 """
 
 import json
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Reading
-from ..console import Talk
+from ..console import Console
 from ..data.manifest import read_input, tell
 from ..embedding.files import Embeddings, read_embeddings, read_rows, space_of
-from ..errors import EarTeachError, WordsError
+from ..errors import EarTeachError, UsageError
 from ..files import printable, refuse_existing, whole_file
 from ..model.whitening import Whitening, centre, fit
 from . import identity_metrics
@@ -46,12 +46,12 @@ def evaluate(
     batch_size: int = 32,
     num_workers: int = 8,
     overwrite: bool = False,
-    talk: Talk,
+    console: Console,
 ) -> Evaluation:
     """Score one file of embeddings, or compare two on the rows both have.
 
     `labels`: a manifest with identities, or None for what the embeddings' own list says, else the name of each
-    picture's folder. `whitened`: pictures are embedded with the whitening of their `weights`, where these have one.
+    image's folder. `whitened`: images are embedded with the whitening of their `weights`, where these have one.
     `centre_on`, `whiten_on`: none, or for each source a file of embeddings or 'none'. `fars` empty:
     identity_metrics.FARS as far as the impostor pairs carry them. Raises EarTeachError.
     """
@@ -59,23 +59,23 @@ def evaluate(
     inputs: list[str | Path | None] = [*sources, *beside, labels, weights, *centre_on, *whiten_on]
     _refuse_outputs(json_file, plots, sheet, overwrite, inputs)
     if sheet and len(sources) > 1:
-        raise WordsError("--sheet: shows one file's pairs; leave --compare out")
+        raise UsageError("--sheet: shows one file's pairs; leave --compare out")
     transforms = _transforms(sources, centre_on, whiten_on, whiten_dim)
     if weights is not None:
         if len(sources) > 1:
-            raise WordsError("--weights: --compare takes embeddings; embed the pictures with each first")
+            raise UsageError("--weights: --compare takes embeddings; embed the images with each first")
         from ..embedding.embedder import embed_manifest, load_embedder
 
         manifest = read_input(sources[0], root_dir, reading)
         embedder = load_embedder(weights, backbone, image_size, whitened)
-        tell(manifest, talk)
-        talk.say(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
-        files = [embed_manifest(embedder, manifest, batch_size, num_workers, talk, whitened)]
+        tell(manifest, console)
+        console.info(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
+        files = [embed_manifest(embedder, manifest, batch_size, num_workers, console, whitened)]
     else:
         files = [read_embeddings(source) for source in sources]
     for flag, fitted_on in (("--center", centre_on), ("--whiten", whiten_on)):
         for file, other in zip(files, fitted_on, strict=False):
-            _refuse_mixture(file, flag, other, talk)
+            _refuse_mixture(file, flag, other, console)
     report = score(
         files,
         transforms,
@@ -86,10 +86,10 @@ def evaluate(
         seed=seed,
         root_dir=root_dir,
         reading=reading,
-        talk=talk,
+        console=console,
     )
     if len(files) > 1 and files[0].whitened != files[1].whitened and not whiten_on:
-        talk.warn(
+        console.warn(
             "--compare: one file is whitened by its run and the other is not, which is part of the difference; "
             "--whiten FILE for the other, or embed with --no-whiten, takes it out"
         )
@@ -99,10 +99,10 @@ def evaluate(
     if plots is not None:
         _write_plots(report, Path(plots))
     if sheet is not None:
-        from ..drawing import save_picture
+        from ..drawing import save_image
 
-        drawn = look_alike_sheet(report, files[-1], root_dir or report.root or files[-1].root, talk)
-        save_picture(drawn, sheet)
+        drawn = look_alike_sheet(report, files[-1], root_dir or report.root or files[-1].root, console)
+        save_image(drawn, sheet)
     return report
 
 
@@ -120,7 +120,7 @@ def table(report: Evaluation) -> str:
         f"{counts['identities']} ears of {counts['people']} people" if report.by_sides else f"{counts['people']} people"
     )
     lines.append(
-        f"{counts['pictures']} pictures, {kinds}; {counts['queries']} queries, {counts['genuine_pairs']} genuine and "
+        f"{counts['pictures']} images, {kinds}; {counts['queries']} queries, {counts['genuine_pairs']} genuine and "
         f"{counts['impostor_pairs']} impostor pairs; rank-1 by chance {100 * report.chance:.1f} %"
     )
     interval = f"95 % interval ({report.resamples} resamples)" if report.resamples else ""
@@ -147,7 +147,7 @@ def table(report: Evaluation) -> str:
 
 
 def _described(system: System) -> list[str]:
-    return [part for part in (f"weights {printable(system.weights)}" if system.weights else "", f"{system.dim} numbers a picture", printable(system.transform)) if part]  # fmt: skip
+    return [part for part in (f"weights {printable(system.weights)}" if system.weights else "", f"{system.dim} numbers an image", printable(system.transform)) if part]  # fmt: skip
 
 
 def _interval(figure: identity_metrics.Figure, sign: str = "") -> str:
@@ -161,7 +161,7 @@ def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None,
         if path is not None:
             refuse_existing(path, overwrite, inputs)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
-        raise WordsError(f"--sheet {printable(sheet)}: is drawn as PNG; name a .png file")
+        raise UsageError(f"--sheet {printable(sheet)}: is drawn as PNG; name a .png file")
     if plots is not None:
         if Path(plots).exists() and not Path(plots).is_dir():
             raise EarTeachError(f"{printable(plots)}: is a file; --plots names a folder")
@@ -176,17 +176,17 @@ def _transforms(
     """For each source what is done to its rows, and how that is said."""
     for flag, given in (("--center", centre_on), ("--whiten", whiten_on)):
         if given and len(given) != len(sources):
-            raise WordsError(
+            raise UsageError(
                 f"{flag}: given {len(given)} times for {len(sources)} files of embeddings; give it once for each, in "
                 "their order ('none' leaves one as it is)"
             )
     if whiten_dim is not None and not any(name != "none" for name in whiten_on):
-        raise WordsError("--whiten-dim: has nothing to whiten; give --whiten FILE too")
+        raise UsageError("--whiten-dim: has nothing to whiten; give --whiten FILE too")
     found = []
     for place in range(len(sources)):
         chosen = [given[place] if given else "none" for given in (centre_on, whiten_on)]
         if "none" not in chosen:
-            raise WordsError("--center: --whiten centres already; give one of the two for each file")
+            raise UsageError("--center: --whiten centres already; give one of the two for each file")
         centred, whitened = chosen
         if centred != "none":
             found.append((centre(_finite(centred)), f"centred on {Path(centred).name}"))
@@ -198,14 +198,14 @@ def _transforms(
     return found
 
 
-def _refuse_mixture(file: Embeddings, flag: str, other: str, talk: Talk) -> None:
+def _refuse_mixture(file: Embeddings, flag: str, other: str, console: Console) -> None:
     """Rows of two teachers, or raw and whitened ones, have nothing to say to each other."""
     if other == "none":
         return
     mark, whitened = space_of(other)
     if not mark or not file.fingerprint:
         unknown = printable(file.source if mark else other)
-        talk.warn(
+        console.warn(
             f"{flag} {printable(other)}: the .json beside {unknown} names no weights, so they may be of another teacher"
         )
         return

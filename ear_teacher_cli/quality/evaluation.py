@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from ..config import Reading
-from ..console import Talk
+from ..console import Console
 from ..data.manifest import Manifest
 from ..embedding.files import Embeddings
-from ..errors import EarTeachError, PictureError, WordsError
+from ..errors import EarTeachError, ImageError, UsageError
 from ..files import printable
 from ..model.whitening import Whitening, unit
 from . import identity_metrics, pairs
@@ -40,7 +40,7 @@ class System:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`difference`: second minus first, of two systems. `root`: where the pictures of the labels' list are."""
+    """`difference`: second minus first, of two systems. `root`: where the images of the labels' list are."""
 
     systems: list[System]
     difference: list[identity_metrics.Figure]
@@ -89,22 +89,22 @@ def score(
     seed: int = 0,
     root_dir: str | None = None,
     reading: Reading | None = None,
-    talk: Talk,
+    console: Console,
 ) -> Evaluation:
-    """Scores of one file's rows, or of two on the pictures both have, and their difference.
+    """Scores of one file's rows, or of two on the images both have, and their difference.
 
     `transforms`: for each file what is done to its rows, and how that is said. `labels`: a manifest with identities, or
-    None for what the embeddings' own list says, else the name of each picture's folder. `fars` empty: identity_metrics.FARS as
+    None for what the embeddings' own list says, else the name of each image's folder. `fars` empty: identity_metrics.FARS as
     far as the impostor pairs carry them. Raises EarTeachError.
     """
     left_out: dict[str, int] = {}
-    rows = common_rows(files, left_out, talk)
-    people, sides, root = labels_of(files, rows, labels, root_dir, reading, talk)
-    rows, people, sides = labelled_rows(rows, people, sides if by_sides else None, left_out, talk)
-    rows, people, sides = distinct_rows(files, rows, people, sides, left_out, talk)
+    rows = common_rows(files, left_out, console)
+    people, sides, root = labels_of(files, rows, labels, root_dir, reading, console)
+    rows, people, sides = labelled_rows(rows, people, sides if by_sides else None, left_out, console)
+    rows, people, sides = distinct_rows(files, rows, people, sides, left_out, console)
     order = pairs.arrange(people, sides, seed)
     places = [np.asarray(own)[order.index] for own in rows]
-    fars = _fars(order, fars, talk)
+    fars = _fars(order, fars, console)
     drawn = identity_metrics.resamples(order.groups, bootstrap, seed)
     systems = []
     for file, own, (transform, said) in zip(files, places, transforms, strict=True):
@@ -113,7 +113,7 @@ def score(
         systems.append(System(file.source, file.weights, _dim(file, transform), made, measured))
     found = _report(systems, order, sides is not None, left_out, bootstrap, seed, root)
     found.look_alikes.update(_look_alikes(systems[-1], order, files[-1], places[-1], people, sides))
-    _say_limits(found, talk)
+    _say_limits(found, console)
     return found
 
 
@@ -121,9 +121,9 @@ def excludes_0(figure: identity_metrics.Figure) -> bool:
     return figure.low > 0 or figure.high < 0
 
 
-def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | None, talk: Talk) -> Image.Image:
+def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | None, console: Console) -> Image.Image:
     """The hardest pairs of the last system, `file`, drawn. Raises EarTeachError if not one can be read."""
-    from ..data.crop import cut, read_picture
+    from ..data.crop import cut, read_image
     from ..data.image_checks import PREVIEW
     from ..drawing import Pair, pairs_sheet
 
@@ -135,35 +135,35 @@ def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | No
     for kind, title in titles.items():
         drawn = []
         for pair in report.look_alikes[kind]:
-            rows = [picture["row"] for picture in pair["pictures"]]
+            rows = [image["row"] for image in pair["pictures"]]
             try:
-                left, right = (cut(read_picture(manifest.file(row)).image, file.boxes[row], look) for row in rows)
-            except PictureError as error:
+                left, right = (cut(read_image(manifest.file(row)).image, file.boxes[row], look) for row in rows)
+            except ImageError as error:
                 bad[error.detail] += 1
                 continue
-            one, other = (printable(" ".join(_said(picture))) for picture in pair["pictures"])
+            one, other = (printable(" ".join(_said(image))) for image in pair["pictures"])
             drawn.append(Pair(left, right, f"similarity {pair['similarity']:.3f}", (one, other)))
         sections.append((title, drawn))
     if bad:
-        talk.warn(
-            f"look-alike sheet: {bad.total()} pairs left out, a picture of theirs cannot be read "
-            f"({printable(bad.most_common(1)[0][0])}); --root-dir says where the pictures are"
+        console.warn(
+            f"look-alike sheet: {bad.total()} pairs left out, an image of theirs cannot be read "
+            f"({printable(bad.most_common(1)[0][0])}); --root-dir says where the images are"
         )
     if not any(drawn for _, drawn in sections):
-        raise EarTeachError("look-alike sheet: not one pair's pictures could be read; give --root-dir")
+        raise EarTeachError("look-alike sheet: not one pair's images could be read; give --root-dir")
     return pairs_sheet(sections)
 
 
-def _fars(order: Order, asked: Sequence[float], talk: Talk) -> list[float]:
+def _fars(order: Order, asked: Sequence[float], console: Console) -> list[float]:
     """The FARs asked for, or those of the usual ones that there are impostor pairs for."""
     count = identity_metrics.impostor_pairs(order)
     least = identity_metrics.smallest_far(count)
     for far in asked:
         if not 0 < far < 1:
-            raise WordsError(f"--far {far:g}: is no rate; give one between 0 and 1")
+            raise UsageError(f"--far {far:g}: is no rate; give one between 0 and 1")
         if far < least:
             digits = 10 ** (1 - math.floor(math.log10(least)))
-            raise WordsError(
+            raise UsageError(
                 f"--far {far:g}: too small for {count} impostor pairs, of which it accepts {far * count:.2g}; the "
                 f"smallest they carry ({identity_metrics.FALSE_ACCEPTS} false accepts) is {math.ceil(least * digits) / digits:g}"
             )
@@ -171,7 +171,7 @@ def _fars(order: Order, asked: Sequence[float], talk: Talk) -> list[float]:
         return sorted(set(asked), reverse=True)
     usual = [far for far in identity_metrics.FARS if far >= least]
     if not usual:
-        talk.say(
+        console.info(
             f"no TAR: {count} impostor pairs carry no FAR of {max(identity_metrics.FARS):g} ({identity_metrics.FALSE_ACCEPTS} false accepts)"
         )
     return usual
@@ -226,14 +226,14 @@ def _report(
     return Evaluation(systems, difference, counts, left_out, by_sides, chance, bootstrap, seed, order.groups, {}, root)
 
 
-def _say_limits(report: Evaluation, talk: Talk) -> None:
+def _say_limits(report: Evaluation, console: Console) -> None:
     counts = report.counts
     if counts["singletons"]:
-        talk.say(f"{counts['singletons']} identities have one picture: they are impostors only, never queries")
+        console.info(f"{counts['singletons']} identities have one image: they are impostors only, never queries")
     if report.drawn < counts["people"] and report.resamples:
-        talk.say(f"the bootstrap draws {report.drawn} random groups of the {counts['people']} people")
+        console.info(f"the bootstrap draws {report.drawn} random groups of the {counts['people']} people")
     if counts["people"] < FEW_PEOPLE and report.resamples:
-        talk.warn(f"intervals over {counts['people']} people are themselves rough; evaluate on {FEW_PEOPLE} or more")
+        console.warn(f"intervals over {counts['people']} people are themselves rough; evaluate on {FEW_PEOPLE} or more")
 
 
 def _look_alikes(
@@ -257,8 +257,8 @@ def _look_alikes(
     }
 
 
-def _said(picture: dict[str, Any]) -> list[str]:
-    return [picture["identity"], *([picture["side"]] if "side" in picture else []), picture["path"]]
+def _said(image: dict[str, Any]) -> list[str]:
+    return [image["identity"], *([image["side"]] if "side" in image else []), image["path"]]
 
 
 def _figure(figure: identity_metrics.Figure) -> dict[str, Any]:

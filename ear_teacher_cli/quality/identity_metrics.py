@@ -1,8 +1,8 @@
 """Identity scores of embeddings, and how sure they are. No torch here.
 
-Identification: leave one out, every picture asks all others. Rank-k (CMC) is the share of queries with a match among
+Identification: leave one out, every image asks all others. Rank-k (CMC) is the share of queries with a match among
 the k nearest; mAP@R is Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV 2020), section 3.2. An
-impostor as near as a match counts as nearer. Pictures without a match are in the gallery only.
+impostor as near as a match counts as nearer. Images without a match are in the gallery only.
 
 Verification: all pairs. AUC, EER and TAR at a FAR are read off one ROC, linear between its points.
 
@@ -60,8 +60,8 @@ class Measured:
 def rank1_and_eer(embeddings: np.ndarray, identities: Sequence[str]) -> tuple[float, float]:
     """Leave-one-out rank-1 and all-pairs EER, both 0 to 1, of [N, D] embeddings (any length) and N names.
 
-    No picture is taken for a duplicate. A collapsed model has rank-1 0 and EER 0.5. Raises EarTeachError if a row is
-    not finite, if all are of one identity or if none has two pictures.
+    No image is taken for a duplicate. A collapsed model has rank-1 0 and EER 0.5. Raises EarTeachError if a row is
+    not finite, if all are of one identity or if none has two images.
     """
     order = arrange(identities)
     rows = np.asarray(embeddings, dtype=np.float32)[order.index]
@@ -77,16 +77,16 @@ def rank1_and_eer(embeddings: np.ndarray, identities: Sequence[str]) -> tuple[fl
 
 
 def can_be_scored(identities: Sequence[Any]) -> bool:
-    """Whether there are two identities, and two pictures of one of them."""
+    """Whether there are two identities, and two images of one of them."""
     return 1 < len(set(identities)) < len(identities)
 
 
 def check_population(order: Order, counted: Tally) -> None:
     """Raises EarTeachError where there is nothing to tell apart."""
     if order.ear[0] == order.ear[-1]:
-        raise EarTeachError("labels: all pictures are of one identity; nothing can be told apart")
+        raise EarTeachError("labels: all images are of one identity; nothing can be told apart")
     if not len(counted.first):
-        raise EarTeachError("labels: no identity has two different pictures; nothing can be found again")
+        raise EarTeachError("labels: no identity has two different images; nothing can be found again")
 
 
 def measure(rows: np.ndarray, order: Order, fars: Iterable[float], weights: np.ndarray | None) -> Measured:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Reading
-from ..console import Talk
+from ..console import Console
 from ..data.boxes import Box
 from ..data.manifest import Manifest, folder_name, read_manifest, side_of, tell
 from ..embedding.files import Embeddings
@@ -22,7 +22,7 @@ from ..files import printable
 _BLOCK = 4096
 
 
-def common_rows(files: Sequence[Embeddings], left_out: dict[str, int], talk: Talk) -> list[list[int]]:
+def common_rows(files: Sequence[Embeddings], left_out: dict[str, int], console: Console) -> list[list[int]]:
     """For each file its rows that all files have, in the first one's order. A path and box met again is a duplicate."""
     tables: list[dict[tuple, int]] = []
     for file in files:
@@ -34,12 +34,12 @@ def common_rows(files: Sequence[Embeddings], left_out: dict[str, int], talk: Tal
     keys = [key for key in tables[0] if all(key in first for first in tables)]
     if not keys:
         raise EarTeachError(
-            f"--compare: {printable(files[0].source)} and {printable(files[1].source)} have no picture in common (by "
+            f"--compare: {printable(files[0].source)} and {printable(files[1].source)} have no image in common (by "
             "path and box); embed one list with both"
         )
-    _leave_out(left_out, "same path and box", again, "rows with a path and box met before", talk)
+    _leave_out(left_out, "same path and box", again, "rows with a path and box met before", console)
     lost = max(len(first) for first in tables) - len(keys)
-    _leave_out(left_out, "in one file only", lost, "pictures that only one of the files has", talk)
+    _leave_out(left_out, "in one file only", lost, "images that only one of the files has", console)
     return [[first[key] for key in keys] for first in tables]
 
 
@@ -49,13 +49,13 @@ def labels_of(
     labels: str | None,
     root_dir: str | None,
     reading: Reading | None,
-    talk: Talk,
+    console: Console,
 ) -> tuple[list[str], list[str] | None, Path | None]:
-    """Person ('' where unknown) and side of each common row, and the folder the list's pictures are in."""
+    """Person ('' where unknown) and side of each common row, and the folder the list's images are in."""
     file, own = files[0], rows[0]
     if labels is not None:
         manifest = read_manifest(labels, root_dir, reading)
-        tell(manifest, talk)
+        tell(manifest, console)
         if manifest.identities is None:
             raise ManifestError(f"{printable(labels)}: has no identities; give a list with a column 'identity'")
         return *_matched(file, own, manifest), manifest.root
@@ -66,17 +66,17 @@ def labels_of(
     people = [folder_name(_path(file.paths[i])) for i in own]
     if not any(people):
         raise ManifestError(
-            f"{printable(file.source)}: neither it nor its pictures' folders say who is on them; give LABELS (CSV of image_path, identity, side)"
+            f"{printable(file.source)}: neither it nor its images' folders say who is on them; give LABELS (CSV of image_path, identity, side)"
         )
     example = next(i for i, person in enumerate(people) if person)
-    talk.say(
-        f"identities: the names of the pictures' folders ({printable(file.paths[own[example]])}: {printable(people[example])})"
+    console.info(
+        f"identities: the names of the images' folders ({printable(file.paths[own[example]])}: {printable(people[example])})"
     )
     return people, None, None
 
 
 def _matched(file: Embeddings, own: Sequence[int], manifest: Manifest) -> tuple[list[str], list[str] | None]:
-    """Labels by path; by box too where both have one. A picture of several people without a box stays unknown."""
+    """Labels by path; by box too where both have one. An image of several people without a box stays unknown."""
     known: dict[str, list[tuple[Box | None, str, str]]] = defaultdict(list)
     for i, path in enumerate(manifest.paths):
         side = manifest.sides[i] if manifest.sides is not None else ""
@@ -91,30 +91,30 @@ def _matched(file: Embeddings, own: Sequence[int], manifest: Manifest) -> tuple[
         sides.append(side)
     if not any(people):
         raise ManifestError(
-            f"{printable(manifest.source)}: names none of the {len(own)} pictures of {printable(file.source)} "
+            f"{printable(manifest.source)}: names none of the {len(own)} images of {printable(file.source)} "
             f"({printable(file.paths[own[0]])}, ...); paths must be written alike in both, and boxes be the same"
         )
     return people, sides if manifest.sides is not None else None
 
 
 def labelled_rows(
-    rows: list[list[int]], people: list[str], sides: list[str] | None, left_out: dict[str, int], talk: Talk
+    rows: list[list[int]], people: list[str], sides: list[str] | None, left_out: dict[str, int], console: Console
 ) -> tuple[list[list[int]], list[str], list[str] | None]:
     """Only rows of known person and, where sides are known, side."""
     kept = [i for i, person in enumerate(people) if person]
-    _leave_out(left_out, "no identity", len(people) - len(kept), "pictures without an identity", talk)
+    _leave_out(left_out, "no identity", len(people) - len(kept), "images without an identity", console)
     if sides is not None:
         sides = [side_of(side) or "" for side in sides]
         sided = [i for i in kept if sides[i]]
         if sided:
             lost = len(kept) - len(sided)
             _leave_out(
-                left_out, "no side", lost, "pictures whose side is not left or right (--no-sides keeps them)", talk
+                left_out, "no side", lost, "images whose side is not left or right (--no-sides keeps them)", console
             )
             kept = sided
         else:
             sides = None
-            talk.warn("sides: none is left or right (or l, r); the person is the identity")
+            console.warn("sides: none is left or right (or l, r); the person is the identity")
     return [[own[i] for i in kept] for own in rows], [people[i] for i in kept], sides and [sides[i] for i in kept]
 
 
@@ -124,13 +124,13 @@ def distinct_rows(
     people: list[str],
     sides: list[str] | None,
     left_out: dict[str, int],
-    talk: Talk,
+    console: Console,
 ) -> tuple[list[list[int]], list[str], list[str] | None]:
-    """Without rows whose numbers are those of an earlier row of the same identity: the same picture under two names.
+    """Without rows whose numbers are those of an earlier row of the same identity: the same image under two names.
 
     The same numbers under two identities stay: they are a wrong label, or a collapsed model, and must be seen.
     """
-    again, strangers = set(), set()
+    again, impostors = set(), set()
     for file, own in zip(files, rows, strict=True):
         seen: dict[bytes, set] = defaultdict(set)
         for start in range(0, len(own), _BLOCK):
@@ -142,15 +142,15 @@ def distinct_rows(
                 if who in holders:
                     again.add(i)
                 elif holders:
-                    strangers.add(i)
+                    impostors.add(i)
                 holders.add(who)
-    if strangers:
-        talk.warn(
-            f"{len(strangers)} pictures have exactly the numbers of another identity's: one picture under two labels, or "
+    if impostors:
+        console.warn(
+            f"{len(impostors)} images have exactly the numbers of another identity's: one image under two labels, or "
             "a collapsed model; they stay in"
         )
     _leave_out(
-        left_out, "same numbers", len(again), "duplicates (the very numbers of another picture of the identity)", talk
+        left_out, "same numbers", len(again), "duplicates (the very numbers of another image of the identity)", console
     )
     kept = [i for i in range(len(people)) if i not in again]
     return [[own[i] for i in kept] for own in rows], [people[i] for i in kept], sides and [sides[i] for i in kept]
@@ -162,10 +162,10 @@ def _check_rows(file: Embeddings, own: Sequence[int], block: np.ndarray) -> None
             raise EarTeachError(f"{file.where(own[int(bad.argmax())])}: holds {what}; embed again, or drop the row")
 
 
-def _leave_out(left_out: dict[str, int], reason: str, count: int, words: str, talk: Talk) -> None:
+def _leave_out(left_out: dict[str, int], reason: str, count: int, words: str, console: Console) -> None:
     left_out[reason] = count
     if count:
-        talk.warn(f"{count} {words}: left out")
+        console.warn(f"{count} {words}: left out")
 
 
 def _path(path: str) -> str:

@@ -166,10 +166,10 @@ def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, 
         best = similarity.argmax(1)
         nearest += zip(similarity[np.arange(end - begin), best].tolist(), range(begin, end), best.tolist(), strict=True)
         similarity.partition(total - depth, axis=1)
-        strangers = np.sort(similarity[:, total - depth :])  # n,T: the nearest impostors
+        impostors = np.sort(similarity[:, total - depth :])  # n,T: the nearest impostors
         for row, values in own.items():
             # an impostor as near as a match comes before it: a collapsed model must not look good
-            ahead = depth - np.searchsorted(strangers[row - begin], values)
+            ahead = depth - np.searchsorted(impostors[row - begin], values)
             ranks = ahead + np.arange(1, len(values) + 1)
             first[row] = min(ranks[0], CMC_DEPTH + 1)
             hits = ranks <= len(values)
@@ -220,17 +220,17 @@ def coarse_bins(side: Side, seed: int = 0, most: int = 1000) -> np.ndarray:
     random = np.random.default_rng(seed)
     picked = np.sort(random.permutation(len(side.rows))[:most])
     found = distance_bins(side.rows[picked] @ side.rows[picked].T)
-    strangers = np.sort(found[side.identity[picked][:, None] != side.identity[picked]])
+    impostors = np.sort(found[side.identity[picked][:, None] != side.identity[picked]])
     own = []
     for row in picked:
         start, end = np.searchsorted(side.identity, [side.identity[row], side.identity[row] + 1])
         others = np.setdiff1d(np.arange(start, min(end, start + 50)), [row])
         own.append(distance_bins(side.rows[others] @ side.rows[row]))
-    friends = np.sort(np.concatenate(own))
+    genuine = np.sort(np.concatenate(own))
     even, tail = np.linspace(0, 1, 192), np.geomspace(1e-6, 0.1, 128)
     parts = [
         values[(share * (len(values) - 1)).astype(int)]
-        for values, share in ((friends, even), (strangers, even), (strangers, tail))
+        for values, share in ((genuine, even), (impostors, even), (impostors, tail))
         if len(values)
     ]
     edges = np.unique(np.concatenate(parts))

@@ -76,15 +76,15 @@ def draw_run(rows: Sequence[Mapping[str, str]], best: int) -> tuple[list[str], l
 
 
 def draw_class_sizes(counts: np.ndarray) -> str:
-    """SVG of how many pseudo-classes have how many pictures; `counts` [K]."""
+    """SVG of how many pseudo-classes have how many images; `counts` [K]."""
     figure, (axis,) = _figure(4.6, 2.7)
     most = int(counts.max(initial=1))
     edges = np.arange(-0.5, most + 1.5) if most < 40 else np.linspace(-0.5, most + 0.5, 40)
     axis.hist(counts, bins=edges, color=_COLOURS[0], alpha=0.8)
-    axis.set_title("Pictures per pseudo-class", fontsize=10, color=_INK, loc="left")
+    axis.set_title("Images per pseudo-class", fontsize=10, color=_INK, loc="left")
     axis.set(xlabel="pictures", ylabel="classes", xlim=(-0.5, most + 0.5))
     axis.locator_params(integer=True)
-    return _svg(figure, "Pictures per pseudo-class")
+    return _svg(figure, "Images per pseudo-class")
 
 
 def _panel(title: str, lines: Mapping[str, str], rows: Sequence[Mapping[str, str]], best: int) -> str:

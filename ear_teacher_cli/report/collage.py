@@ -8,8 +8,8 @@ from ..config import Reading
 from ..data.dataset import EarDataset
 from ..data.manifest import read_manifest
 from ..drawing import collage as draw_collage
-from ..drawing import psnr_of_bytes, save_picture
-from ..errors import EarTeachError, ManifestError, WordsError
+from ..drawing import psnr_of_bytes, save_image
+from ..errors import EarTeachError, ManifestError, UsageError
 from ..files import printable, refuse_existing
 from ..model.checkpoint import read_checkpoint, require_fit
 from ..training.callbacks import sample_pixels
@@ -19,7 +19,7 @@ from ..training.module import EarTeacherLightningModule
 @dataclass(frozen=True)
 class Collage:
     path: Path
-    pictures: int
+    images: int
     psnr: float  # mean, dB
     metadata: str
 
@@ -35,9 +35,9 @@ def collage(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Collage:
-    """Draw `num_samples` pictures of `metadata` (default: what the run was validated on) with their reconstructions."""
+    """Draw `num_samples` images of `metadata` (default: what the run was validated on) with their reconstructions."""
     if Path(out).suffix.lower() != ".png":
-        raise WordsError(f"{printable(out)}: name a .png file; other pictures are not written")
+        raise UsageError(f"{printable(out)}: name a .png file; other images are not written")
     out = refuse_existing(out, overwrite, inputs=(source, metadata))
     checkpoint = read_checkpoint(run_folder.checkpoint_of(Path(source), best=True))
     config = checkpoint.config
@@ -51,7 +51,7 @@ def collage(
         where = (
             ""
             if metadata
-            else " (the run's paths start from the folder where it was trained; or name pictures with --metadata)"
+            else " (the run's paths start from the folder where it was trained; or name images with --metadata)"
         )
         raise ManifestError(f"{error}{where}") from error
     module = EarTeacherLightningModule(config)
@@ -60,9 +60,9 @@ def collage(
     pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
     if pixels is None:
         raise EarTeachError(
-            f"{manifest.source}: not one picture could be read; check --root-dir, or run earteach validate-data"
+            f"{manifest.source}: not one image could be read; check --root-dir, or run earteach validate-data"
         )
     remade = module.reconstruct(pixels)
     decibels = psnr_of_bytes(pixels, remade)
-    save_picture(draw_collage(pixels, remade, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)
+    save_image(draw_collage(pixels, remade, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)
     return Collage(out, len(pixels), sum(decibels) / len(decibels), manifest.source)

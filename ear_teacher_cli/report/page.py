@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: styles inside, pictures as data, no script. All text is escaped here."""
+"""One HTML page that needs nothing else: styles inside, images as data, no script. All text is escaped here."""
 
 import base64
 import html
@@ -71,10 +71,10 @@ def element(name: str, text: object, kind: str = "") -> str:
     return f"<{name}{mark}>{escape(text)}</{name}>"
 
 
-def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
+def tiles(lines: Iterable[tuple[str, str, str]]) -> str:
     """(figure, what it is, class) side by side."""
     drawn = (
-        f'<div class="tile">{element("b", value, kind)}{element("span", name)}</div>' for value, name, kind in facts
+        f'<div class="tile">{element("b", value, kind)}{element("span", name)}</div>' for value, name, kind in lines
     )
     return f'<div class="tiles">{"".join(drawn)}</div>'
 
@@ -103,17 +103,17 @@ def escape_lines(lines: Iterable[str]) -> str:
     return "\n".join(escape(line) for line in lines)
 
 
-def wide(picture: Image.Image, words: str, most: int = 1800) -> str:
-    """A picture as wide as the page, or to be scrolled where that is narrow."""
-    if picture.width > most:
-        picture = picture.resize((most, round(picture.height * most / picture.width)), Image.Resampling.LANCZOS)
-    return f'<div class="wide">{image(picture, words)}</div>'
+def wide(image: Image.Image, words: str, most: int = 1800) -> str:
+    """An image as wide as the page, or to be scrolled where that is narrow."""
+    if image.width > most:
+        image = image.resize((most, round(image.height * most / image.width)), Image.Resampling.LANCZOS)
+    return f'<div class="wide">{img(image, words)}</div>'
 
 
-def image(picture: Image.Image, words: str) -> str:
-    """An <img> that holds its picture, as JPEG."""
+def img(image: Image.Image, words: str) -> str:
+    """An <img> that holds its image, as JPEG."""
     content = BytesIO()
-    picture.convert("RGB").save(content, format="JPEG", quality=88)
+    image.convert("RGB").save(content, format="JPEG", quality=88)
     data = base64.b64encode(content.getvalue()).decode()
     return f'<img alt="{escape(words)}" src="data:image/jpeg;base64,{data}">'
 
@@ -125,9 +125,9 @@ def beside(columns: Iterable[tuple[str, str]]) -> str:
 
 
 def ears(tiles: Iterable[tuple[Image.Image, str, str]]) -> str:
-    """Small pictures in a row: (picture, what is written below, class: query, same or nothing)."""
+    """Small images in a row: (image, what is written below, class: query, same or nothing)."""
     drawn = (
-        f'<figure class="{kind}">{image(picture, words)}{element("figcaption", words)}</figure>'
-        for picture, words, kind in tiles
+        f'<figure class="{kind}">{img(image, words)}{element("figcaption", words)}</figure>'
+        for image, words, kind in tiles
     )
     return f'<div class="ears">{"".join(drawn)}</div>'

@@ -1,7 +1,7 @@
 """A run on one page: what it was told, how it went, what its embeddings are worth beside the untouched start.
 
 Figures of metrics.csv are those that training measured; the comparison and the neighbours embed the validation
-pictures again, with the best checkpoint and with the backbone as it was before training.
+images again, with the best checkpoint and with the backbone as it was before training.
 """
 
 import csv
@@ -16,10 +16,10 @@ from PIL import Image
 
 from .. import run_folder
 from ..config import TrainConfig, from_dict, read_toml
-from ..console import Silence, Talk
-from ..drawing import read_own_picture
+from ..console import Console, SilentConsole
+from ..drawing import read_saved_image
 from ..embedding.files import Embeddings
-from ..errors import EarTeachError, PictureError, WeightsError
+from ..errors import EarTeachError, ImageError, WeightsError
 from ..files import printable, shell_word, whole_file
 from ..model.checkpoint import Checkpoint, read_checkpoint
 from ..quality import plots
@@ -28,7 +28,7 @@ from ..quality.evaluation import FEW_PEOPLE, Evaluation, excludes_0, look_alike_
 from ..quality.identity_metrics import can_be_scored
 from ..training.progress import UNITS, of_other_weights
 from . import page
-from .validation_embeddings import Look, look_at
+from .validation_embeddings import ValidationEmbeddings, embed_validation_set
 
 QUERIES, NEIGHBOURS = 6, 5
 COLLAGES_SHOWN = 4
@@ -49,14 +49,14 @@ _PATHS = ("train_metadata", "val_metadata", "root_dir", "pretrained_path", "outp
 
 
 @dataclass(frozen=True)
-class Story:
+class RunSummary:
     """What a run's folder tells. `rows`: of metrics.csv. `missing`: why there is no look. `running`: it is not over."""
 
     folder: Path
     config: TrainConfig
     rows: list[dict[str, str]]
     checkpoint: Checkpoint
-    look: Look | None
+    look: ValidationEmbeddings | None
     missing: str = ""
     running: bool = False
 
@@ -78,7 +78,7 @@ class Story:
         return next((row for row in self.rows if int(row["epoch"]) == epoch), {})
 
 
-def read_story(folder: Path, talk: Talk, root_dir: str | None = None, running: bool = False) -> Story:
+def summarise_run(folder: Path, console: Console, root_dir: str | None = None, running: bool = False) -> RunSummary:
     """Raises EarTeachError if the folder is no run, or no epoch of it is finished."""
     where = printable(folder)
     if not (folder / run_folder.CONFIG).is_file():
@@ -89,19 +89,19 @@ def read_story(folder: Path, talk: Talk, root_dir: str | None = None, running: b
         raise EarTeachError(
             f"{where}: its {run_folder.METRICS} has no finished epoch; go on with `earteach resume {shell_word(folder)}`"
         )
-    checkpoint = _best_whole(folder, talk)
+    checkpoint = _best_whole(folder, console)
     try:
-        look, missing = look_at(checkpoint, talk, root_dir), ""
+        look, missing = embed_validation_set(checkpoint, console, root_dir), ""
     except EarTeachError as error:
         look = None
         missing = (
-            f"{error} (paths start from the folder where the run was trained; --root-dir is where the pictures are now)"
+            f"{error} (paths start from the folder where the run was trained; --root-dir is where the images are now)"
         )
-        talk.warn(f"the pictures could not be looked at, so comparison and neighbours are missing: {missing}")
-    return Story(folder, config, rows, checkpoint, look, missing, running)
+        console.warn(f"the images could not be looked at, so comparison and neighbours are missing: {missing}")
+    return RunSummary(folder, config, rows, checkpoint, look, missing, running)
 
 
-def _best_whole(folder: Path, talk: Talk) -> Checkpoint:
+def _best_whole(folder: Path, console: Console) -> Checkpoint:
     """The best; of those that are not damaged, which are said. Raises the first one's WeightsError if none is whole."""
     first: WeightsError | None = None
     best = run_folder.checkpoint_of(folder, best=True)
@@ -110,12 +110,12 @@ def _best_whole(folder: Path, talk: Talk) -> Checkpoint:
             return read_checkpoint(path)
         except WeightsError as error:
             first = first or error
-            talk.warn(f"{error}. Trying another")
+            console.warn(f"{error}. Trying another")
     raise first
 
 
-def write_report(story: Story, out: Path, images: bool, talk: Talk) -> Path:
-    """The page. `images` False: without a picture of an ear, and without names of people."""
+def write_report(story: RunSummary, out: Path, images: bool, console: Console) -> Path:
+    """The page. `images` False: without an image of an ear, and without names of people."""
     config = story.config
     curves, health, classes = plots.draw_run(story.rows, story.epoch)
     plain, white, why_not = _scored(story)
@@ -138,8 +138,8 @@ def write_report(story: Story, out: Path, images: bool, talk: Talk) -> Path:
         page.element("h2", "Health of embeddings and pseudo-classes"),
         page.panels([*health, *classes, *_class_sizes(story)]),
         *(_neighbours(story) if images else []),
-        *(_look_alikes(story.look, white or plain, talk) if images and plain else []),
-        *([] if images else [page.element("p", "Pictures are left out, as --no-images asks.", "faint")]),
+        *(_look_alikes(story.look, white or plain, console) if images and plain else []),
+        *([] if images else [page.element("p", "Images are left out, as --no-images asks.", "faint")]),
         page.element("h2", "What to do next"),
         page.commands(_next(story)),
         page.element("h2", "Configuration"),
@@ -150,11 +150,11 @@ def write_report(story: Story, out: Path, images: bool, talk: Talk) -> Path:
     return out
 
 
-def _top(story: Story) -> list[str]:
+def _top(story: RunSummary) -> list[str]:
     config, row = story.config, story.row(story.epoch)
     monitored, before = row.get(config.monitor, ""), story.row(0).get(config.monitor, "")
-    pictures = int(story.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints do not say
-    state, why = judge(_figures(row), _figures(story.row(0)), pictures)
+    images = int(story.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints do not say
+    state, why = judge(_figures(row), _figures(story.row(0)), images)
     unit = UNITS.get(config.monitor, "")
     kind = (
         f"best epoch, by {config.monitor}" if story.is_best else "epoch of the checkpoint that is left: no best one is"
@@ -162,7 +162,7 @@ def _top(story: Story) -> list[str]:
     ahead = ""
     if story.last < config.max_epochs:
         ahead = f"; of {config.max_epochs}, {'still running' if story.running else 'not finished'}"
-    facts = [
+    lines = [
         (f"{story.epoch} of {story.last}", kind + ahead, ""),
         (
             f"{float(monitored):.4g}{unit}" if monitored else "unknown",
@@ -178,23 +178,23 @@ def _top(story: Story) -> list[str]:
         page.element("h1", f"{story.folder.name}: a teacher of ears"),
         page.element(
             "p",
-            f"{config.backbone} at {config.image_size} px, {start}. {lists}{_bad_pictures(story.folder)}",
+            f"{config.backbone} at {config.image_size} px, {start}. {lists}{_bad_images(story.folder)}",
             "faint",
         ),
-        page.tiles(facts),
+        page.tiles(lines),
     ]
 
 
-def _bad_pictures(folder: Path) -> str:
+def _bad_images(folder: Path) -> str:
     if not (folder / run_folder.BAD).is_file():
         return ""
     with open(folder / run_folder.BAD, newline="", encoding="utf-8", errors="replace") as file:
         reasons = Counter(row.get("reason") or "" for row in csv.DictReader(file))
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return f" {reasons.total()} pictures could not be used ({listed}): {run_folder.BAD} lists them."
+    return f" {reasons.total()} images could not be used ({listed}): {run_folder.BAD} lists them."
 
 
-def _while_it_trained(story: Story) -> list[str]:
+def _while_it_trained(story: RunSummary) -> list[str]:
     kind = "best" if story.is_best else "left"
     rows = {"before training": story.row(0), f"{kind} (epoch {story.epoch})": story.row(story.epoch)}
     rows[f"last (epoch {story.last})"] = story.rows[-1]
@@ -208,15 +208,15 @@ def _while_it_trained(story: Story) -> list[str]:
         page.table(["", *rows], lines, (1, 2, 3)),
         page.element(
             "p",
-            "Retrieval: share of validation pictures that are nearest to their own augmented view. All of these are of "
-            "pictures like those of training; none sees another camera.",
+            "Retrieval: share of validation images that are nearest to their own augmented view. All of these are of "
+            "images like those of training; none sees another camera.",
             "faint",
         ),
         *([page.element("p", of_other_weights(story.config), "faint")] if of_other_weights(story.config) else []),
     ]
 
 
-def _scored(story: Story) -> tuple[Evaluation | None, Evaluation | None, str]:
+def _scored(story: RunSummary) -> tuple[Evaluation | None, Evaluation | None, str]:
     """(start against teacher, start against the whitened teacher if there is one, why neither)."""
     look = story.look
     if look is None:
@@ -225,20 +225,20 @@ def _scored(story: Story) -> tuple[Evaluation | None, Evaluation | None, str]:
         return None, None, f"Not measured, the start is out of reach: {look.no_start}"
     named = [ear for row in range(len(look.raw)) if (ear := look.ear(row))]
     if not can_be_scored(named):
-        reason = "the validation manifest names no identities" if not named else "too few pictures share an identity"
+        reason = "the validation manifest names no identities" if not named else "too few images share an identity"
         return None, None, f"Not measured: {reason}. `earteach evaluate` takes them from a list."
     if len({identity for identity, _ in named}) < FEWEST_PEOPLE:
         return None, None, f"Not measured: fewer than {FEWEST_PEOPLE} people are named."
     try:
-        plain = score([look.start, look.raw], [(None, ""), (None, "")], talk=Silence())
+        plain = score([look.start, look.raw], [(None, ""), (None, "")], console=SilentConsole())
         if look.teacher is look.raw:
             return plain, None, ""
-        return plain, score([look.start, look.teacher], [(None, ""), (None, "")], talk=Silence()), ""
+        return plain, score([look.start, look.teacher], [(None, ""), (None, "")], console=SilentConsole()), ""
     except EarTeachError as error:
         return None, None, f"Not measured: {error}"
 
 
-def _identity_table(look: Look, plain: Evaluation, white: Evaluation | None) -> list[str]:
+def _identity_table(look: ValidationEmbeddings, plain: Evaluation, white: Evaluation | None) -> list[str]:
     compared = [("teacher", plain), *([("teacher, whitened", white)] if white else [])]
     counts = plain.counts
     few = counts["people"] < FEW_PEOPLE
@@ -264,15 +264,15 @@ def _identity_table(look: Look, plain: Evaluation, white: Evaluation | None) -> 
         page.table(head, lines, range(1, len(head))),
         page.element(
             "p",
-            f"{counts['pictures']} validation pictures of {counts['people']} people{sample}. {stars}The best epoch was "
-            "chosen on these very pictures, which flatters it, and part of what a whitening adds the start would gain by "
+            f"{counts['pictures']} validation images of {counts['people']} people{sample}. {stars}The best epoch was "
+            "chosen on these very images, which flatters it, and part of what a whitening adds the start would gain by "
             "one, too: confirm it on other people, another camera and three seeds before you believe it.",
             "faint",
         ),
     ]
 
 
-def _collages(story: Story) -> list[str]:
+def _collages(story: RunSummary) -> list[str]:
     found = [path for version in run_folder.versions(story.folder) for path in run_folder.collages(version)]
     places = (
         sorted({round(i * (len(found) - 1) / (COLLAGES_SHOWN - 1)) for i in range(COLLAGES_SHOWN)}) if found else []
@@ -281,13 +281,13 @@ def _collages(story: Story) -> list[str]:
     for place in places:
         words = f"reconstructions, {found[place].stem.replace('_', ' ')}"
         try:
-            parts.append(page.wide(read_own_picture(found[place]), words))
+            parts.append(page.wide(read_saved_image(found[place]), words))
         except OSError:  # damaged since
             continue
     return [page.element("h2", "Reconstructions, from first to last"), *parts] if parts else []
 
 
-def _class_sizes(story: Story) -> list[str]:
+def _class_sizes(story: RunSummary) -> list[str]:
     state = story.checkpoint.content.get("pseudo_classes")
     if not isinstance(state, dict) or story.config.pseudo_classes in ("batch", "instance"):
         return []
@@ -295,7 +295,7 @@ def _class_sizes(story: Story) -> list[str]:
     return [plots.draw_class_sizes(np.bincount(labels[labels >= 0], minlength=state["count"]))]
 
 
-def _neighbours(story: Story) -> list[str]:
+def _neighbours(story: RunSummary) -> list[str]:
     look = story.look
     if look is None or len(look.teacher) < 3:
         return []
@@ -303,7 +303,7 @@ def _neighbours(story: Story) -> list[str]:
         page.element("h2", "Nearest neighbours"),
         page.element(
             "p",
-            "Framed in black a validation picture; beside it, with their cosine similarity, the pictures that are nearest "
+            "Framed in black a validation image; beside it, with their cosine similarity, the images that are nearest "
             "to it: for the teacher, and for the untouched start."
             + (" Whitening spreads cosines: compare who is near, not the numbers." if look.teacher.whitened else "")
             + (" Green: the same ear." if look.teacher.identities else ""),
@@ -314,14 +314,14 @@ def _neighbours(story: Story) -> list[str]:
     for query in _queries(look, story.config.seed):
         try:
             rows = [(name, page.ears(_nearest(look, system, query))) for name, system in systems]
-        except PictureError:  # gone since it was embedded
+        except ImageError:  # gone since it was embedded
             continue
         parts.append(page.beside(rows))
     return parts
 
 
-def _queries(look: Look, seed: int) -> list[int]:
-    """Rows drawn by seed, of different ears where these are known, and of those that have another picture."""
+def _queries(look: ValidationEmbeddings, seed: int) -> list[int]:
+    """Rows drawn by seed, of different ears where these are known, and of those that have another image."""
     order = np.random.default_rng([seed, 5]).permutation(len(look.teacher)).tolist()
     ears = [look.ear(row) for row in order]
     several = {ear for ear, count in Counter(ears).items() if count > 1 and ear}
@@ -333,7 +333,7 @@ def _queries(look: Look, seed: int) -> list[int]:
     return chosen[:QUERIES]
 
 
-def _nearest(look: Look, system: Embeddings, query: int) -> list[tuple[Image.Image, str, str]]:
+def _nearest(look: ValidationEmbeddings, system: Embeddings, query: int) -> list[tuple[Image.Image, str, str]]:
     similarity = system.rows @ system.rows[query]
     similarity[query] = -np.inf
     tiles = [(look.thumbnail(query), "", "query")]
@@ -343,19 +343,19 @@ def _nearest(look: Look, system: Embeddings, query: int) -> list[tuple[Image.Ima
     return tiles
 
 
-def _look_alikes(look: Look, scored: Evaluation, talk: Talk) -> list[str]:
+def _look_alikes(look: ValidationEmbeddings, scored: Evaluation, console: Console) -> list[str]:
     try:
-        sheet = look_alike_sheet(scored, look.teacher, look.root, talk)
-    except EarTeachError:  # their pictures are gone since
+        sheet = look_alike_sheet(scored, look.teacher, look.root, console)
+    except EarTeachError:  # their images are gone since
         return []
     return [
-        page.element("h2", "Look-alikes"),
+        page.element("h2", "ValidationEmbeddings-alikes"),
         page.element("p", "Where wrong labels show first, and what the teacher confuses.", "faint"),
         page.wide(sheet, "pairs of ears"),
     ]
 
 
-def _next(story: Story) -> Sequence[str]:
+def _next(story: RunSummary) -> Sequence[str]:
     run = shell_word(story.folder)
     more = "" if story.last < story.config.max_epochs else f" --max-epochs {2 * story.last}"
     return (

@@ -1,4 +1,4 @@
-"""The validation pictures of a run, as its teacher and the backbone it started from see them."""
+"""The validation images of a run, as its teacher and the backbone it started from see them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,8 +8,8 @@ from PIL import Image
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from ..config import TrainConfig
-from ..console import Talk
-from ..data.crop import cut, read_picture
+from ..console import Console
+from ..data.crop import cut, read_image
 from ..data.datamodule import read_val_manifest
 from ..data.image_checks import PREVIEW
 from ..data.manifest import Manifest
@@ -22,10 +22,10 @@ from ..training.module import EarTeacherLightningModule
 
 
 @dataclass(frozen=True)
-class Look:
+class ValidationEmbeddings:
     """Rows of unit length. `teacher`: as `embed` gives them, whitened where the run fitted a whitening; `raw`: before
     that; `start`: of the untouched backbone, None where its weights cannot be had (`no_start` says why). `of`: how many
-    pictures there are, of which these are at most diagnostics.JUDGED_ON."""
+    images there are, of which these are at most diagnostics.JUDGED_ON."""
 
     root: Path | None
     teacher: Embeddings
@@ -41,19 +41,19 @@ class Look:
         return (identity, side) if identity else None
 
     def thumbnail(self, row: int) -> Image.Image:
-        """96 px a side. Raises PictureError if the picture is gone."""
+        """96 px a side. Raises ImageError if the image is gone."""
         seen = self.teacher
         manifest = Manifest(seen.source, self.root, seen.paths, seen.boxes, range(len(seen)))
-        return cut(read_picture(manifest.file(row)).image, seen.boxes[row], PREVIEW)
+        return cut(read_image(manifest.file(row)).image, seen.boxes[row], PREVIEW)
 
 
-def look_at(checkpoint: Checkpoint, talk: Talk, root_dir: str | None = None) -> Look:
-    """Embed the validation pictures; with `root_dir` from where they lie now. Raises EarTeachError if none can be read."""
+def embed_validation_set(checkpoint: Checkpoint, console: Console, root_dir: str | None = None) -> ValidationEmbeddings:
+    """Embed the validation images; with `root_dir` from where they lie now. Raises EarTeachError if none can be read."""
     config = replace(checkpoint.config, root_dir=root_dir) if root_dir else checkpoint.config
     whole = read_val_manifest(config)
     manifest = whole.subset(judged_rows(whole.identities or [None] * len(whole)))
     embedder = embedder_of(checkpoint)
-    options = (manifest, config.batch_size, config.num_workers, talk, False)
+    options = (manifest, config.batch_size, config.num_workers, console, False)
     raw = embed_manifest(embedder, *options)
     fitted = embedder.whitening
     teacher = replace(raw, rows=fitted.apply(raw.rows), whitened=True) if fitted else raw
@@ -61,7 +61,7 @@ def look_at(checkpoint: Checkpoint, talk: Talk, root_dir: str | None = None) -> 
         start, why = embed_manifest(_untouched(config), *options), ""
     except EarTeachError as error:  # its weights may be gone, or on a hub that is out of reach
         start, why = None, str(error)
-    return Look(manifest.root, teacher, raw, start, len(whole), why)
+    return ValidationEmbeddings(manifest.root, teacher, raw, start, len(whole), why)
 
 
 def _untouched(config: TrainConfig) -> Embedder:

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from .. import run_folder
-from ..console import Talk
-from ..errors import EarTeachError, WordsError
+from ..console import Console
+from ..errors import EarTeachError, UsageError
 from ..files import has_writer, printable, refuse_existing
-from .summary import read_story, write_report
+from .summary import summarise_run, write_report
 
 
 def report(
     run: str | Path,
-    talk: Talk,
+    console: Console,
     out: str | Path | None = None,
     *,
     root_dir: str | None = None,
@@ -25,7 +25,9 @@ def report(
         raise EarTeachError(f"{printable(folder)}: {found}; give the folder of a run")
     if out is not None:
         if Path(out).suffix.lower() not in (".html", ".htm"):
-            raise WordsError(f"{printable(out)}: the report is HTML; name a .html file")
+            raise UsageError(f"{printable(out)}: the report is HTML; name a .html file")
         refuse_existing(out, overwrite)
-    story = read_story(folder, talk, root_dir, has_writer(folder))
-    return write_report(story, Path(out) if out else folder / run_folder.REPORT, images and story.config.images, talk)
+    story = summarise_run(folder, console, root_dir, has_writer(folder))
+    return write_report(
+        story, Path(out) if out else folder / run_folder.REPORT, images and story.config.images, console
+    )

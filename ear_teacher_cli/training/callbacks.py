@@ -1,4 +1,4 @@
-"""What happens beside the learning: checkpoints, collages, metrics.csv, the list of bad pictures."""
+"""What happens beside the learning: checkpoints, collages, metrics.csv, the list of bad images."""
 
 import csv
 from pathlib import Path
@@ -13,11 +13,11 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from .. import run_folder
 from ..config import MONITORS
-from ..console import Talk
-from ..data.dataset import BadPicture, EarDataset, collate
-from ..drawing import collage, save_gif, save_picture
-from ..errors import EarTeachError, PictureError
-from ..files import cell, printable, whole_file
+from ..console import Console
+from ..data.dataset import EarDataset, UnreadableImage, collate
+from ..drawing import collage, save_gif, save_image
+from ..errors import EarTeachError, ImageError
+from ..files import escape_csv, printable, whole_file
 from ..model.checkpoint import read_torch, write_checkpoint
 
 
@@ -75,12 +75,12 @@ class Averages(Callback):
     """The weights that are validated, saved, exported and embedded with, where they are not those that learn.
 
     `ema_decay`: a moving average of all weights and batch-norm statistics, updated each step; 0 takes them as they
-    are. `keep_start`: of the backbone, this share of its weights before training and the rest of the average (WiSE-FT,
+    are. `baseline_weight`: of the backbone, this share of its weights before training and the rest of the average (WiSE-FT,
     Wortsman et al. 2022, eq. 1). A checkpoint's `state_dict` has the result; what training goes on with is beside it.
     """
 
-    def __init__(self, ema_decay: float, keep_start: float):
-        self.ema_decay, self.keep_start = ema_decay, keep_start
+    def __init__(self, ema_decay: float, baseline_weight: float):
+        self.ema_decay, self.baseline_weight = ema_decay, baseline_weight
         self.start: dict[str, torch.Tensor] = {}  # the backbone's tensors before training
         self.average: dict[str, torch.Tensor] = {}
         self.learning: dict[str, torch.Tensor] = {}  # set aside while the result is in their place
@@ -91,7 +91,7 @@ class Averages(Callback):
         self.average.pop(name, None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0 and self.keep_start:
+        if trainer.global_step == 0 and self.baseline_weight:
             self.start = {k: v for k, v in _floats(pl_module).items() if k.startswith("model.backbone.")}
         for tensors in (self.start, self.average):  # a checkpoint's were loaded before the module moved
             tensors.update({k: v.to(pl_module.device) for k, v in tensors.items()})
@@ -142,7 +142,7 @@ class Averages(Callback):
     def _result(self, module: pl.LightningModule) -> dict[str, torch.Tensor]:
         result = _floats(module) | {k: v.clone() for k, v in self.average.items()}
         for name, start in self.start.items():
-            result[name].lerp_(start.to(result[name]), self.keep_start)
+            result[name].lerp_(start.to(result[name]), self.baseline_weight)
         return result
 
 
@@ -159,7 +159,7 @@ def _put(module: pl.LightningModule, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class Collages(Callback):
-    """`epoch_XXXX.png` of the same seeded validation pictures: before training (0000), then after each epoch."""
+    """`epoch_XXXX.png` of the same seeded validation images: before training (0000), then after each epoch."""
 
     def __init__(self, samples: int, seed: int):
         self.samples, self.seed = samples, seed
@@ -184,11 +184,11 @@ class Collages(Callback):
         folder = _collages(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         remade = module.reconstruct(self.pixels.to(module.device)).cpu()
-        picture = collage(self.pixels, remade, f"epoch {epoch}" if epoch else "before training")
-        save_picture(picture, folder / f"epoch_{epoch:04d}.png")
+        image = collage(self.pixels, remade, f"epoch {epoch}" if epoch else "before training")
+        save_image(image, folder / f"epoch_{epoch:04d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("reconstruction_collage", np.asarray(picture), epoch, dataformats="HWC")
+                logger.experiment.add_image("reconstruction_collage", np.asarray(image), epoch, dataformats="HWC")
 
     def _gif(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and trainer.logger:
@@ -202,20 +202,20 @@ def _collages(trainer: pl.Trainer) -> Path:
 
 
 def sample_pixels(dataset: EarDataset, count: int, seed: int) -> torch.Tensor | None:
-    """uint8 B,3,H,W of `count` readable pictures, drawn by seed, in manifest order; None if there is none."""
+    """uint8 B,3,H,W of `count` readable images, drawn by seed, in manifest order; None if there is none."""
     order = np.random.default_rng([seed, 3]).permutation(len(dataset)).tolist()
     items: dict[int, dict[str, Any]] = {}
     for index in order:
         if len(items) == min(count, len(dataset)):
             break
         item = dataset[index]
-        if not isinstance(item, BadPicture):
+        if not isinstance(item, UnreadableImage):
             items[index] = item
     return collate([items[i] for i in sorted(items)]).get("pixels")
 
 
 class ClassSizes(Callback):
-    """How many pictures the pseudo-classes have, as a histogram in TensorBoard."""
+    """How many images the pseudo-classes have, as a histogram in TensorBoard."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         classes = pl_module.classes
@@ -254,25 +254,25 @@ class MetricsFile(Callback):
             writer.writerows(rows)
 
 
-class BadPictureList(Callback):
-    """`bad_images.csv`: every picture that was skipped, with its reason."""
+class UnreadableImageList(Callback):
+    """`bad_images.csv`: every image that was skipped, with its reason."""
 
-    def __init__(self, path: Path, talk: Talk):
-        self.path, self.talk, self.said = path, talk, 0
+    def __init__(self, path: Path, console: Console):
+        self.path, self.console, self.said = path, console, 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        bad = pl_module.all_bad()
+        bad = pl_module.all_unreadable()
         self._write(trainer, bad)
         if len(bad) > self.said:
             self.said = len(bad)
-            self.talk.warn(
-                f"{len(bad)} ears are left out (picture unreadable or box impossible); bad_images.csv lists them"
+            self.console.warn(
+                f"{len(bad)} ears are left out (image unreadable or box impossible); bad_images.csv lists them"
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._write(trainer, pl_module.bad)  # of this process: others may be gone
 
-    def _write(self, trainer: pl.Trainer, bad: dict[tuple[str, int], PictureError]) -> None:
+    def _write(self, trainer: pl.Trainer, bad: dict[tuple[str, int], ImageError]) -> None:
         if not bad or not trainer.is_global_zero:
             return
         sets = {"train": trainer.datamodule.train_set, "val": trainer.datamodule.val_set}
@@ -282,7 +282,13 @@ class BadPictureList(Callback):
             for (split, index), error in sorted(bad.items(), key=lambda entry: entry[0]):
                 manifest = sets[split].manifest
                 writer.writerow(
-                    [split, manifest.rows[index], cell(manifest.paths[index]), error.reason, cell(error.detail)]
+                    [
+                        split,
+                        manifest.rows[index],
+                        escape_csv(manifest.paths[index]),
+                        error.reason,
+                        escape_csv(error.detail),
+                    ]
                 )
 
 
@@ -300,8 +306,8 @@ class StopOnNaN(Callback):
 
     REFUSED_STEPS = 3
 
-    def __init__(self, talk: Talk):
-        self.talk = talk
+    def __init__(self, console: Console):
+        self.console = console
         self.told_of = -1  # the last step that was said
 
     def on_train_batch_end(
@@ -312,27 +318,27 @@ class StopOnNaN(Callback):
         step, loss, rows = pl_module.refused[-1]
         self.told_of = step
         manifest = trainer.datamodule.train_set.manifest
-        pictures = ", ".join(manifest.where(row) for row in rows[:8])
-        pictures += f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-        found = f"epoch {trainer.current_epoch + 1}, step {step}: the loss is {loss} for {pictures}"
+        images = ", ".join(manifest.where(row) for row in rows[:8])
+        images += f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        found = f"epoch {trainer.current_epoch + 1}, step {step}: the loss is {loss} for {images}"
         if len(pl_module.refused) < self.REFUSED_STEPS:
-            self.talk.warn(f"{found}; the step is left out")
+            self.console.warn(f"{found}; the step is left out")
             return
-        raise EarTeachError.of_all(
+        raise EarTeachError.on_all_ranks(
             f"{found}, the {self.REFUSED_STEPS}rd such step in a row; {_last_good(trainer)}. Start again with a lower "
             "--learning-rate or --precision 32-true"
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        for name, pictures in (("train/loss", "training"), ("val/loss", "validation")):
+        for name, images in (("train/loss", "training"), ("val/loss", "validation")):
             loss = trainer.callback_metrics.get(name)
             if loss is None:
-                raise EarTeachError.of_all(
-                    f"epoch {epoch}: too few {pictures} pictures could be read for a loss; run earteach validate-data"
+                raise EarTeachError.on_all_ranks(
+                    f"epoch {epoch}: too few {images} images could be read for a loss; run earteach validate-data"
                 )
             if not torch.isfinite(loss):
-                raise EarTeachError.of_all(
+                raise EarTeachError.on_all_ranks(
                     f"epoch {epoch}: {name} is {float(loss)}; {_last_good(trainer)}. Start again with a lower "
                     "--learning-rate or --precision 32-true"
                 )

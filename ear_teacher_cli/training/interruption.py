@@ -73,7 +73,7 @@ class SaveOnStop(Checkpoint):
         """Whether an error stands for a stop; if so, save what there is to save.
 
         A signal to the whole process group also kills a loader that was just started, which torch lets die of SIGTERM
-        until it begins to work. torch's complaint about it then takes the place of Stopped.
+        until it begins to work. torch's explain_system_error about it then takes the place of Stopped.
         """
         number = self.told
         stop: BaseException | None = error

@@ -1,6 +1,6 @@
 """Margin softmax losses over pseudo-classes, losses between two views, and the reconstruction's figure.
 
-B pictures, K classes, D' the heads' output size. Angles are computed in float32 whatever the precision.
+B images, K classes, D' the heads' output size. Angles are computed in float32 whatever the precision.
 """
 
 import math
@@ -13,7 +13,7 @@ _EDGE = 1e-6
 
 
 def cosines(features: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    """Cosine of every picture with every prototype: B,D' and K,D' -> B,K in [-1, 1]."""
+    """Cosine of every image with every prototype: B,D' and K,D' -> B,K in [-1, 1]."""
     return F.normalize(features.float(), dim=1) @ F.normalize(prototypes.float(), dim=1).T
 
 
@@ -49,7 +49,7 @@ def metric_loss(
 def contrastive_loss(projections: torch.Tensor, temperature: float) -> torch.Tensor:
     """NT-Xent (SimCLR, Chen et al. 2020, eq. 1): every view's other view is to be found among all of the batch.
 
-    `projections` 2B,D': the first views of B pictures, then their second views. At chance: log(2B - 1).
+    `projections` 2B,D': the first views of B images, then their second views. At chance: log(2B - 1).
     """
     with torch.autocast(projections.device.type, enabled=False):
         unit = F.normalize(projections.float(), dim=1)

@@ -1,7 +1,7 @@
 """Training: reconstruction, a margin softmax over pseudo-classes and a comparison of two views, as a LightningModule.
 
 Everything random in a step is a function of (seed, step), every class is kept in the checkpoint, and k-means
-runs at fixed epochs: a resumed run is the uninterrupted one. B pictures, D embedding, D' projection, K classes.
+runs at fixed epochs: a resumed run is the uninterrupted one. B images, D embedding, D' projection, K classes.
 """
 
 import warnings
@@ -15,11 +15,11 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
 from ..config import MONITORS, TrainConfig
-from ..console import Talk
+from ..console import Console
 from ..data.datamodule import steps_into_epoch
 from ..data.dataset import Batch, derive_seed
 from ..data.preprocessing import from_unit, normalise, preprocessing_for, to_unit
-from ..errors import EarTeachError, PictureError
+from ..errors import EarTeachError, ImageError
 from ..model import weights, whitening
 from ..model.checkpoint import describe
 from ..model.teacher import TeacherModel
@@ -29,7 +29,7 @@ from . import callbacks, losses
 from . import pseudo_labels as classes
 from .optimisation import parameter_groups, rate_at
 
-# Pictures, evenly spaced, that a whitening is fitted on: a multiple of the numbers of an embedding is enough.
+# Images, evenly spaced, that a whitening is fitted on: a multiple of the numbers of an embedding is enough.
 WHITEN_ON = 2048
 # Gradients of a mean over 150,000 pixels vanish in half precision unless scaled.
 _GRADIENT_SCALE = 2.0**12
@@ -45,7 +45,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     Logs train/loss, train/recon_loss, train/metric_loss, train/contrastive_loss, train/consistency_loss, train/lr,
     train/grad_ratio (gradient the other terms send into the embedding, divided by the reconstruction's); val/loss,
     val/recon_loss, val/metric_loss, val/contrastive_loss, val/consistency_loss, val/psnr (dB on [-1, 1]) and
-    val/agreement (share of validation pictures whose augmented view keeps its class); the quality of the embeddings:
+    val/agreement (share of validation images whose augmented view keeps its class); the quality of the embeddings:
     val/retrieval and, with identities, val/rank1 and val/eer (percent); their health: val/spread,
     val/effective_rank, val/abs_cosine (core.diagnostics); the classes': classes/in_use, classes/entropy,
     classes/largest, and classes/nmi with the round before (core.pseudo_classes).
@@ -58,12 +58,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         # channels_last: the layout that convolutions are fast in, on CPUs too
         self.model = TeacherModel(self.config).to(memory_format=torch.channels_last)
         self.preprocessing = preprocessing_for(self.config)
-        self.prototypes: nn.Parameter | None = None  # K,D': allocated when the number of pictures is known
+        self.prototypes: nn.Parameter | None = None  # K,D': allocated when the number of images is known
         self.classes: classes.PseudoClasses | None = None
         self.receipt: weights.Receipt | None = None
-        self.talk = Talk(quiet=True)  # the verb gives its own
+        self.console = Console(quiet=True)  # the verb gives its own
         self._restored: dict[str, Any] | None = None  # what the checkpoint said of itself
-        self.bad: dict[tuple[str, int], PictureError] = {}  # (train or val, row index) -> why it was skipped
+        self.bad: dict[tuple[str, int], ImageError] = {}  # (train or val, row index) -> why it was skipped
         self.start: dict[str, float] = {}  # quality and health of the embeddings before training
         self.nmi: float | None = None  # of the last two rounds of k-means
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (core.whitening)
@@ -98,9 +98,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             )
         config = getattr(self.trainer.datamodule, "config", self.config)
         if self.config.compares_views and (config.views, config.augment) != (2, True):
-            raise EarTeachError(
-                "data: gives one view of each picture; give EarDataModule views=2 and augment=True, too"
-            )
+            raise EarTeachError("data: gives one view of each image; give EarDataModule views=2 and augment=True, too")
         if self.trainer.ckpt_path is None:  # a new run, perhaps of a module that load_from_checkpoint gave
             if self.config.pretrained and self.receipt is None and self._restored is None:
                 self.load_pretrained()
@@ -144,9 +142,9 @@ class EarTeacherLightningModule(pl.LightningModule):
         """uint8 B,3,H,W -> what the decoder makes of the embeddings, uint8 B,3,H,W."""
         was_training = self.training
         self.eval()
-        pictures = from_unit(self.model.decoder(self(pixels)))
+        images = from_unit(self.model.decoder(self(pixels)))
         self.train(was_training)
-        return pictures
+        return images
 
     def on_train_start(self) -> None:
         """A checkpoint's tensors were loaded before the module moved; resumed within an epoch, no other hook comes first."""
@@ -170,12 +168,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         torch.manual_seed(derive_seed(self.config.seed, self.global_step, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        self._note_bad("train", batch)
+        self._record_unreadable("train", batch)
         if not self._all_ranks(len(batch["index"]) >= 2):  # too few for batch statistics
             return self._leave_out()
         statistics = [buffer.clone() for buffer in self.buffers()]
         views = [batch[name] for name in ("pixels", "view") if name in batch]
-        embedding = self(torch.cat(views))  # V views of B pictures: VB,3,H,W -> VB,D
+        embedding = self(torch.cat(views))  # V views of B images: VB,3,H,W -> VB,D
         # The first view alone is reconstructed: decoding costs as much as embedding, and the other would add little.
         first, target = embedding[: len(views[0])], batch.get("target", batch["pixels"])
         recon = F.mse_loss(self.model.decoder(first).float(), to_unit(target))
@@ -206,7 +204,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             self._left_out = False
 
     def _other_losses(self, embedding: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All but the reconstruction, unweighted, of VB embeddings of B pictures."""
+        """All but the reconstruction, unweighted, of VB embeddings of B images."""
         config = self.config
         found: dict[str, torch.Tensor] = {}
         if not config.learns_classes and not config.compares_views:
@@ -232,7 +230,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         return self.config.reconstruction_weight * figures["recon_loss"] + others, others
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._note_bad("val", batch)
+        self._record_unreadable("val", batch)
         if len(batch["index"]) == 0:
             return
         pixels = batch["pixels"]
@@ -270,13 +268,13 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._log_training()  # of an epoch without validation
 
     @torch.no_grad()
-    def measure_start(self) -> None:
+    def measure_baseline(self) -> None:
         """Quality and health of the embeddings as they are before the first step, to compare later ones with."""
         self.eval()
         self._held_out = []
-        with self.talk.progress("looking at the start", len(self.trainer.datamodule.val_set), "pictures") as steps:
+        with self.console.progress("looking at the start", len(self.trainer.datamodule.val_set), "pictures") as steps:
             for batch in self.trainer.datamodule.val_dataloader():
-                self._note_bad("val", batch)
+                self._record_unreadable("val", batch)
                 if len(batch["index"]):
                     views = (self(batch[name].to(self.device)) for name in ("pixels", "view"))
                     self._held_out.append((batch["index"].to(self.device), *views))
@@ -286,7 +284,7 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     @torch.no_grad()
     def fit_whitening(self) -> None:
-        """Fit `whitening` to the clean training pictures, at most WHITEN_ON of them, evenly spaced. On rank 0 alone."""
+        """Fit `whitening` to the clean training images, at most WHITEN_ON of them, evenly spaced. On rank 0 alone."""
         if not self.trainer.is_global_zero:
             return
         rows = range(0, len(self._train_set()), -(-len(self._train_set()) // WHITEN_ON))
@@ -294,12 +292,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         try:
             fitted = whitening.fit(embeddings, shrink=whitening.SHRINK)
         except EarTeachError as error:
-            self.talk.warn(f"{error}; this epoch has none")
+            self.console.warn(f"{error}; this epoch has none")
             return
         self.whitening = {name: torch.from_numpy(value).float() for name, value in asdict(fitted).items()}
 
     def _quality(self) -> dict[str, float]:
-        """What the held-out embeddings of this epoch, of all ranks, are worth. Empty with fewer than two pictures."""
+        """What the held-out embeddings of this epoch, of all ranks, are worth. Empty with fewer than two images."""
         held_out = [torch.cat(column) for column in zip(*self._held_out, strict=True)]
         self._held_out = []
         if self.trainer.world_size > 1:
@@ -307,7 +305,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         if not held_out or len(held_out[0]) < 2:
             return {}
         index, embeddings, of_views = (column.float().cpu() for column in held_out)
-        index, order = torch.unique(index.long(), return_inverse=True)  # ranks may share a picture to come out even
+        index, order = torch.unique(index.long(), return_inverse=True)  # ranks may share an image to come out even
         first = torch.empty(len(index), dtype=torch.long).scatter_(0, order, torch.arange(len(order)))
         embeddings, of_views = embeddings[first], of_views[first]
         if not torch.isfinite(embeddings).all():
@@ -327,11 +325,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         return found
 
     def _judged_on(self) -> int:
-        """How many pictures quality and health are measured on."""
+        """How many images quality and health are measured on."""
         return min(len(self.trainer.datamodule.val_set), collapse.JUDGED_ON)
 
     def _gather(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The columns of all ranks, one after the other; a rank whose pictures were all unreadable has none."""
+        """The columns of all ranks, one after the other; a rank whose images were all unreadable has none."""
         everything: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(everything, [column.cpu() for column in columns])
         return [torch.cat(parts) for parts in zip(*(found for found in everything if found), strict=True)]
@@ -385,7 +383,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             total *= before / now  # each process has an equal part of what all have
 
     def _metric_loss(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Of the heads' output VB,D' of V views of the B training pictures `index`."""
+        """Of the heads' output VB,D' of V views of the B training images `index`."""
         if self.config.pseudo_classes == "batch":
             labels = classes.batch_labels(len(index), self.classes.count).to(index.device)
         else:
@@ -400,8 +398,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         )
 
     def _held_out_metric(self, embedding: torch.Tensor, of_view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Held-out pictures take the class of the prototype nearest to the clean picture; the loss (whole margin)
-        is that of an augmented view: a picture scored against its own nearest prototype would prove nothing."""
+        """Held-out images take the class of the prototype nearest to the clean image; the loss (whole margin)
+        is that of an augmented view: an image scored against its own nearest prototype would prove nothing."""
         labels = losses.cosines(self.model.predict(embedding), self.prototypes).argmax(1)
         features = self.model.predict(of_view)
         agreement = (losses.cosines(features, self.prototypes).argmax(1) == labels).float().mean()
@@ -419,9 +417,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         """A round of pseudo-classes on rank 0, told to all: labels, and class means as prototypes."""
         result: Any = None
         mark = self._fingerprint()
-        if (
-            self.config.pseudo_classes == "batch"
-        ):  # nothing of the pictures is in these classes, nor in their prototypes
+        if self.config.pseudo_classes == "batch":  # nothing of the images is in these classes, nor in their prototypes
             labels = classes.fixed_labels(len(self._train_set()), len(self.prototypes), self.config.seed)
             self.classes = classes.PseudoClasses(labels, len(self.prototypes), 0, mark)
             return
@@ -432,7 +428,7 @@ class EarTeacherLightningModule(pl.LightningModule):
                 result = error
         result = self.trainer.strategy.broadcast(result)
         if isinstance(result, EarTeachError):
-            raise EarTeachError.of_all(str(result))
+            raise EarTeachError.on_all_ranks(str(result))
         state, means = result
         before = self.classes.labels.cpu() if self.classes else None
         self.classes = classes.PseudoClasses.from_dict(state, None)
@@ -459,26 +455,28 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     @torch.no_grad()
     def _embed_train_set(self, wanted: range | None = None):
-        """(embeddings M,D, their rows M) of the readable training pictures (`wanted`: of these rows), unaugmented,
+        """(embeddings M,D, their rows M) of the readable training images (`wanted`: of these rows), unaugmented,
         evaluation mode, float32."""
         was_training = self.training
         self.eval()
         found, rows = [], []
-        talk = self.talk if wanted is None else Talk(quiet=True)  # a few seconds each epoch are not worth a line
-        with talk.progress("making pseudo-classes", len(self._train_set()), "pictures") as steps:
+        console = (
+            self.console if wanted is None else Console(quiet=True)
+        )  # a few seconds each epoch are not worth a line
+        with console.progress("making pseudo-classes", len(self._train_set()), "pictures") as steps:
             for batch in self.trainer.datamodule.clean_dataloader(wanted):
-                self._note_bad("train", batch, alone=True)
+                self._record_unreadable("train", batch, alone=True)
                 if len(batch["index"]):
                     found.append(self(batch["pixels"].to(self.device)).float().cpu())
                     rows.append(batch["index"])
                 steps.advance(len(batch["index"]) + len(batch["bad"]))
         self.train(was_training)
         if len(found) == 0:
-            raise EarTeachError("training pictures: not one could be read; run earteach validate-data")
+            raise EarTeachError("training images: not one could be read; run earteach validate-data")
         return torch.cat(found), torch.cat(rows)
 
     def _label(self, embeddings: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """int64 labels of all N training pictures, of whatever kind; -1 for kmeans where unreadable."""
+        """int64 labels of all N training images, of whatever kind; -1 for kmeans where unreadable."""
         manifest, count, seed = self._train_set().manifest, len(self.prototypes), self.config.seed
         if self.config.pseudo_classes == "instance":
             return torch.arange(len(manifest))
@@ -488,8 +486,8 @@ class EarTeacherLightningModule(pl.LightningModule):
             return classes.fixed_labels(len(manifest), count, seed)
         if len(rows) < count:
             raise EarTeachError(
-                f"{manifest.source}: {len(rows)} readable pictures cannot fill {count} pseudo-classes; "
-                "mend the pictures or lower --num-pseudo-classes"
+                f"{manifest.source}: {len(rows)} readable images cannot fill {count} pseudo-classes; "
+                "mend the images or lower --num-pseudo-classes"
             )
         place = {row: i for i, row in enumerate(rows.tolist())}
         apart = [[place[r] for r in group if r in place] for group in classes.same_photo(manifest)]
@@ -513,7 +511,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         parts = embeddings.tensor_split(-(-len(embeddings) // 65_536))
         outputs = [self.model.predict(part.to(self.device)).float().cpu() for part in parts]
         means = classes.class_means(F.normalize(torch.cat(outputs), dim=1), labels, len(self.prototypes))
-        # a class none of whose pictures could be read keeps the prototype it has
+        # a class none of whose images could be read keeps the prototype it has
         return torch.where(means.norm(dim=1, keepdim=True) > 0, means, self.prototypes.detach().cpu())
 
     def _allocate(self, count: int) -> None:
@@ -530,11 +528,11 @@ class EarTeacherLightningModule(pl.LightningModule):
             )
         return datamodule.train_set
 
-    def _note_bad(self, split: str, batch: Batch, alone: bool = False) -> None:
-        """Count unreadable pictures. Raises EarTeachError, on all ranks (`alone`: this one is the only one here), when
+    def _record_unreadable(self, split: str, batch: Batch, alone: bool = False) -> None:
+        """Count unreadable images. Raises EarTeachError, on all ranks (`alone`: this one is the only one here), when
         they are more than `max_bad` of the split."""
         for index, reason, detail in batch["bad"]:
-            self.bad[(split, index)] = PictureError(reason, detail)
+            self.bad[(split, index)] = ImageError(reason, detail)
         count = sum(which == split for which, _ in self.bad)
         if self.trainer.world_size > 1 and not alone:
             everywhere = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="sum")
@@ -543,17 +541,17 @@ class EarTeacherLightningModule(pl.LightningModule):
         dataset = datamodule.train_set if split == "train" else datamodule.val_set
         if count <= self.config.max_bad * len(dataset):
             return
-        bad = self.bad if alone else self.all_bad()
+        bad = self.bad if alone else self.all_unreadable()
         found = {index: error for (which, index), error in sorted(bad.items()) if which == split}
-        if len(found) > self.config.max_bad * len(dataset):  # a picture that two ranks share was counted twice
+        if len(found) > self.config.max_bad * len(dataset):  # an image that two ranks share was counted twice
             index, error = next(iter(found.items()))
-            raise (EarTeachError if alone else EarTeachError.of_all)(
-                f"{dataset.manifest.where(index)}: {error}; {len(found)} of {len(dataset)} pictures are bad, more than "
+            raise (EarTeachError if alone else EarTeachError.on_all_ranks)(
+                f"{dataset.manifest.where(index)}: {error}; {len(found)} of {len(dataset)} images are bad, more than "
                 f"--max-bad {self.config.max_bad:g}: bad_images.csv lists them. Run earteach validate-data "
                 "--write-clean, or raise --max-bad"
             )
 
-    def all_bad(self) -> dict[tuple[str, int], PictureError]:
+    def all_unreadable(self) -> dict[tuple[str, int], ImageError]:
         """`bad` of all ranks, which all must ask for."""
         if self.trainer.world_size == 1:
             return self.bad
@@ -562,7 +560,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         return {place: error for found in everything for place, error in found.items()}
 
     def _add_up(self, figures: dict[str, torch.Tensor], count: int) -> None:
-        """Add means over `count` pictures to the epoch's. Kept here, not by Lightning, which forgets the part of an
+        """Add means over `count` images to the epoch's. Kept here, not by Lightning, which forgets the part of an
         epoch before an interruption."""
         for name, mean in figures.items():
             total = self._sums.setdefault(name, torch.zeros(2, device=self.device))

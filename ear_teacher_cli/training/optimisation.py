@@ -23,14 +23,14 @@ def rate_at(step: int, warmup_steps: int, total_steps: int) -> float:
 
 def parameter_groups(module: nn.Module, backbone: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups over all of `module` that learns: weight decay on weights alone, the rate of each layer of
-    `backbone` that of the next times `layer_decay` (BEiT, Bao et al. 2022, app. D), the rest at `head_rate`."""
-    if config.layer_decay == config.head_rate == 1:
+    `backbone` that of the next times `layer_decay` (BEiT, Bao et al. 2022, app. D), the rest at `head_lr_mult`."""
+    if config.layer_decay == config.head_lr_mult == 1:
         return param_groups_weight_decay(module, config.weight_decay)
     inside = {id(p) for p in backbone.parameters()}
     layers = param_groups_layer_decay(backbone, config.weight_decay, layer_decay=config.layer_decay)
     rest = [(p, config.weight_decay if p.ndim > 1 else 0.0) for p in module.parameters() if id(p) not in inside]
     heads = [
-        {"params": params, "weight_decay": decay, "lr_scale": config.head_rate}
+        {"params": params, "weight_decay": decay, "lr_scale": config.head_lr_mult}
         for decay in sorted({d for _, d in rest})
         if (params := [p for p, d in rest if d == decay and p.requires_grad])
     ]

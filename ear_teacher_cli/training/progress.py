@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from .. import run_folder
 from ..config import MONITORS, TrainConfig
-from ..console import Cell, Steps, Talk, clock, counted
+from ..console import Cell, Console, Steps, clock, counted
 from ..data.manifest import Manifest
 from ..errors import EarTeachError
 from ..files import printable
@@ -39,8 +39,8 @@ class Reporter(Callback):
     a run whose embeddings collapse or degrade ends with an EarTeachError.
     """
 
-    def __init__(self, config: TrainConfig, talk: Talk):
-        self.config, self.talk = config, talk
+    def __init__(self, config: TrainConfig, console: Console):
+        self.config, self.console = config, console
         self.stack = ExitStack()
         self.steps: Steps | None = None
         self.epochs, self.seconds, self.epoch = 0, 0.0, -1
@@ -48,12 +48,12 @@ class Reporter(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.start:  # a resumed run has it from its checkpoint
             return
-        pl_module.measure_start()
+        pl_module.measure_baseline()
         if not pl_module.start:
             return
         when = "resuming" if trainer.global_step else "training"
         figures = {f"val/{name}": value for name, value in pl_module.start.items()}
-        self.talk.row(
+        self.console.row(
             self._cells("start", figures, figures), f"before {when}: {', '.join(_words(figures, _QUALITY, 'val/'))}"
         )
         for logger in trainer.loggers:
@@ -65,16 +65,16 @@ class Reporter(Callback):
         if self.steps is None:
             total = trainer.num_training_batches * trainer.max_epochs
             done = trainer.num_training_batches * trainer.current_epoch + batch_idx
-            self.steps = self.stack.enter_context(self.talk.progress("training", total, "steps", done))
+            self.steps = self.stack.enter_context(self.console.progress("training", total, "steps", done))
         if self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch
-            self.epoch_start, self.pictures = time.monotonic(), 0
+            self.epoch_start, self.images = time.monotonic(), 0
             self.steps.describe(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.pictures += len(batch["index"]) * trainer.world_size
+        self.images += len(batch["index"]) * trainer.world_size
         self.train_seconds = time.monotonic() - self.epoch_start
         self.steps.advance()
 
@@ -82,7 +82,7 @@ class Reporter(Callback):
         epoch = trainer.current_epoch + 1
         self.epochs, self.seconds = self.epochs + 1, self.seconds + time.monotonic() - self.epoch_start
         left = clock(self.seconds / self.epochs * (trainer.max_epochs - epoch)) if epoch < trainer.max_epochs else ""
-        rate = f"{self.pictures / self.train_seconds:.1f}"
+        rate = f"{self.images / self.train_seconds:.1f}"
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         now = {name.removeprefix("val/"): value for name, value in figures.items()}
         state, why = judge(now, pl_module.start, min(len(trainer.datamodule.val_set), JUDGED_ON))
@@ -97,14 +97,14 @@ class Reporter(Callback):
         ]
         of = f"{epoch}/{trainer.max_epochs}"
         known = figures | {f"val/{name}": value for name, value in pl_module.start.items()}
-        self.talk.row(
+        self.console.row(
             self._cells(of, figures, known, state, rate, left),
             f"epoch {of}: {', '.join(words)}",
         )
-        if why and (self.talk.quiet or self.talk.in_terminal):  # a log has it in its line
-            self.talk.warn(f"embeddings {state}: {why}")
+        if why and (self.console.quiet or self.console.in_terminal):  # a log has it in its line
+            self.console.warn(f"embeddings {state}: {why}")
         if why and self.config.fail_on_collapse:
-            raise EarTeachError.of_all(
+            raise EarTeachError.on_all_ranks(
                 f"epoch {epoch}: the embeddings {'collapse' if state == 'COLLAPSED' else 'degrade'}: {why}; the "
                 "checkpoints before it stand. Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
             )
@@ -196,7 +196,7 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
             f"{config.metric_weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
             f"{config.pseudo_classes} classes"
         )
-    views = f"{counted(config.views, config.augmentation + ' view')}" if config.augment else "pictures as they are"
+    views = f"{counted(config.views, config.augmentation + ' view')}" if config.augment else "images as they are"
     changed = [
         f"--{'' if value is not False else 'no-'}{spec.name.replace('_', '-')}{'' if isinstance(value, bool) else f' {printable(value)}'}"
         for spec in fields(config)
@@ -209,7 +209,7 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
         (
             "schedule",
             f"{counted(config.max_epochs, 'epoch')}, batches of {config.batch_size}, {views}; learning rate "
-            f"{config.learning_rate:g} (heads x {config.head_rate:g}), warm-up {config.warmup:g}; "
+            f"{config.learning_rate:g} (heads x {config.head_lr_mult:g}), warm-up {config.warmup:g}; "
             f"{config.precision}; best by {config.monitor}",
         ),
         *([("note", note)] if (note := of_other_weights(config)) else []),
@@ -229,7 +229,7 @@ def of_other_weights(config: TrainConfig) -> str:
     if not config.kept_share or not config.reconstruction_weight:
         return ""
     return (
-        f"val recon and PSNR are computed with the backbone that is kept, moved back by --keep-start {config.keep_start:g}, "
+        f"val recon and PSNR are computed with the backbone that is kept, moved back by --baseline-weight {config.baseline_weight:g}, "
         "to which the decoder is not trained: they are worse than train recon"
     )
 
@@ -257,11 +257,11 @@ def why_best(folder: Path, best: Path | None, monitor: str) -> str:
 
 def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: int) -> str:
     """How much there is to learn from, and over how many classes."""
-    text = f"{len(train)} training pictures ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
+    text = f"{len(train)} training images ({printable(train.source)}), {len(val)} validation ({printable(val.source)}), from {train.root}/"
     if not config.learns_classes:
         return text
     by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
     text += f"; {classes} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
     if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * classes:
-        text += f", {len(train) / classes:.0f} pictures each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
+        text += f", {len(train) / classes:.0f} images each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
     return text

@@ -1,10 +1,10 @@
-"""Pseudo-classes: which pictures count as the same ear while nobody knows.
+"""Pseudo-classes: which images count as the same ear while nobody knows.
 
-A class belongs to a picture, never to a position in a batch. `kmeans` is offline, deterministic, spherical
+A class belongs to an image, never to a position in a batch. `kmeans` is offline, deterministic, spherical
 k-means over the embeddings (the recipe of unsupervised speaker verification: cluster, train a margin softmax
-on the cluster ids, cluster again); `instance` makes every picture its own class; `identity` takes the manifest's
+on the cluster ids, cluster again); `instance` makes every image its own class; `identity` takes the manifest's
 word; `fixed` draws classes once at random, the control that any other must beat; `batch`, the seed's, is the one
-exception to the first sentence, kept for comparison. N pictures, D features, K classes.
+exception to the first sentence, kept for comparison. N images, D features, K classes.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _CHUNK = 16_384  # rows at a time: N x K similarities never exist at once
 
 @dataclass
 class PseudoClasses:
-    """`labels`: int64 N, -1 for a picture that could not be read. `fingerprint`: of the manifest they belong to."""
+    """`labels`: int64 N, -1 for an image that could not be read. `fingerprint`: of the manifest they belong to."""
 
     labels: torch.Tensor
     count: int
@@ -55,7 +55,7 @@ class PseudoClasses:
 
 
 def class_count(kind: str, manifest: Manifest, most: int) -> int:
-    """How many classes to use for the pictures of `manifest`; `most` 0 means no bound. Raises ManifestError."""
+    """How many classes to use for the images of `manifest`; `most` 0 means no bound. Raises ManifestError."""
     if kind == "instance":
         return len(manifest)
     if kind == "identity":
@@ -79,20 +79,20 @@ def identity_labels(manifest: Manifest) -> torch.Tensor:
     if len(number) < 2:
         raise ManifestError(
             f"{printable(manifest.source)}: names {len(number)} identities, and --pseudo-classes identity needs two; "
-            "add an identity column (or folders, root/identity/picture.jpg), or choose kmeans"
+            "add an identity column (or folders, root/identity/image.jpg), or choose kmeans"
         )
     return torch.tensor([number[ear] if ear else -1 for ear in ears])
 
 
-def batch_labels(pictures: int, count: int) -> torch.Tensor:
-    """The seed's: the place in the batch. It says nothing of the picture, so the best answer is to make all
+def batch_labels(images: int, count: int) -> torch.Tensor:
+    """The seed's: the place in the batch. It says nothing of the image, so the best answer is to make all
     embeddings one. int64 B."""
-    return torch.arange(pictures) % count
+    return torch.arange(images) % count
 
 
-def fixed_labels(pictures: int, count: int, seed: int) -> torch.Tensor:
+def fixed_labels(images: int, count: int, seed: int) -> torch.Tensor:
     """Random but constant classes of equal size. int64 N."""
-    labels = np.arange(pictures) % count
+    labels = np.arange(images) % count
     np.random.default_rng([seed, 1]).shuffle(labels)
     return torch.from_numpy(labels)
 
@@ -135,7 +135,7 @@ def kmeans_by_side(
             place = {row: i for i, row in enumerate(rows.tolist())}
             before = None if start is None else start[rows] - first
             if before is not None and (before.min() < 0 or before.max() >= share):
-                before = None  # pictures came or went, and the classes are shared out anew
+                before = None  # images came or went, and the classes are shared out anew
             together = [[place[r] for r in group if r in place] for group in apart]
             labels[rows] = first + kmeans(features[rows], share, seed, start=before, apart=together)
         first += share
@@ -143,7 +143,7 @@ def kmeans_by_side(
 
 
 def agreement_of_rounds(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Normalised mutual information of two labellings of N pictures (arithmetic mean; Strehl and Ghosh 2002):
+    """Normalised mutual information of two labellings of N images (arithmetic mean; Strehl and Ghosh 2002):
     1 when they group alike, whatever the ids, 0 when one says nothing of the other. Rows of -1 do not count."""
     kept = (before >= 0) & (after >= 0)
     joint = torch.stack([before[kept], after[kept]]).unique(dim=1, return_counts=True)[1].double()
@@ -153,7 +153,7 @@ def agreement_of_rounds(before: torch.Tensor, after: torch.Tensor) -> float:
 
 def figures(labels: torch.Tensor, count: int) -> dict[str, float]:
     """The state of K classes: share of them in use, entropy over log K (1: all of equal size), share of the
-    pictures in the largest."""
+    images in the largest."""
     sizes = labels[labels >= 0].bincount(minlength=count).double()
     return {
         "in_use": float((sizes > 0).double().mean()),
@@ -185,8 +185,8 @@ def kmeans(
     """Spherical k-means of unit vectors (Dhillon and Modha 2001): N,D -> int64 labels N in [0, count).
 
     `start`: labels of the previous round, so that ids stay (a warm start); else k-means++ seeding
-    (Arthur and Vassilvitskii 2007). Every class ends with at least one picture, none with more than LARGEST
-    times the mean (as far as distinct pictures allow). `apart`: groups of rows that must not share a class.
+    (Arthur and Vassilvitskii 2007). Every class ends with at least one image, none with more than LARGEST
+    times the mean (as far as distinct images allow). `apart`: groups of rows that must not share a class.
     """
     assert len(features) >= count >= 2
     centres = _plus_plus(features, count, seed) if start is None else class_means(features, start, count)
@@ -198,8 +198,8 @@ def kmeans(
             break
         labels = new
         centres = class_means(features, labels, count)
-    labels = _split_giants(features, labels, count, seed)
-    return _set_apart(features, labels, class_means(features, labels, count), apart or [])
+    labels = _split_oversized(features, labels, count, seed)
+    return _enforce_cannot_link(features, labels, class_means(features, labels, count), apart or [])
 
 
 def class_means(features: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -234,7 +234,7 @@ def _assign(features: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _fill_empty(labels: torch.Tensor, similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Give every empty class the picture farthest from its own centre, of a class that can spare it."""
+    """Give every empty class the image farthest from its own centre, of a class that can spare it."""
     sizes = labels.bincount(minlength=count)
     empty = (sizes == 0).nonzero().flatten().tolist()
     if not empty:
@@ -250,7 +250,7 @@ def _fill_empty(labels: torch.Tensor, similarity: torch.Tensor, count: int) -> t
     return labels
 
 
-def _split_giants(features: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+def _split_oversized(features: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Halve classes above LARGEST times the mean; the id of the smallest class is freed for the other half."""
     bound = max(2 * PICTURES_PER_CLASS, LARGEST * len(labels) // count)
     for attempt in range(count):
@@ -260,22 +260,22 @@ def _split_giants(features: torch.Tensor, labels: torch.Tensor, count: int, seed
             break
         labels = labels.clone()
         centres = class_means(features, labels, count)
-        homeless = (labels == smallest).nonzero().flatten()  # to the nearest of the other classes
-        similarity = features[homeless] @ centres.T
+        unassigned = (labels == smallest).nonzero().flatten()  # to the nearest of the other classes
+        similarity = features[unassigned] @ centres.T
         similarity[:, smallest] = -torch.inf
-        labels[homeless] = similarity.argmax(1)
+        labels[unassigned] = similarity.argmax(1)
         members = (labels == giant).nonzero().flatten()
         halves = _assign(features[members], _plus_plus(features[members], 2, seed + attempt))[0]
-        if halves.min() == halves.max():  # identical pictures: any halving is as good
+        if halves.min() == halves.max():  # identical images: any halving is as good
             halves = torch.arange(len(members)) % 2
         labels[members[halves == 1]] = smallest
     return labels
 
 
-def _set_apart(
+def _enforce_cannot_link(
     features: torch.Tensor, labels: torch.Tensor, centres: torch.Tensor, groups: list[list[int]]
 ) -> torch.Tensor:
-    """Within each group keep one picture (the closest) per class; the others take their next best free class."""
+    """Within each group keep one image (the closest) per class; the others take their next best free class."""
     labels = labels.clone()
     for group in groups:
         similarity = features[group] @ centres.T

@@ -27,17 +27,17 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from .. import run_folder
 from ..config import TrainConfig, from_dict, read_toml, with_changes
-from ..console import Talk, clock, counted
+from ..console import Console, clock, counted
 from ..data.datamodule import EarDataModule
 from ..data.preprocessing import to_unit
 from ..distributed import is_first_process, started_processes
-from ..errors import ConfigError, EarTeachError, ManifestError, WeightsError, WordsError
-from ..files import brief, only_writer, printable, shell_word, sweep, whole_file
+from ..errors import ConfigError, EarTeachError, ManifestError, UsageError, WeightsError
+from ..files import only_writer, printable, remove_stale_temporaries, shell_word, short_message, whole_file
 from ..model.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..platform import usable_cores
 from ..report.projector import write_projector
-from ..report.summary import read_story, write_report
-from ..system_errors import complaint
+from ..report.summary import summarise_run, write_report
+from ..system_errors import explain_system_error
 from . import callbacks, loggers
 from .interruption import SaveOnStop
 from .losses import consistency_loss, contrastive_loss, metric_loss
@@ -62,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would need: `seconds` without data loading and validation pictures' decoding, `bytes` of disk."""
+    """What a run would need: `seconds` without data loading and validation images' decoding, `bytes` of disk."""
 
     steps_per_epoch: int
     step_seconds: float
@@ -75,21 +75,21 @@ class Estimate:
 RESUMABLE = ("max_epochs", "devices", "num_nodes", "num_workers", "load_timeout", "cache", "cache_limit")
 
 
-def train(config: TrainConfig, talk: Talk, overwrite: bool = False) -> Outcome:
-    """Start an experiment. Raises WordsError if it exists and `overwrite` is not given."""
+def train(config: TrainConfig, console: Console, overwrite: bool = False) -> Outcome:
+    """Start an experiment. Raises UsageError if it exists and `overwrite` is not given."""
     folder = config.experiment_dir
     _refuse_begun(folder, overwrite)
-    config, data = _prepare(config, talk, new=True)
-    module = _new_module(config, talk)
+    config, data = _prepare(config, console, new=True)
+    module = _new_module(config, console)
     with _owned(folder):
         _refuse_begun(folder, overwrite)  # by another process, in the meantime
         if is_first_process():
             _remove_run(folder)
             _open_folder(folder, config)
-        return _fit(config, data, module, talk, None)
+        return _fit(config, data, module, console, None)
 
 
-def resume(run: str | Path, talk: Talk, **changes: Any) -> Outcome:
+def resume(run: str | Path, console: Console, **changes: Any) -> Outcome:
     """Go on with an experiment folder or a checkpoint. A finished run is told so, and nothing is done.
 
     Of a folder the newest whole checkpoint is taken: one that is damaged is said, and passed over. `changes`: of
@@ -101,47 +101,47 @@ def resume(run: str | Path, talk: Talk, **changes: Any) -> Outcome:
     folder = run if run.is_dir() else _experiment_of(run_folder.checkpoint_of(run, best=False))
     with _owned(folder) if (folder / run_folder.CONFIG).is_file() else nullcontext():
         if run_folder.last_checkpoint(folder) is None:
-            return _start_again(run, changes, talk)
+            return _start_again(run, changes, console)
         if run.is_dir():
-            checkpoint = _newest_whole(folder, talk)
+            checkpoint = _newest_whole(folder, console)
             _experiment_of(checkpoint.path)
         else:
-            checkpoint = _not_gone_beyond(read_checkpoint(run), folder)
-        return _go_on(checkpoint, folder, changes, talk)
+            checkpoint = _require_newest(read_checkpoint(run), folder)
+        return _resume_from(checkpoint, folder, changes, console)
 
 
-def _go_on(checkpoint: Checkpoint, folder: Path, changes: dict, talk: Talk) -> Outcome:
+def _resume_from(checkpoint: Checkpoint, folder: Path, changes: dict, console: Console) -> Outcome:
     where, max_epochs = printable(folder), changes.get("max_epochs")
     config = with_changes(_located(checkpoint.config, folder), **changes)
     if max_epochs is not None and max_epochs < checkpoint.epoch:
-        raise WordsError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
+        raise UsageError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
     if checkpoint.steps_done and config.processes != checkpoint.config.processes:
-        talk.say(
+        console.info(
             f"{printable(checkpoint.path)} was saved within an epoch by {checkpoint.config.processes} process(es); the rest "
             f"of the epoch is divided among {config.processes}, with other batches than it would have had"
         )
     if checkpoint.epoch >= config.max_epochs:
-        talk.say(f"{where}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
+        console.info(f"{where}: finished, all {checkpoint.epoch} epochs are done; give a larger --max-epochs to go on")
         return _already_done(folder, checkpoint)
     waited = [v["wait_count"] for k, v in checkpoint.content["callbacks"].items() if k.startswith("EarlyStopping")]
     if waited and waited[0] >= config.early_stop and max_epochs is None:
-        talk.say(
+        console.info(
             f"{where}: finished, {config.monitor} had not improved for {config.early_stop} epochs; give --max-epochs to go on"
         )
         return _already_done(folder, checkpoint)
     try:
-        config, data = _prepare(config, talk)
+        config, data = _prepare(config, console)
     except ManifestError as error:
         raise ManifestError(f"{error} (the run's paths start from the folder where it was trained)") from error
     module = EarTeacherLightningModule(config)
     require_fit(checkpoint, module.model.state_dict())
     run_folder.read_metrics(folder / run_folder.METRICS)  # damage is said now, not when an epoch is to be added to it
-    talk.facts([("restored", _restored(checkpoint))])
+    console.summary([("restored", _restored(checkpoint))])
     if max_epochs not in (None, checkpoint.config.max_epochs):
-        talk.say(f"the learning rate now follows the cosine of {max_epochs} epochs")
+        console.info(f"the learning rate now follows the cosine of {max_epochs} epochs")
     if is_first_process():
         _open_folder(folder, config)
-    return _fit(config, data, module, talk, checkpoint.path, checkpoint.content["global_step"])
+    return _fit(config, data, module, console, checkpoint.path, checkpoint.content["global_step"])
 
 
 def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
@@ -151,10 +151,10 @@ def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
     return Outcome(folder, checkpoint.epoch, best, why=why, report=report if report.is_file() else None)
 
 
-def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
+def dry_run(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estimate]:
     """Everything up to one step forward and back on the real data and device; writes nothing."""
-    config, data = _prepare(config, talk, new=True)
-    module = _new_module(config, talk)
+    config, data = _prepare(config, console, new=True)
+    module = _new_module(config, console)
     device = torch.device("cuda" if _uses_cuda(config) else "cpu")
     module.to(device).train()
     if config.compile:
@@ -162,7 +162,7 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
     loader = data.train_dataloader()
     batch = next(iter(loader))
     if len(batch["index"]) < 2:
-        raise EarTeachError("the first batch holds no two readable pictures; run earteach validate-data")
+        raise EarTeachError("the first batch holds no two readable images; run earteach validate-data")
     prototypes = torch.randn(max(2, _classes(config, data)), config.projection_dim, device=device)
     seconds = loss = 0.0
     for _ in range(2):  # the first step also pays for warming up
@@ -171,16 +171,16 @@ def dry_run(config: TrainConfig, talk: Talk) -> tuple[TrainConfig, Estimate]:
         seconds = time.perf_counter() - start
     # a forward pass is about a third of a step; validation takes two, whitening and its share of k-means one
     forward = 2 * len(data.val_set) + (min(len(data.train_set), WHITEN_ON) if config.whiten else 0)
-    pictures = len(data.train_set) + forward / 3 / config.views
+    images = len(data.train_set) + forward / 3 / config.views
     parallel = config.processes if _uses_cuda(config) else min(config.processes, usable_cores())
-    total = seconds * pictures / len(batch["index"]) * config.max_epochs / parallel
+    total = seconds * images / len(batch["index"]) * config.max_epochs / parallel
     weights = 4 * sum(p.numel() for p in module.parameters())
     kept = 4 + config.max_epochs // 5
     copies = 3 + (config.kept_share > 0) + (config.ema_decay > 0) + bool(config.kept_share or config.ema_decay)
     return config, Estimate(len(loader), seconds, total, copies * weights * kept, loss)
 
 
-def _prepare(config: TrainConfig, talk: Talk, new: bool = False) -> tuple[TrainConfig, EarDataModule]:
+def _prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[TrainConfig, EarDataModule]:
     """Fit the configuration to the machine and read the data; say what was settled. Nothing is written.
 
     `new`: a run that begins, whose options may be refused; one that is resumed has them already.
@@ -193,15 +193,15 @@ def _prepare(config: TrainConfig, talk: Talk, new: bool = False) -> tuple[TrainC
         settled.append(
             f"warm-up: of {counted(config.warmup_epochs, 'epoch')} does not fit into {config.max_epochs}; using {config.warmup:g}"
         )
-    _check_machine(config, talk)
+    _check_machine(config, console)
     data = EarDataModule(config)
-    data.talk = talk
+    data.console = console
     data.setup("fit")
     if config.batch_size * config.processes > len(data.train_set):
         settled.append(_about_large_batch(config, data, new))
     for line in settled:
-        talk.say(line)
-    talk.facts([*describe(config), ("data", _describe_data(config, data))])
+        console.info(line)
+    console.summary([*describe(config), ("data", _describe_data(config, data))])
     return config, data
 
 
@@ -219,7 +219,7 @@ def _about_large_batch(config: TrainConfig, data: EarDataModule, new: bool) -> s
     )
 
 
-def _check_machine(config: TrainConfig, talk: Talk) -> None:
+def _check_machine(config: TrainConfig, console: Console) -> None:
     """Let Lightning refuse an accelerator or a number of devices before anything is read or written."""
     loggers.require(config)
     started = started_processes()
@@ -248,7 +248,7 @@ def _check_machine(config: TrainConfig, talk: Talk) -> None:
         raise ConfigError("accelerator", found, "choose another --accelerator or --devices") from error
     cores = usable_cores()
     if isinstance(trainer.accelerator, CPUAccelerator) and config.devices > cores and is_first_process():
-        talk.warn(
+        console.warn(
             f"--devices: {config.devices} processes are to share {counted(cores, 'CPU core')}, without a GPU, and will be "
             f"slower than {cores}; use --devices {cores} or less"
         )
@@ -257,17 +257,17 @@ def _check_machine(config: TrainConfig, talk: Talk) -> None:
 def _strategy(config: TrainConfig) -> Strategy | str:
     if config.processes == 1:
         return config.strategy
-    # the others wait while the first clusters what may be millions of pictures: torch's half hour is too short
+    # the others wait while the first clusters what may be millions of images: torch's half hour is too short
     return DDPStrategy(timeout=timedelta(hours=6))
 
 
-def _new_module(config: TrainConfig, talk: Talk) -> EarTeacherLightningModule:
+def _new_module(config: TrainConfig, console: Console) -> EarTeacherLightningModule:
     """A seeded model with its pretrained weights, and their receipt said."""
     pl.seed_everything(config.seed, verbose=False)
     with _quiet_lightning():
         module = EarTeacherLightningModule(config)
     if config.pretrained:
-        talk.facts([("weights", str(module.load_pretrained()))])
+        console.summary([("weights", str(module.load_pretrained()))])
     return module
 
 
@@ -275,7 +275,7 @@ def _fit(
     config: TrainConfig,
     data: EarDataModule,
     module: EarTeacherLightningModule,
-    talk: Talk,
+    console: Console,
     checkpoint: Path | None,
     step: int | None = None,
 ) -> Outcome:
@@ -283,7 +283,7 @@ def _fit(
     folder, began = config.experiment_dir, time.monotonic()
     found = run_folder.versions(folder)
     logger = loggers.events(config, found[-1].name if found and checkpoint else None, step)
-    module.talk = data.talk = talk
+    module.console = data.console = console
     save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST)
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes))
     with _quiet_lightning():
@@ -297,12 +297,12 @@ def _fit(
             logger=[logger, *loggers.others(config, Path(logger.log_dir))],
             log_every_n_steps=min(10, steps),
             callbacks=[
-                callbacks.StopOnNaN(talk),
+                callbacks.StopOnNaN(console),
                 *([callbacks.Collages(config.num_collage_samples, config.seed)] if config.images else []),
                 callbacks.MetricsFile(folder / run_folder.METRICS),
                 callbacks.ClassSizes(),
-                callbacks.BadPictureList(folder / run_folder.BAD, talk),
-                Reporter(config, talk),
+                callbacks.UnreadableImageList(folder / run_folder.BAD, console),
+                Reporter(config, console),
                 *callbacks.checkpoint_callbacks(folder / run_folder.CHECKPOINTS, config.monitor),
                 save_on_stop,
             ],
@@ -318,24 +318,24 @@ def _fit(
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and save_on_stop.is_stop(trainer, error):
                 stopped = True
-            elif checkpoint is None or save_on_stop.begun or complaint(error):
+            elif checkpoint is None or save_on_stop.begun or explain_system_error(error):
                 raise
             else:
                 raise WeightsError(
-                    f"{printable(checkpoint)}: cannot resume from it ({brief(error)}); use another checkpoint"
+                    f"{printable(checkpoint)}: cannot resume from it ({short_message(error)}); use another checkpoint"
                 ) from error
         except SystemExit:  # how Lightning ends a run after Ctrl-C
             if trainer.state.status is not TrainerStatus.INTERRUPTED:
                 raise
     interrupted = stopped or trainer.state.status is TrainerStatus.INTERRUPTED
     code = save_on_stop.exit_code if interrupted else 0
-    report = None if interrupted or not is_first_process() else _look_back(config, logger, talk)
+    report = None if interrupted or not is_first_process() else _write_final_outputs(config, logger, console)
     best = run_folder.best_checkpoint(folder)
     why = why_best(folder, best, config.monitor)
     return Outcome(folder, trainer.current_epoch, best, code, save_on_stop.saved, why, time.monotonic() - began, report)
 
 
-def _look_back(config: TrainConfig, logger: loggers.Events, talk: Talk) -> Path | None:
+def _write_final_outputs(config: TrainConfig, logger: loggers.Events, console: Console) -> Path | None:
     """What is written when all is learned. The run is whole without it, so what is amiss is said and no error."""
     folder = config.experiment_dir
     again = f"The run is whole; `earteach report {shell_word(folder)}` tries the report again"
@@ -344,18 +344,18 @@ def _look_back(config: TrainConfig, logger: loggers.Events, talk: Talk) -> Path 
             loggers.log_hyperparameters(logger, config, [name for name, value in rows[-1].items() if value])
         if not config.report and not config.projector:
             return None
-        story = read_story(folder, talk)
+        story = summarise_run(folder, console)
         if config.projector and story.look:
             write_projector(logger.experiment, story.look, config.images, story.epoch)
-        return write_report(story, folder / run_folder.REPORT, config.images, talk) if config.report else None
+        return write_report(story, folder / run_folder.REPORT, config.images, console) if config.report else None
     except (EarTeachError, OSError, ValueError, RuntimeError) as error:
-        talk.warn(f"{error}. {again}")
+        console.warn(f"{error}. {again}")
     except KeyboardInterrupt:  # the last epoch is saved: nothing is lost
-        talk.warn(f"interrupted. {again}")
+        console.warn(f"interrupted. {again}")
     return None
 
 
-def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
+def _start_again(folder: Path, changes: dict, console: Console) -> Outcome:
     """A run that was stopped before its first checkpoint: everything is seeded, so it starts over and loses nothing."""
     if not (folder / run_folder.CONFIG).is_file():
         raise EarTeachError(
@@ -367,27 +367,27 @@ def _start_again(folder: Path, changes: dict, talk: Talk) -> Outcome:
             f"{printable(folder)}: its {run_folder.CONFIG} is of {config.experiment_name!r}; start it with `earteach train --config`"
         )
     config = with_changes(_located(config, folder), **changes)
-    talk.say(f"{printable(folder)}: no epoch was finished; starting from its configuration")
-    config, data = _prepare(config, talk)
-    module = _new_module(config, talk)
+    console.info(f"{printable(folder)}: no epoch was finished; starting from its configuration")
+    config, data = _prepare(config, console)
+    module = _new_module(config, console)
     if is_first_process():
         _remove_run(folder)
         _open_folder(folder, config)
-    return _fit(config, data, module, talk, None)
+    return _fit(config, data, module, console, None)
 
 
 def _experiment_of(path: Path) -> Path:
-    """The experiment folder a checkpoint lies in. Raises WordsError if it lies elsewhere: resume would write there."""
+    """The experiment folder a checkpoint lies in. Raises UsageError if it lies elsewhere: resume would write there."""
     folder = path.resolve().parent.parent
     if path.resolve().parent.name != run_folder.CHECKPOINTS or not (folder / run_folder.CONFIG).is_file():
-        raise WordsError(
+        raise UsageError(
             f"{printable(path)}: does not lie in the {run_folder.CHECKPOINTS}/ of an experiment, which resume would go on writing; "
             "give the experiment folder"
         )
     return folder
 
 
-def _newest_whole(folder: Path, talk: Talk) -> Checkpoint:
+def _newest_whole(folder: Path, console: Console) -> Checkpoint:
     """Raises the newest one's WeightsError if none is whole."""
     for path, following in pairwise([*run_folder.checkpoints(folder), None]):
         try:
@@ -396,7 +396,7 @@ def _newest_whole(folder: Path, talk: Talk) -> Checkpoint:
             passing = isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING
             if passing or following is None:
                 raise
-            talk.warn(f"{error}. Trying {printable(following.name)}")
+            console.warn(f"{error}. Trying {printable(following.name)}")
     raise AssertionError("a folder with a checkpoint has one")
 
 
@@ -404,13 +404,13 @@ def _newest_whole(folder: Path, talk: Talk) -> Checkpoint:
 _PASSING = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 
-def _not_gone_beyond(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Raises WordsError if the experiment has later epochs: two branches would mix."""
-    newest = _newest_whole(folder, Talk(quiet=True))
+def _require_newest(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Raises UsageError if the experiment has later epochs: two branches would mix."""
+    newest = _newest_whole(folder, Console(quiet=True))
     if not newest.path.samefile(checkpoint.path):
         done = newest.epoch
         if done > checkpoint.epoch:
-            raise WordsError(
+            raise UsageError(
                 f"{printable(checkpoint.path)}: is of epoch {checkpoint.epoch}, but this experiment has gone on to {done}; to "
                 "branch off, copy the experiment folder without its later checkpoints and resume the copy"
             )
@@ -420,7 +420,7 @@ def _not_gone_beyond(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 def _refuse_begun(folder: Path, overwrite: bool) -> None:
     if overwrite or not is_first_process() or not run_folder.is_begun(folder):
         return
-    raise WordsError(
+    raise UsageError(
         f"{printable(folder)}: this experiment exists; go on with `earteach resume {shell_word(folder)}`, "
         "choose another --experiment-name, or pass --overwrite"
     )
@@ -435,7 +435,7 @@ def _owned(folder: Path) -> Iterator[None]:
     _make(folder)
     with only_writer(folder):
         for below in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            sweep(below)
+            remove_stale_temporaries(below)
         yield
 
 
@@ -523,7 +523,7 @@ def _one_step(module: EarTeacherLightningModule, batch: dict, prototypes: torch.
 def describe_estimate(estimate: Estimate) -> str:
     return (
         f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; {counted(estimate.steps_per_epoch, 'step')} "
-        f"an epoch; the run: about {clock(estimate.seconds)} of computing (full precision; loading, checkpoints and pictures not counted) and "
+        f"an epoch; the run: about {clock(estimate.seconds)} of computing (full precision; loading, checkpoints and images not counted) and "
         f"{estimate.bytes / 2**20:.0f} MiB of disk"
     )
 

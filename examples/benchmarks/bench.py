@@ -1,7 +1,7 @@
 """Measure how fast earteach is, beside what it is compared with and beside the limit, in turn and in one run.
 
     python bench.py                       # every part that needs no other software; about 20 minutes on two cores
-    python bench.py pictures cache        # some of them
+    python bench.py images cache        # some of them
     python bench.py --rounds 7 --json out.json
 
 Every line is a ratio of two things timed one after the other, round by round (A B A B), or seconds or megabytes

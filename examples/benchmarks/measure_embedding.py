@@ -1,4 +1,4 @@
-"""`embed` from the first picture to the last, where the model is the bottleneck and where the pictures are.
+"""`embed` from the first image to the last, where the model is the bottleneck and where the images are.
 
 Against the model alone on ready tensors and the decoder alone on all cores (the limits), and a loop as a user of timm
 would write it: ImageDataset, timm's transform, a DataLoader with as many workers. Against thingsvision, too, where
@@ -21,8 +21,8 @@ from photos import crops, drawn, enlarged
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from ear_teacher_cli.console import Talk
-from ear_teacher_cli.embedding.embedder import embed_pictures, load_embedder
+from ear_teacher_cli.console import Console
+from ear_teacher_cli.embedding.embedder import embed_images, load_embedder
 from ear_teacher_cli.platform import usable_cores
 
 BATCH = 16
@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).with_name("of_thingsvision.py")
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     cores = workers = usable_cores()
-    quiet = Talk(quiet=True)
+    quiet = Console(quiet=True)
     for name, kind in (("test_convnext" if quick else "convnext_tiny", "crops"), ("test_convnext", "12 MP")):
         count = BATCH * (2 if quick else 12 if kind == "crops" else 6)
         paths = crops(folder, count)[0] if kind == "crops" else enlarged(folder, kind, count)[0]
@@ -47,7 +47,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         plain = timm.create_model(name, num_classes=0).eval()
 
         def ours(manifest=manifest, embedder=embedder, count=count) -> None:
-            rows = [embedder.unit_rows(v) for _, v, _ in embed_pictures(embedder, manifest, BATCH, workers, 0, quiet)]
+            rows = [embedder.unit_rows(v) for _, v, _ in embed_images(embedder, manifest, BATCH, workers, 0, quiet)]
             assert sum(map(len, rows)) == count
 
         def forward(embedder=embedder, count=count, ready=ready) -> None:

@@ -1,4 +1,4 @@
-"""How the memory of `embed` grows with its rows: everything but the pictures and the model, which are made up.
+"""How the memory of `embed` grows with its rows: everything but the images and the model, which are made up.
 
 Peak of a process of its own that embeds 10,000 rows, and of one that embeds 1,000,000 of the same few files.
 """
@@ -15,15 +15,15 @@ SCRIPT = """
 import sys
 import numpy as np, torch
 from ear_teacher_cli.embedding import writer as verb
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 
-def made_up(embedder, manifest, batch_size, workers, timeout, talk, start):
+def made_up(embedder, manifest, batch_size, workers, timeout, console, start):
     for first in range(start, len(manifest), batch_size):
         rows = list(range(first, min(first + batch_size, len(manifest))))
         yield rows, torch.ones(len(rows), 64), []
 
-verb.embed_pictures = made_up
-verb.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, talk=Talk(quiet=True))
+verb.embed_images = made_up
+verb.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))
 # not getrusage: its peak is that of the process that started this one, too
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """

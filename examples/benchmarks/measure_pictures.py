@@ -1,7 +1,7 @@
 """From a photo to a crop of 224 px, on one core.
 
 Against the straightforward path with OpenCV (imread, cut the array, resize, BGR to RGB: what the seed does), timm's
-own loader (ImageDataset and its evaluation transform, whole pictures), and Pillow's decoder alone at the scale that
+own loader (ImageDataset and its evaluation transform, whole images), and Pillow's decoder alone at the scale that
 the crop allows, the limit.
 """
 
@@ -16,7 +16,7 @@ from photos import crops, enlarged
 from PIL import Image
 
 from ear_teacher_cli.data import jpeg
-from ear_teacher_cli.data.crop import buffered_box, cut, load_crop, read_picture
+from ear_teacher_cli.data.crop import buffered_box, cut, load_crop, read_image
 from ear_teacher_cli.data.preprocessing import Preprocessing
 
 SIDE = 224
@@ -70,7 +70,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
                 rate(seconds["resized"], many, "crops"),
             )
             continue
-        against = "the whole picture decoded (earteach before, and still validate-data)"
+        against = "the whole image decoded (earteach before, and still validate-data)"
         yield Line(
             "pictures",
             what,
@@ -115,27 +115,27 @@ def _opencv() -> str | None:
 def _straight(path: str, box) -> object:
     import cv2
 
-    picture = cv2.imread(path)
-    height, width = picture.shape[:2]
+    image = cv2.imread(path)
+    height, width = image.shape[:2]
     if box is not None:
         x1, y1, x2, y2 = (round(v) for v in buffered_box(box, (width, height), PREPROCESSING.bbox_buffer))
-        picture = picture[y1:y2, x1:x2]
-    return cv2.cvtColor(cv2.resize(picture, (SIDE, SIDE)), cv2.COLOR_BGR2RGB)
+        image = image[y1:y2, x1:x2]
+    return cv2.cvtColor(cv2.resize(image, (SIDE, SIDE)), cv2.COLOR_BGR2RGB)
 
 
 def _whole(path: str, box) -> None:
-    np.asarray(cut(read_picture(path).image, box, PREPROCESSING))
+    np.asarray(cut(read_image(path).image, box, PREPROCESSING))
 
 
 def _decode(path: str, box) -> Image.Image:
-    """The whole picture at 1/1, 1/2, 1/4 or 1/8: all that a program can leave to Pillow."""
-    picture = Image.open(io.BytesIO(Path(path).read_bytes()))
-    x1, y1, x2, y2 = box or (0, 0, *picture.size)
+    """The whole image at 1/1, 1/2, 1/4 or 1/8: all that a program can leave to Pillow."""
+    image = Image.open(io.BytesIO(Path(path).read_bytes()))
+    x1, y1, x2, y2 = box or (0, 0, *image.size)
     scale = max(x2 - x1, y2 - y1) * (1.2 if box else 1) / SIDE
     shrink = next((k for k in (8, 4, 2) if k * jpeg.SPARE <= scale), 1)
-    picture.draft(None, (picture.width // shrink, picture.height // shrink))
-    picture.load()
-    return picture
+    image.draft(None, (image.width // shrink, image.height // shrink))
+    image.load()
+    return image
 
 
 def _of_timm(folder: Path):

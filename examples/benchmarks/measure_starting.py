@@ -12,7 +12,12 @@ from bench import Line, in_turn
 # Bytecode may be kept, as anybody's Python does: the first round compiles it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 HELP = (["--help"], ["validate-data", "--help"], ["train", "--help"])
-VERBS = ("train", "embed", "evaluate", "validate_data")
+MODULES = {
+    "train": "ear_teacher_cli.training.run",
+    "embed": "ear_teacher_cli.embedding.writer",
+    "evaluate": "ear_teacher_cli.quality.evaluate",
+    "validate_data": "ear_teacher_cli.data.audit",
+}
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
@@ -27,10 +32,10 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         )
         yield Line("starting", f"earteach {' '.join(words)}", "seconds of CPU", seconds["ours"], 0.3, f"{min(seconds['ours']):.2f} s",
                    f"{min(seconds['python']):.2f} s for typer and rich", more_is_better=False)  # fmt: skip
-    for verb in VERBS[: 1 if quick else None]:
+    for verb in list(MODULES)[: 1 if quick else None]:
         libraries = {"train": "pytorch_lightning, timm", "embed": "torch, timm"}.get(verb, "numpy, PIL.Image")
         ways = {name: cpu_of([sys.executable, "-c", f"import {what}"]) for name, what in
-                (("ours", f"ear_teacher_cli.commands.{verb}"), ("libraries", libraries))}  # fmt: skip
+                (("ours", MODULES[verb]), ("libraries", libraries))}  # fmt: skip
         seconds = in_turn(ways, min(rounds, 3))
         ratios = [a / b for a, b in zip(seconds["ours"], seconds["libraries"], strict=True)]
         yield Line("starting", f"all that {verb.replace('_', '-')} imports", f"import {libraries}", ratios, None,

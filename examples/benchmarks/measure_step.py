@@ -15,7 +15,7 @@ from photos import drawn
 
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.console import Talk
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.preprocessing import normalise, to_unit
 from ear_teacher_cli.training.losses import contrastive_loss, metric_loss
 from ear_teacher_cli.training.run import train
@@ -88,9 +88,9 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         return steps
 
     seconds = in_turn({"ours": ours_and_beyond, "bare": bare, "limit": limit}, rounds)
-    pictures = batches * config.batch_size
+    images = batches * config.batch_size
     what = f"{config.backbone}, {config.image_size} px, batch {config.batch_size}, 2 views"
-    mine = rate(seconds["ours"], pictures, "pictures")
+    mine = rate(seconds["ours"], images, "pictures")
     yield Line(
         "step",
         what,
@@ -98,7 +98,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         speed_up(seconds, "ours", "bare"),
         0.97,
         mine,
-        rate(seconds["bare"], pictures, "pictures"),
+        rate(seconds["bare"], images, "pictures"),
     )
     aim = 0.95 if torch.cuda.is_available() else None
     yield Line(
@@ -108,7 +108,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
         speed_up(seconds, "ours", "limit"),
         aim,
         mine,
-        rate(seconds["limit"], pictures, "pictures"),
+        rate(seconds["limit"], images, "pictures"),
     )
     yield Line("step", "logging, collage, whitening, checkpoints", "the epoch they are part of", beyond[1:], 0.03,
                f"{told['beyond']:.2f} s", f"{told['epoch']:.2f} s", more_is_better=False)  # fmt: skip
@@ -137,7 +137,7 @@ def _one_run(config: TrainConfig) -> dict[str, float]:
 
     theirs, verb.EarTeacherLightningModule = verb.EarTeacherLightningModule, Timed
     try:
-        train(config, Talk(quiet=True), overwrite=True)
+        train(config, Console(quiet=True), overwrite=True)
     finally:
         verb.EarTeacherLightningModule = theirs
     end = time.perf_counter()

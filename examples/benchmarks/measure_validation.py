@@ -13,7 +13,7 @@ from bench import Line, in_turn, rate, speed_up
 from photos import enlarged
 
 from ear_teacher_cli.data.audit import _duplicate_rows
-from ear_teacher_cli.data.crop import read_picture
+from ear_teacher_cli.data.crop import read_image
 from ear_teacher_cli.data.image_checks import near_pairs
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.platform import usable_cores
@@ -69,7 +69,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
 
 
 def _decode(path: str) -> None:
-    read_picture(path)
+    read_image(path)
 
 
 def _long_manifest(path: Path, rows: int) -> str:

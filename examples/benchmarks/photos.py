@@ -44,7 +44,7 @@ def enlarged(folder: Path, size: str, count: int, suffix: str = ".jpg") -> tuple
 
 
 def crops(folder: Path, count: int, suffix: str = ".jpg") -> tuple[list[str], list[None]]:
-    """`count` cropped ears of about 200 x 200, whole pictures without boxes."""
+    """`count` cropped ears of about 200 x 200, whole images without boxes."""
     manifest = drawn(folder)
     target = folder / f"crops{suffix.replace('.', '-')}"
     target.mkdir(exist_ok=True)

@@ -140,8 +140,8 @@ def different(wanted: dict[str, str]) -> list[str]:
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
-def take_pictures(demo: Path) -> None:
-    """The README's pictures, all of drawn ears, in 128 colours and no larger than they are shown."""
+def take_images(demo: Path) -> None:
+    """The README's images, all of drawn ears, in 128 colours and no larger than they are shown."""
     from PIL import Image
 
     PICTURES.mkdir(exist_ok=True)
@@ -150,18 +150,18 @@ def take_pictures(demo: Path) -> None:
         ("worst.png", "contact-sheet.png", 800),
         ("comparison/roc.png", "roc.png", 800),
     ):
-        with Image.open(demo / source) as picture:
-            small = picture.convert("RGB").resize((width, round(picture.height * width / picture.width)))
+        with Image.open(demo / source) as image:
+            small = image.convert("RGB").resize((width, round(image.height * width / image.width)))
             small.quantize(128, dither=Image.Dither.FLOYDSTEINBERG).save(PICTURES / name, optimize=True)
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", metavar="DEMO", help="take the README's pictures anew from what make demo left")
+    parser.add_argument("--pictures", metavar="DEMO", help="take the README's images anew from what make demo left")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
     options = parser.parse_args(words)
-    if options.pictures:
-        take_pictures(Path(options.pictures))
+    if options.images:
+        take_images(Path(options.images))
     wanted = pages()
     names = different(wanted)
     if options.check:

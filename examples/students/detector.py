@@ -71,8 +71,8 @@ def photos(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, boxes = [], []
     for row in rows:
         with Image.open(row["file"]) as file:
-            picture = file.convert("RGB")
-        whole, scale, offset = square(picture, (0, 0, *picture.size), SIDE)
+            image = file.convert("RGB")
+        whole, scale, offset = square(image, (0, 0, *image.size), SIDE)
         pixels.append(torch.from_numpy(whole.transpose(2, 0, 1).copy()))
         boxes.append(torch.tensor((np.array(row["bbox"]).reshape(2, 2) * scale + offset).ravel(), dtype=torch.float32))
     return torch.stack(pixels), torch.stack(boxes)

@@ -3,7 +3,7 @@ and the comparison.
 
 Only public packages and the exported folder are used here (torch, timm, numpy, Pillow), as a student's trainer would.
 
-B pictures, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
+B images, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 KINDS = ("without", "untrained", "teacher")
-FILL = (124, 116, 104)  # around pictures that are not square
+FILL = (124, 116, 104)  # around images that are not square
 
 
 class Teacher:
@@ -65,7 +65,7 @@ class Teacher:
 def distil(
     student: nn.Module, pixels: torch.Tensor, teacher: Teacher, steps: int, batch: int, seed: int, rate: float = 2e-3
 ) -> None:
-    """Teach `student.maps(images)` the teacher's maps of unlabelled pictures, uint8 N,3,S,S.
+    """Teach `student.maps(images)` the teacher's maps of unlabelled images, uint8 N,3,S,S.
 
     A 1 x 1 convolution brings each map to the teacher's channels; the loss is smooth L1 plus 1 - cosine along channels.
     """
@@ -98,9 +98,9 @@ def learn(
     seed: int,
     rate: float = 2e-3,
 ) -> nn.Module:
-    """From the labels of the first `count` training pictures in the seed's order.
+    """From the labels of the first `count` training images in the seed's order.
 
-    loss(student, pixels, labels, random) varies the pictures, asks the student and compares.
+    loss(student, pixels, labels, random) varies the images, asks the student and compares.
     """
     random = torch.Generator().manual_seed(seed)
     labelled = torch.randperm(len(train[0]), generator=random)[:count]
@@ -140,7 +140,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Maps at strides 4, 8, 16 and 32 of a picture B,3,S,S."""
+    """Maps at strides 4, 8, 16 and 32 of an image B,3,S,S."""
 
     def __init__(self, widths: tuple[int, int, int, int], depths: tuple[int, int, int, int]):
         super().__init__()
@@ -166,17 +166,17 @@ def read_ears(folder: str | Path, split: str) -> list[dict]:
     return [row | {"file": Path(folder) / row["image_path"]} for row in rows if row["split"] == split]
 
 
-def square(picture: Image.Image, region: tuple[float, ...], side: int) -> tuple[np.ndarray, float, np.ndarray]:
-    """The region (x1, y1, x2, y2) of a picture, padded to a square: (uint8 side,side,3, scale, offset).
+def square(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """The region (x1, y1, x2, y2) of an image, padded to a square: (uint8 side,side,3, scale, offset).
 
-    A point p of the picture is at p * scale + offset, in pixels of the square.
+    A point p of the image is at p * scale + offset, in pixels of the square.
     """
     x1, y1, x2, y2 = region
     scale = side / max(x2 - x1, y2 - y1)
     size = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
     corner = (side - size[0]) // 2, (side - size[1]) // 2
     canvas = Image.new("RGB", (side, side), FILL)
-    canvas.paste(picture.resize(size, Image.Resampling.BICUBIC, box=region), corner)
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC, box=region), corner)
     return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
 
 
@@ -197,7 +197,7 @@ def compare(
     """The command line of a student's script: for every seed the student without a teacher, with an untrained twin of
     it, and with it, each from few and from many labels. Prints the table. `words`: the script's own docstring.
 
-    load(rows) -> pictures and labels; fresh(seed) -> a student; loss as `learn` wants it; predict(student, pictures) ->
+    load(rows) -> images and labels; fresh(seed) -> a student; loss as `learn` wants it; predict(student, images) ->
     anything that score(predicted, test) and draw(test, {kind: predicted}, count, path) understand.
     """
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)

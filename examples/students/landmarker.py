@@ -64,11 +64,11 @@ def crops(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, points = [], []
     for row in rows:
         with Image.open(row["file"]) as file:
-            picture = file.convert("RGB")
+            image = file.convert("RGB")
         box = np.array(row["bbox"]).reshape(2, 2)
         room = 0.1 * (box[1] - box[0])
-        region = np.concatenate([np.maximum(box[0] - room, 0), np.minimum(box[1] + room, picture.size)])
-        crop, scale, offset = square(picture, tuple(region.tolist()), SIDE)
+        region = np.concatenate([np.maximum(box[0] - room, 0), np.minimum(box[1] + room, image.size)])
+        crop, scale, offset = square(image, tuple(region.tolist()), SIDE)
         pixels.append(torch.from_numpy(crop.transpose(2, 0, 1).copy()))
         points.append(torch.tensor((np.array(row["landmarks"]) * scale + offset) / SIDE, dtype=torch.float32))
     return torch.stack(pixels), torch.stack(points)

@@ -1,4 +1,4 @@
-"""What a round of pseudo-classes costs on many pictures: time and memory of k-means on made-up embeddings.
+"""What a round of pseudo-classes costs on many images: time and memory of k-means on made-up embeddings.
 
     python kmeans_scale.py 1000000 768 512
 
@@ -17,10 +17,10 @@ from ear_teacher_cli.training.pseudo_labels import figures, kmeans
 CENTRES, SPREAD, CHUNK = 10_000, 0.7, 16_384
 
 
-def main(pictures: int, size: int, classes: int) -> None:
+def main(images: int, size: int, classes: int) -> None:
     draw = torch.Generator().manual_seed(0)
     centres = F.normalize(torch.randn(CENTRES, size, generator=draw), dim=1)
-    rows = torch.empty(pictures, size)
+    rows = torch.empty(images, size)
     for part in rows.split(CHUNK):
         own = centres[torch.randint(0, CENTRES, (len(part),), generator=draw)]
         noise = torch.randn(len(part), size, generator=draw) / size**0.5
@@ -32,7 +32,7 @@ def main(pictures: int, size: int, classes: int) -> None:
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     state = figures(labels, classes)
     print(
-        f"{pictures} x {size}, {classes} classes: {seconds:.0f} s on {torch.get_num_threads()} threads, "
+        f"{images} x {size}, {classes} classes: {seconds:.0f} s on {torch.get_num_threads()} threads, "
         f"{extra / 2**10:.0f} MB beyond the {rows.numel() * 4 / 2**20:.0f} MB of embeddings; in use {state['in_use']:.3f}, "
         f"entropy {state['entropy']:.3f}, largest {state['largest']:.4f}"
     )

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
+from ear_teacher_cli.data.crop import cut, points_in_crop, read_image
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing, normalise
 from ear_teacher_cli.embedding.embedder import Embedder, load_embedder
@@ -48,7 +48,7 @@ class Ears:
 @dataclass(frozen=True)
 class Probe:
     nme: float
-    constant_nme: float  # of the mean landmarks of the ear's side, whatever the picture
+    constant_nme: float  # of the mean landmarks of the ear's side, whatever the image
     test: Ears
     predicted: torch.Tensor  # N,K,2
 
@@ -98,10 +98,10 @@ def _spread_over(indices: list[int], most: int) -> list[int]:
 def _cut_ears(manifest, lines, indices, preprocessing: Preprocessing) -> Ears:
     pixels, points, right = [], [], []
     for i in indices:
-        picture = read_picture(manifest.file(i)).image
-        crop = cut(picture, manifest.boxes[i], preprocessing)
+        image = read_image(manifest.file(i)).image
+        crop = cut(image, manifest.boxes[i], preprocessing)
         pixels.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))  # H,W,3 -> 3,H,W
-        inside = points_in_crop(lines[i]["landmarks"], picture.size, manifest.boxes[i], preprocessing)
+        inside = points_in_crop(lines[i]["landmarks"], image.size, manifest.boxes[i], preprocessing)
         points.append(torch.tensor(inside / preprocessing.image_size, dtype=torch.float32))
         right.append(lines[i].get("side") == "right")
     return Ears(torch.stack(pixels), torch.stack(points), torch.tensor(right))
@@ -172,14 +172,14 @@ def draw(result: Probe, path: str | Path, count: int = 8, zoom: int = 3) -> None
     count = min(count, len(result.predicted))
     tiles = []
     for i in np.linspace(0, len(result.predicted) - 1, count).round().astype(int).tolist():
-        picture = Image.fromarray(result.test.pixels[i].permute(1, 2, 0).numpy())
-        side = picture.width * zoom
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-        pen = ImageDraw.Draw(picture)
+        image = Image.fromarray(result.test.pixels[i].permute(1, 2, 0).numpy())
+        side = image.width * zoom
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(image)
         for points, colour in ((result.test.points[i], (40, 220, 60)), (result.predicted[i], (240, 40, 40))):
             for x, y in (points * side).tolist():
                 pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=colour)
-        tiles.append(np.asarray(picture))
+        tiles.append(np.asarray(image))
     columns = -(-count // 2)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, count - count % columns, columns)]
     Image.fromarray(np.concatenate(rows)).save(path)

@@ -3,7 +3,7 @@
 A job is a folder with `job.json` (see study.py). `train` leaves `teacher.safetensors`, `measure` leaves
 the figures (`figures.json`), and of each list what the paired differences need (`NAME.npz`).
 
-N pictures, D embedding.
+N images, D embedding.
 """
 
 import csv
@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
 from ear_teacher_cli.config import TrainConfig, preset
-from ear_teacher_cli.data.crop import cut, points_in_crop, read_picture
-from ear_teacher_cli.data.dataset import BadPicture, collate
+from ear_teacher_cli.data.crop import cut, points_in_crop, read_image
+from ear_teacher_cli.data.dataset import UnreadableImage, collate
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing, preprocessing_for
 from ear_teacher_cli.embedding.embedder import Embedder, load_embedder
-from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError
+from ear_teacher_cli.errors import EarTeachError, ImageError, ManifestError
 from ear_teacher_cli.export.export import export_backbone
 from ear_teacher_cli.model import whitening
 from ear_teacher_cli.platform import usable_cores
@@ -37,7 +37,7 @@ from ear_teacher_cli.training.module import EarTeacherLightningModule
 
 GREY_SIDE = 32
 RESAMPLES = 2000
-FIGURES = {"rank1": "rank-1", "eer": "EER"}  # ours -> core.metrics' names
+METRICS = {"rank1": "rank-1", "eer": "EER"}  # ours -> core.metrics' names
 
 
 def train(folder: Path) -> None:
@@ -67,7 +67,7 @@ def measure(folder: Path) -> None:
     if job["kind"] == "step0":
         figures = {"difference": step_zero_difference(config_of(job), folder / "teacher.safetensors", job)}
     else:
-        model = Pictures.of(job, folder)
+        model = Images.of(job, folder)
         learned = model.rows(spread_over(read_manifest(job["train"], job["root_dir"]), job["whiten_on"]))[0]
         mapping = whitening.fit(learned)
         lists = {name: _measure_list(folder, name, path, model, mapping, job) for name, path in job["lists"].items()}
@@ -92,7 +92,7 @@ def config_of(job: dict[str, Any]) -> TrainConfig:
 
 
 def cpu_seconds() -> float:
-    """Seconds of all cores, of this process and of those that loaded its pictures, imports included: what a run costs
+    """Seconds of all cores, of this process and of those that loaded its images, imports included: what a run costs
     even where it had to share the machine."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
@@ -128,8 +128,8 @@ def _earteach_train(folder: Path, options: dict[str, Any]) -> None:
 
 
 @dataclass
-class Pictures:
-    """Pictures -> rows: by a backbone, or, without one, by their grey pixels. `masked`: without the ear."""
+class Images:
+    """Images -> rows: by a backbone, or, without one, by their grey pixels. `masked`: without the ear."""
 
     preprocessing: Preprocessing
     embedder: Embedder | None
@@ -137,17 +137,17 @@ class Pictures:
     num_workers: int
 
     @staticmethod
-    def of(job: dict[str, Any], folder: Path) -> "Pictures":
+    def of(job: dict[str, Any], folder: Path) -> "Images":
         config = config_of(job)
         workers = min(config.num_workers, usable_cores())
         if job["kind"] == "grey":
             tiny = replace(preprocessing_for(config), image_size=GREY_SIDE)
-            return Pictures(tiny, None, False, workers)
+            return Images(tiny, None, False, workers)
         embedder = load_embedder(str(folder / "teacher.safetensors"))
-        return Pictures(embedder.preprocessing, embedder, job["kind"] == "masked", workers)
+        return Images(embedder.preprocessing, embedder, job["kind"] == "masked", workers)
 
     def rows(self, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
-        """(float32 N,D of unit length, their indices in the manifest); unreadable pictures are left out."""
+        """(float32 N,D of unit length, their indices in the manifest); unreadable images are left out."""
         crops = Crops(manifest, self.preprocessing, self.masked)
         found, indices = [], []
         for batch in DataLoader(crops, batch_size=32, num_workers=self.num_workers, collate_fn=collate):
@@ -155,7 +155,7 @@ class Pictures:
                 found.append(self.embedder(batch["pixels"]) if self.embedder else _grey(batch["pixels"]))
                 indices += batch["index"].tolist()
         if not indices:
-            raise ManifestError(f"{manifest.source}: not one picture could be read; run earteach validate-data")
+            raise ManifestError(f"{manifest.source}: not one image could be read; run earteach validate-data")
         return torch.nn.functional.normalize(torch.cat(found), dim=1).numpy(), indices
 
 
@@ -168,22 +168,22 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | BadPicture:
+    def __getitem__(self, index: int) -> dict[str, Any] | UnreadableImage:
         box = self.manifest.boxes[index]
         try:
-            picture = read_picture(self.manifest.file(index)).image
-            crop = cut(picture, box, self.preprocessing)
-        except PictureError as error:
-            return BadPicture(index, error.reason, error.detail)
+            image = read_image(self.manifest.file(index)).image
+            crop = cut(image, box, self.preprocessing)
+        except ImageError as error:
+            return UnreadableImage(index, error.reason, error.detail)
         if self.masked:
-            mask_ear(crop, picture.size, box, self.preprocessing)
+            mask_ear(crop, image.size, box, self.preprocessing)
         if self.preprocessing.mirror and self.manifest.side(index) == "right":
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return {"index": index, "pixels": torch.from_numpy(np.array(crop)).permute(2, 0, 1)}
 
 
 def mask_ear(crop: Image.Image, size: tuple[int, int], box, preprocessing: Preprocessing) -> None:
-    """Fill the ellipse inscribed in the ear's box (of the picture, where there is none) with the mean colour, in place."""
+    """Fill the ellipse inscribed in the ear's box (of the image, where there is none) with the mean colour, in place."""
     corners = np.reshape(box or (0, 0, *size), (2, 2))
     (x1, y1), (x2, y2) = points_in_crop(corners, size, box, preprocessing)
     ImageDraw.Draw(crop).ellipse((x1, y1, x2, y2), fill=preprocessing.fill)
@@ -208,9 +208,9 @@ def ears_of(manifest: Manifest, indices: list[int]) -> tuple[list[str], list[str
 
 
 def _measure_list(
-    folder: Path, name: str, path: str, model: Pictures, mapping: whitening.Whitening, job: dict[str, Any]
+    folder: Path, name: str, path: str, model: Images, mapping: whitening.Whitening, job: dict[str, Any]
 ) -> dict[str, Any]:
-    """Figures of a list; `NAME.npz` keeps the pictures' rows in the list, and each figure under the bootstrap."""
+    """Figures of a list; `NAME.npz` keeps the images' rows in the list, and each figure under the bootstrap."""
     manifest = read_manifest(path)
     rows, indices = model.rows(manifest)
     people, sides = ears_of(manifest, indices)
@@ -221,8 +221,8 @@ def _measure_list(
     figures, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
     for way, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
         measured = identity_metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
-        figures[way] = {key: measured.figure(word).value for key, word in FIGURES.items()}
-        draws |= {f"{way}_{key}": measured.draws[word] for key, word in FIGURES.items()}
+        figures[way] = {key: measured.figure(word).value for key, word in METRICS.items()}
+        draws |= {f"{way}_{key}": measured.draws[word] for key, word in METRICS.items()}
     np.savez(folder / f"{name}.npz", **draws)
     counts = np.unique(order.ear, return_counts=True)[1]
     chance = float((counts * (counts - 1)).sum() / (len(rows) * max(1, len(rows) - 1)))
@@ -237,7 +237,7 @@ def _last_psnr(metrics: Path) -> float:
 @torch.inference_mode()
 def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]) -> float:
     """Largest difference between the embeddings of a run before its first step and those of the untouched backbone,
-    over 64 pictures of the first list."""
+    over 64 images of the first list."""
     module = EarTeacherLightningModule(config)
     module.load_pretrained()
     module.eval()

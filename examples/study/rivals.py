@@ -1,7 +1,7 @@
 """SimCLR, SimSiam and DINO with the losses and heads of the package `lightly`, everything else as in `earteach train`:
 data set, augmentation, start, what is frozen, AdamW, learning rate, batch and steps.
 
-B pictures, D embedding.
+B images, D embedding.
 """
 
 import copy
@@ -63,7 +63,7 @@ class SimSiam(nn.Module):
 class DINO(nn.Module):
     """Caron et al. 2021 on two views (no small crops: they would lose helix or lobe).
 
-    1024 prototypes instead of 65,536, for thousands of pictures instead of a million. The backbone kept is the
+    1024 prototypes instead of 65,536, for thousands of images instead of a million. The backbone kept is the
     momentum teacher's, as in the paper.
     """
 
@@ -114,7 +114,7 @@ def train_rival(name: str, config: TrainConfig, out: Path) -> list[float]:
         for module in (backbone, model.backbone):
             keep_statistics(module, config.keeps_statistics)
         for batch in loader:
-            if len(batch["index"]) < 2:  # too few readable pictures for batch statistics, as in earteach's own steps
+            if len(batch["index"]) < 2:  # too few readable images for batch statistics, as in earteach's own steps
                 continue
             losses.append(_step(model, batch, data.train_set.preprocessing, optimizer, len(losses), device, config))
             schedule.step()

@@ -27,7 +27,7 @@ import numpy as np
 
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.data.manifest import read_manifest
-from ear_teacher_cli.errors import EarTeachError, ManifestError, PictureError, WordsError
+from ear_teacher_cli.errors import EarTeachError, ImageError, ManifestError, UsageError
 from ear_teacher_cli.quality.collapse import JUDGED_ON, Health, degraded, verdict
 from ear_teacher_cli.quality.identity_metrics import interval
 from ear_teacher_cli.run_folder import read_metrics
@@ -54,7 +54,7 @@ ROWS = {
     "seed": Row("Seed recipe, made runnable", "earteach", {"preset": "seed"}),
     "reconstruction": Row("Reconstruction only", "earteach", {**ALONE, "pseudo_classes": "none"}),
     "fixed": Row("Fixed random classes (control)", "earteach", {**CLASSES, "pseudo_classes": "fixed"}),
-    "instance": Row("Each picture a class", "earteach", {**CLASSES, "pseudo_classes": "instance"}),
+    "instance": Row("Each image a class", "earteach", {**CLASSES, "pseudo_classes": "instance"}),
     "kmeans": Row("k-means classes", "earteach", {**CLASSES, "pseudo_classes": "kmeans"}),
     "recommended": Row("Recommended preset", "earteach", {"preset": "recommended"}),
     "simclr": Row("SimCLR (lightly)", "lightly"),
@@ -106,8 +106,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--backbone", default="convnext_tiny", help="timm name (default: %(default)s)")
     add("--image-size", type=int, default=224, help="side of the input in pixels (default: %(default)s)")
     add("--epochs", type=int, default=2, help="epochs of every row that learns (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="pictures a step (default: %(default)s)")
-    add("--num-workers", type=int, default=8, help="processes that load pictures (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images a step (default: %(default)s)")
+    add("--num-workers", type=int, default=8, help="processes that load images (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="first: all rows; others: the best rows (default: 0)")
     add("--best", type=int, default=4, help="how many rows that learn get all seeds (default: %(default)s)")
     add("--rows", default="all", help=f"all, or names with commas: {', '.join(ROWS)}")
@@ -119,7 +119,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         metavar="ROW:option=value[,...]",
         help="one more row: ROW with other options of earteach train, as in kmeans:learning_rate=3e-4; repeat",
     )
-    add("--whiten-on", type=int, default=2048, help="training pictures to fit the whitening on (default: %(default)s)")
+    add("--whiten-on", type=int, default=2048, help="training images to fit the whitening on (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -150,18 +150,18 @@ def run_study(options: argparse.Namespace) -> int:
 def _named(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not re.fullmatch(r"\w+", name):
-        raise WordsError(f"--eval {text}: is not NAME=LIST; write it as in same=eval.csv")
+        raise UsageError(f"--eval {text}: is not NAME=LIST; write it as in same=eval.csv")
     return name, path
 
 
 def refuse_overlap(train: str, root_dir: str | None, path: str) -> None:
-    """Raise ManifestError if a picture of the list `path` is in the training manifest, too."""
+    """Raise ManifestError if an image of the list `path` is in the training manifest, too."""
 
     def files(manifest):
         for index in range(len(manifest)):
             try:
                 yield index, manifest.file(index)
-            except PictureError:  # leaves the root folder: it will be skipped
+            except ImageError:  # leaves the root folder: it will be skipped
                 continue
 
     learned = {file for _, file in files(read_manifest(train, root_dir))}
@@ -176,13 +176,13 @@ def chosen_rows(names: str, tries: list[str]) -> dict[str, Row]:
     wanted = list(ROWS) if names == "all" else names.split(",")
     for name in wanted:
         if name not in ROWS:
-            raise WordsError(f"--rows {name}: no such row; choose all, or of {', '.join(ROWS)}")
+            raise UsageError(f"--rows {name}: no such row; choose all, or of {', '.join(ROWS)}")
     rows = {name: ROWS[name] for name in ROWS if name in wanted}
     for text in tries:
         name, _, changes = text.partition(":")
         pairs = [change.split("=", 1) for change in changes.split(",")]
         if name not in ROWS or ROWS[name].kind != "earteach" or any(len(pair) < 2 for pair in pairs):
-            raise WordsError(f"--try {text}: is not ROW:option=value; write it as in kmeans:learning_rate=3e-4")
+            raise UsageError(f"--try {text}: is not ROW:option=value; write it as in kmeans:learning_rate=3e-4")
         options = {option.replace("-", "_"): _typed(option.replace("-", "_"), value) for option, value in pairs}
         rows[re.sub(r"[^\w.]+", "_", text)] = Row(
             f"{ROWS[name].label}, {changes}", "earteach", {**ROWS[name].options, **options}
@@ -191,13 +191,13 @@ def chosen_rows(names: str, tries: list[str]) -> dict[str, Row]:
 
 
 def _typed(option: str, word: str) -> Any:
-    """A word of --try as the value of a TrainConfig field. Raises WordsError."""
+    """A word of --try as the value of a TrainConfig field. Raises UsageError."""
     if option not in {spec.name for spec in fields(TrainConfig)}:
-        raise WordsError(f"--try {option}: is no option of earteach train; see its --help")
+        raise UsageError(f"--try {option}: is no option of earteach train; see its --help")
     kinds = get_type_hints(TrainConfig)[option]
     if bool in (kinds, *get_args(kinds)):
         if word not in ("true", "false"):
-            raise WordsError(f"--try {option}={word}: is on or off; write true or false")
+            raise UsageError(f"--try {option}={word}: is on or off; write true or false")
         return word == "true"
     return word
 
@@ -219,7 +219,7 @@ def run_row(
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if result["job"] != job:
-            raise WordsError(f"{folder}: was run with other options; give another folder, or remove this one")
+            raise UsageError(f"{folder}: was run with other options; give another folder, or remove this one")
     else:
         print(f"study: {name}, seed {seed}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
@@ -243,8 +243,8 @@ def health_of(metrics: Path, val: str, root_dir: str | None) -> dict[str, Any]:
         return {}
     rows = read_metrics(metrics)
     start, end = (Health(*(float(row[f"val/{spec.name}"]) for spec in fields(Health))) for row in (rows[0], rows[-1]))
-    pictures = min(len(read_manifest(val, root_dir)), JUDGED_ON)
-    lost = degraded(*(float(row["val/retrieval"]) for row in (rows[-1], rows[0])), pictures)
+    images = min(len(read_manifest(val, root_dir)), JUDGED_ON)
+    lost = degraded(*(float(row["val/retrieval"]) for row in (rows[-1], rows[0])), images)
     said = "collapsed" if verdict(end, start) else "degraded" if lost else "in order"
     return {"health": (start, end), "verdict": said}
 
@@ -344,7 +344,7 @@ def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> str
             pair = (_difference(results["recommended"], results[name], which, figure) for figure in ("rank1", "eer"))
             duel.append([rows[name].label, *pair])
         parts += [
-            f"**{which}**: {about['pictures']} pictures, {about['people']} people, {about['ears']} ears; rank-1 by chance "
+            f"**{which}**: {about['pictures']} images, {about['people']} people, {about['ears']} ears; rank-1 by chance "
             f"{100 * about['chance']:.1f} %.",
             _markdown(lines),
             *([_markdown(duel)] if duel else []),
@@ -382,9 +382,9 @@ def _against(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row], nam
 def _difference(mine: list[dict[str, Any]], theirs: list[dict[str, Any]], which: str, figure: str) -> str:
     """Mean over seeds of `mine` less that of `theirs`, both treated alike, in points; in brackets its 95 % interval
     under a bootstrap over people that draws the same people for all."""
-    pictures = [run["draws"][which]["rows"].tolist() for run in [*mine, *theirs]]
-    if any(rows != pictures[0] for rows in pictures):
-        return "–"  # not the same pictures could be read
+    images = [run["draws"][which]["rows"].tolist() for run in [*mine, *theirs]]
+    if any(rows != images[0] for rows in images):
+        return "–"  # not the same images could be read
     cells = []
     for way in WAYS:
         value, drawn = (
@@ -407,12 +407,10 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def _notes(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> list[str]:
-    notes = ["Identity figures are raw cosine / centred and whitened on unlabelled training pictures."]
+    notes = ["Identity figures are raw cosine / centred and whitened on unlabelled training images."]
     constant = next((runs[0]["constant_nme"] for runs in results.values() if "constant_nme" in runs[0]), None)
     if constant is not None:
-        notes.append(
-            f"Landmarks: the mean points of the ear's side, whatever the picture, give {100 * constant:.2f} %."
-        )
+        notes.append(f"Landmarks: the mean points of the ear's side, whatever the image, give {100 * constant:.2f} %.")
     for name, runs in results.items():
         if rows[name].kind == "step0":
             notes.append(f"Step 0 against the untouched backbone: largest difference {runs[0]['difference']:.1e}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ManifestError
-from ...files import brief, printable
+from ...files import printable, short_message
 from ..boxes import Box, box_around
 from .columns import IDENTITY, OFFERED, SIDE, compare, names_of
 from .json_lines import read_objects
@@ -74,7 +74,7 @@ def _content(path: Path, where: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not readable as JSON ({brief(error)}); save it as UTF-8") from error
+        raise ManifestError(f"{where}: not readable as JSON ({short_message(error)}); save it as UTF-8") from error
 
 
 def _box(mark: dict[str, Any], where: str, number: int) -> Box:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from ...errors import ManifestError
-from ...files import brief, cell, printable, uncell
+from ...files import escape_csv, printable, short_message, unescape_csv
 from ..boxes import Box
 from .columns import find_columns
 from .json_lines import read_objects
@@ -18,7 +18,7 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
     """Raise ManifestError if it is not readable, or its columns are not understood."""
     with _reading(path, where) as (reader, _):
         find_columns(reader.fieldnames or [], where, identity_column)  # of a list without rows, too
-        return read_objects(_rows(reader, where), where, identity_column, lambda text: uncell(text or ""))
+        return read_objects(_rows(reader, where), where, identity_column, lambda text: unescape_csv(text or ""))
 
 
 def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
@@ -32,8 +32,8 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
                 raise ManifestError(
                     f"row {number} ({printable(name)}): its control characters cannot go into CSV; write .npy or .jsonl"
                 )
-            same = name if cell(name) == name else f"./{name}"  # the same path, and no formula
-            writer.writerow([same, *(box or ("",) * 4), cell(identity), cell(side)])
+            same = name if escape_csv(name) == name else f"./{name}"  # the same path, and no formula
+            writer.writerow([same, *(box or ("",) * 4), escape_csv(identity), escape_csv(side)])
 
 
 def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
@@ -93,7 +93,7 @@ def _reading(path: Path, where: str, kept: bool = False) -> Iterator[tuple[csv.D
             reader.fieldnames  # noqa: B018  (reads the header)
             yield reader, lines
     except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
-        raise ManifestError(f"{where}: not readable as CSV ({brief(error)}); save it as UTF-8") from error
+        raise ManifestError(f"{where}: not readable as CSV ({short_message(error)}); save it as UTF-8") from error
 
 
 def _rows(reader: csv.DictReader, where: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ManifestError
-from ...files import brief
+from ...files import short_message
 from ..boxes import Box
 from .columns import Columns, compare, find_columns, read_row
 from .rows import Rows, per_box, stated_size
@@ -19,7 +19,7 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
             return read_objects(_objects(file, where), where, identity_column)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(
-            f"{where}: not readable as JSON Lines ({brief(error)}); one object a line, UTF-8"
+            f"{where}: not readable as JSON Lines ({short_message(error)}); one object a line, UTF-8"
         ) from error
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EarTeachError, ManifestError
-from ...files import brief, printable
+from ...files import printable, short_message
 from ..boxes import Box
 from .json_lines import read_objects
 from .rows import Rows
@@ -40,7 +40,7 @@ def _table(path: Path, where: str) -> Any:
     try:
         return parquet.read_table(path)
     except (OSError, arrow.ArrowException) as error:
-        raise ManifestError(f"{where}: not readable as Parquet ({brief(error)}); write it again") from error
+        raise ManifestError(f"{where}: not readable as Parquet ({short_message(error)}); write it again") from error
 
 
 def _pyarrow() -> tuple[Any, Any]:

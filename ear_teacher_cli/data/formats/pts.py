@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ManifestError
-from ...files import brief
+from ...files import short_message
 from ..boxes import Box, box_around
 from .rows import points_of
 
@@ -22,7 +22,7 @@ def read_boxes(path: Path, where: str) -> list[Box]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{where}: cannot be read ({brief(error)}); check the file") from error
+        raise ManifestError(f"{where}: cannot be read ({short_message(error)}); check the file") from error
     blocks = _BLOCK.findall(text)
     if not blocks:
         raise ManifestError(f"{where}: is no .pts file; it needs n_points: N and N lines of x y between braces")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ManifestError
-from ...files import brief, printable
+from ...files import printable, short_message
 from ..boxes import Box
 from .tree import Tree
 
@@ -38,9 +38,9 @@ def read_labels(path: Path, where: str) -> Labels:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        return Labels(problem=f"{where}: is not UTF-8 ({brief(error)}); save it as UTF-8", may_be_other=True)
+        return Labels(problem=f"{where}: is not UTF-8 ({short_message(error)}); save it as UTF-8", may_be_other=True)
     except OSError as error:
-        raise ManifestError(f"{where}: cannot be read ({brief(error)}); check the file") from error
+        raise ManifestError(f"{where}: cannot be read ({short_message(error)}); check the file") from error
     labels = Labels()
     for number, line in enumerate(lines, 1):
         words = line.replace(",", " ").split()

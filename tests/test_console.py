@@ -3,13 +3,13 @@
 from io import StringIO
 
 import pytest
-from rich.console import Console
+from rich.console import Console as Terminal
 
 from ear_teacher_cli.config import TrainConfig
-from ear_teacher_cli.console import Silence, Talk
+from ear_teacher_cli.console import Console, SilentConsole
 from ear_teacher_cli.training.progress import Reporter
 
-FIGURES = {
+METRICS = {
     "train/loss": 11.4412, "train/recon_loss": 0.1338, "train/metric_loss": 12.04, "train/contrastive_loss": 5.283,
     "val/loss": 8.395, "val/recon_loss": 0.2461, "val/metric_loss": 6.792, "val/contrastive_loss": 4.753,
     "val/psnr": 15.04, "val/retrieval": 14.58, "val/rank1": 22.9, "val/eer": 34.0, "val/spread": 0.52,
@@ -17,42 +17,42 @@ FIGURES = {
 }  # fmt: skip
 
 
-def talk_in(width: int | None, color: str | None = None) -> Talk:
+def console_in(width: int | None, color: str | None = None) -> Console:
     """In a terminal of that width, or with None in a pipe."""
-    talk = Talk()
+    console = Console()
     terminal = width is not None
-    talk.console = Console(
+    console.terminal = Terminal(
         file=StringIO(), force_terminal=terminal, width=width or 80, color_system=color, highlight=False, soft_wrap=True
     )
-    return talk
+    return console
 
 
-def said(talk: Talk) -> list[str]:
-    return talk.console.file.getvalue().splitlines()
+def said(console: Console) -> list[str]:
+    return console.terminal.file.getvalue().splitlines()
 
 
-def rows(talk: Talk) -> None:
-    reporter = Reporter(TrainConfig(max_epochs=100), talk)
-    start = {name: value for name, value in FIGURES.items() if name in ("val/retrieval", "val/spread")}
-    talk.row(reporter._cells("start", start, FIGURES), "before training: retrieval 6.2 %")
+def rows(console: Console) -> None:
+    reporter = Reporter(TrainConfig(max_epochs=100), console)
+    start = {name: value for name, value in METRICS.items() if name in ("val/retrieval", "val/spread")}
+    console.row(reporter._cells("start", start, METRICS), "before training: retrieval 6.2 %")
     for epoch, scale in ((1, 1), (10, 1e-3), (100, 1e-6)):
-        figures = {name: value * scale if "loss" in name else value for name, value in FIGURES.items()}
-        cells = reporter._cells(f"{epoch}/100", figures, FIGURES, "COLLAPSED", "1234.5", "10 h 05 min")
-        talk.row(cells, f"epoch {epoch}/100: train 11.44")
+        figures = {name: value * scale if "loss" in name else value for name, value in METRICS.items()}
+        cells = reporter._cells(f"{epoch}/100", figures, METRICS, "COLLAPSED", "1234.5", "10 h 05 min")
+        console.row(cells, f"epoch {epoch}/100: train 11.44")
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
 def test_a_row_fits_the_terminal_and_its_heads_are_said_once(width):
-    talk = talk_in(width)
-    rows(talk)
-    lines = said(talk)
+    console = console_in(width)
+    rows(console)
+    lines = said(console)
     assert len(lines) == 5 and max(map(len, lines)) <= width
     assert lines[0].split()[0] == "epoch" and lines[-1].split()[0] == "100/100"
     assert len({len(line.rstrip()) for line in lines if "COLLAPSED" in line}) == 1
 
 
 def test_what_matters_most_is_in_80_columns_and_everything_in_200():
-    narrow, wide = talk_in(80), talk_in(200)
+    narrow, wide = console_in(80), console_in(200)
     rows(narrow)
     rows(wide)
     assert {"train", "val", "PSNR", "retrieval", "embeddings", "left"} <= set(said(narrow)[0].split())
@@ -60,33 +60,33 @@ def test_what_matters_most_is_in_80_columns_and_everything_in_200():
 
 
 def test_a_log_has_sentences_and_no_table():
-    talk = talk_in(None)
-    rows(talk)
-    talk.facts([("teacher", "convnext_tiny, " * 20 + "end"), ("", "and more")])
-    assert said(talk)[0] == "before training: retrieval 6.2 %"
-    assert said(talk)[1:4] == [f"epoch {epoch}/100: train 11.44" for epoch in (1, 10, 100)]
-    assert said(talk)[4] == f"teacher: {'convnext_tiny, ' * 20}end"
-    assert said(talk)[5] == "    and more"
+    console = console_in(None)
+    rows(console)
+    console.summary([("teacher", "convnext_tiny, " * 20 + "end"), ("", "and more")])
+    assert said(console)[0] == "before training: retrieval 6.2 %"
+    assert said(console)[1:4] == [f"epoch {epoch}/100: train 11.44" for epoch in (1, 10, 100)]
+    assert said(console)[4] == f"teacher: {'convnext_tiny, ' * 20}end"
+    assert said(console)[5] == "    and more"
 
 
 def test_facts_are_aligned_and_wrapped_in_a_terminal():
-    talk = talk_in(60)
-    talk.facts([("teacher", "convnext_tiny " * 12), ("data", "x")])
-    lines = said(talk)
+    console = console_in(60)
+    console.summary([("teacher", "convnext_tiny " * 12), ("data", "x")])
+    lines = said(console)
     assert max(map(len, lines)) <= 60 and lines[0].startswith("teacher     convnext_tiny")
     assert lines[1].startswith(" " * 12 + "convnext_tiny") and lines[-1] == "data        x"
 
 
 def test_names_cannot_paint_the_terminal():
-    talk = talk_in(80, "truecolor")
-    talk.facts([("data", "[red]a\x1b[31mb")])
-    assert "[red]a" in said(talk)[0] and "\x1b[31mb" not in said(talk)[0]
+    console = console_in(80, "truecolor")
+    console.summary([("data", "[red]a\x1b[31mb")])
+    assert "[red]a" in said(console)[0] and "\x1b[31mb" not in said(console)[0]
 
 
 def test_quiet_says_warnings_and_silence_nothing(capsys):
-    quiet = Talk(quiet=True)
-    quiet.facts([("a", "b")])
+    quiet = Console(quiet=True)
+    quiet.summary([("a", "b")])
     quiet.row([], "c")
     quiet.warn("d")
-    Silence().warn("e")
+    SilentConsole().warn("e")
     assert capsys.readouterr().err == "warning: d\n"
