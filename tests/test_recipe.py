@@ -20,9 +20,10 @@ from ear_teacher_cli.data.manifest import read_manifest, write_manifest
 from ear_teacher_cli.data.preprocessing import preprocessing_of
 from ear_teacher_cli.errors import ConfigError, EarTeachError
 from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
-from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics, parameter_groups
+from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics
 from ear_teacher_cli.quality import collapse
 from ear_teacher_cli.training.losses import consistency_loss, contrastive_loss
+from ear_teacher_cli.training.optimisation import parameter_groups
 from ear_teacher_cli.training.run import resume, train
 
 QUIET = Console(quiet=True)
