@@ -160,8 +160,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--pictures", metavar="DEMO", help="take the README's images anew from what make demo left")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
     options = parser.parse_args(words)
-    if options.images:
-        take_images(Path(options.images))
+    if options.pictures:
+        take_images(Path(options.pictures))
     wanted = pages()
     names = different(wanted)
     if options.check:
