@@ -160,12 +160,13 @@ def whitened(manifests, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exports(whitened, tmp_path_factory) -> Path:
     """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint. Tests must not change them."""
-    from ear_teacher_cli.export.export import export_backbone
+    from ear_teacher_cli.export.export import ExportOptions, export_backbone
 
     folder = tmp_path_factory.mktemp("exports")
     export_backbone(whitened, folder / "teacher.safetensors")
-    export_backbone(whitened, folder / "teacher.onnx", features=True)
-    export_backbone(whitened, folder / "teacher", consent="drawn, nobody", license="MIT | of us")
+    export_backbone(whitened, folder / "teacher.onnx", options=ExportOptions(features=True))
+    options = ExportOptions(consent="drawn, nobody", license="MIT | of us")
+    export_backbone(whitened, folder / "teacher", options=options)
     return folder
 
 

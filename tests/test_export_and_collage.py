@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from ear_teacher_cli import run_folder
 from ear_teacher_cli.errors import WeightsError
-from ear_teacher_cli.export import export as verb
+from ear_teacher_cli.export import safetensors as safetensors_format
+from ear_teacher_cli.export.export import export_backbone
 from ear_teacher_cli.model.weights import sha256_of
 
 
@@ -70,9 +71,9 @@ def test_a_failed_proof_leaves_no_file(run, tmp_path, monkeypatch):
 
         save_file({**state, "stem.0.bias": state["stem.0.bias"] + 1}, path, metadata=metadata)
 
-    monkeypatch.setattr(verb, "write_safetensors", spoil)
+    monkeypatch.setattr(safetensors_format, "write_safetensors", spoil)
     with pytest.raises(WeightsError, match="differ"):
-        verb.export_backbone(run, tmp_path / "e.safetensors")
+        export_backbone(run, tmp_path / "e.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,7 +85,7 @@ def test_other_names_are_refused(run, tmp_path, earteach, out, code):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, earteach):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "x.ckpt")
     said = earteach("export-backbone", tmp_path / "x.ckpt", tmp_path / "e.safetensors")
-    assert said.code == 1 and "no checkpoint of earteach" in said.err
+    assert said.code == 1 and "not a checkpoint of earteach" in said.err
 
 
 def test_an_existing_export_stays(run, tmp_path, earteach):

@@ -18,7 +18,9 @@ from ear_teacher_cli import load_backbone, load_crop, normalise
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import WeightsError
-from ear_teacher_cli.export import export as verb
+from ear_teacher_cli.export import folder as folder_format
+from ear_teacher_cli.export import onnx as onnx_format
+from ear_teacher_cli.export.export import ExportOptions, export_backbone
 from ear_teacher_cli.export.onnx import OnnxModel
 from ear_teacher_cli.model import golden
 from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
@@ -236,8 +238,8 @@ def forget_the_size(tensors, header):
         (rename_a_key, "norm.wait"),
         (drop_a_key, "1 missing"),
         (say_another_architecture, "fit resnet18"),
-        (break_the_golden_batch, "golden batch is not whole"),
-        (forget_the_size, "header is not whole"),
+        (break_the_golden_batch, "golden batch is damaged"),
+        (forget_the_size, "header is incomplete"),
     ],
 )
 def test_what_does_not_fit_is_refused(exports, tmp_path, earteach, change, word):
@@ -303,10 +305,10 @@ def test_what_is_no_export_is_said_to_be_none(exports, whitened, tmp_path, earte
     (missing / "README.md").unlink()
     checkpoint = best_checkpoint(whitened)
     for path, code, word in (
-        (exports, 1, "no export"),
+        (exports, 1, "not an export"),
         (exports / "teacher.whitening.safetensors", 1, "not written by"),
         (missing, 1, "README.md"),
-        (checkpoint, 2, "no export by its name"),
+        (checkpoint, 2, "not an export by its name"),
     ):
         said = earteach("verify", path)
         assert said.code == code and word in said.err, said
@@ -361,9 +363,10 @@ def test_another_teacher_is_told_by_its_fingerprint(exports, run, tmp_path, eart
 
 @pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_form(exports, whitened, tmp_path):
-    verb.export_backbone(whitened, tmp_path / "teacher.onnx", features=True)
+    export_backbone(whitened, tmp_path / "teacher.onnx", options=ExportOptions(features=True))
     assert (tmp_path / "teacher.onnx").read_bytes() == (exports / "teacher.onnx").read_bytes()
-    verb.export_backbone(whitened, tmp_path / "teacher", consent="drawn, nobody", license="MIT | of us")
+    options = ExportOptions(consent="drawn, nobody", license="MIT | of us")
+    export_backbone(whitened, tmp_path / "teacher", options=options)
     for path in (exports / "teacher").iterdir():
         assert path.read_bytes() == (tmp_path / "teacher" / path.name).read_bytes(), path.name
     assert (exports / "teacher" / "model.safetensors").read_bytes() == (exports / "teacher.safetensors").read_bytes()
@@ -434,8 +437,8 @@ def test_weights_beyond_float16_are_refused(whitened, tmp_path, monkeypatch):
         return {k: torch.full_like(v, 1e6) if k == "stem.0.bias" else v for k, v in state(checkpoint).items()}
 
     monkeypatch.setattr("ear_teacher_cli.model.checkpoint.Checkpoint.backbone_state", property(large))
-    with pytest.raises(WeightsError, match=r"stem.0.bias holds numbers that float16 cannot"):
-        verb.export_backbone(whitened, tmp_path / "half.safetensors", half=True)
+    with pytest.raises(WeightsError, match=r"stem.0.bias holds values too large for float16"):
+        export_backbone(whitened, tmp_path / "half.safetensors", options=ExportOptions(half=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -490,12 +493,12 @@ def test_an_existing_folder_stays_unless_it_is_ours_and_told_so(exports, whitene
 
 @pytest.mark.slow
 def test_a_failed_proof_leaves_no_folder_and_no_onnx(whitened, tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "relative_difference", lambda a, b: 1.0)
-    with pytest.raises(WeightsError, match="onnxruntime's numbers differ"):
-        verb.export_backbone(whitened, tmp_path / "x.onnx")
-    monkeypatch.setattr(verb, "_largest_difference", lambda fresh, own, about: 0.5)
+    monkeypatch.setattr(onnx_format, "relative_difference", lambda a, b: 1.0)
+    with pytest.raises(WeightsError, match="x.onnx: outputs in onnxruntime differ"):
+        export_backbone(whitened, tmp_path / "x.onnx")
+    monkeypatch.setattr(folder_format.safetensors, "largest_difference", lambda fresh, own, about: 0.5)
     with pytest.raises(WeightsError, match="differ"):
-        verb.export_backbone(whitened, tmp_path / "x")
+        export_backbone(whitened, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -503,7 +506,7 @@ def test_what_a_killed_export_left_is_swept(whitened, tmp_path):
     left = tmp_path / ".teacher.abc_0123.part"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
-    verb.export_backbone(whitened, tmp_path / "teacher")
+    export_backbone(whitened, tmp_path / "teacher")
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
@@ -512,7 +515,7 @@ def test_what_only_looks_like_a_leftover_stays(whitened, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "photo.jpg").write_text("mine")
     (tmp_path / ".teacher.ijklmnop.part").write_text("mine")  # a file, not a folder
-    verb.export_backbone(whitened, tmp_path / "teacher")
+    export_backbone(whitened, tmp_path / "teacher")
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -532,7 +535,7 @@ def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(exports, wh
 
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        verb.export_backbone(whitened, folder, overwrite=True)
+        export_backbone(whitened, folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
     assert (folder / "README.md").read_text() == "the earlier one"
 
@@ -558,12 +561,12 @@ def test_two_forms_of_one_teacher_share_a_whitening_and_others_do_not(exports, w
 def test_numbers_that_are_none_pass_no_proof(whitened, tmp_path, monkeypatch):
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, pixels: [np.full((len(pixels), 64), np.nan, np.float32)])
     with pytest.raises(WeightsError, match="differ from torch's by inf"):
-        verb.export_backbone(whitened, tmp_path / "x.onnx")
+        export_backbone(whitened, tmp_path / "x.onnx")
     assert golden.relative_difference(np.zeros(2), np.zeros(3)) == float("inf")
 
 
 def test_the_card_gives_no_figures_of_other_weights(whitened, tmp_path):
-    verb.export_backbone(whitened, tmp_path / "x", ema=False, half=True)
+    export_backbone(whitened, tmp_path / "x", options=ExportOptions(ema=False, half=True))
     card = (tmp_path / "x" / "README.md").read_text()
     assert "Not measured for these weights" in card and "float16" in card and "neither averaged nor moved back" in card
 
@@ -573,7 +576,7 @@ def test_a_damaged_metrics_file_costs_the_figures_only(whitened, tmp_path):
     copy = shutil.copytree(whitened, tmp_path / "run")
     for content in (b"\xff\xfe", b"epoch,val/psnr\n2,abc\n1,abc\n"):
         (copy / "metrics.csv").write_bytes(content)
-        verb.export_backbone(copy, tmp_path / "x", overwrite=True)
+        export_backbone(copy, tmp_path / "x", overwrite=True)
         assert "not known" in (tmp_path / "x" / "README.md").read_text().lower()
 
 

@@ -104,13 +104,13 @@ def test_one_missing_tensor_is_an_error_that_names_it(tiny, tmp_path):
 
 def test_one_tensor_too_many_is_an_error_that_names_it(tiny, tmp_path):
     torch.save({**facebook_names(tiny), "stages.0.7.gamma": torch.zeros(96)}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match=r"1 not wanted: stages\.0\.blocks\.7\.gamma"):
+    with pytest.raises(WeightsError, match=r"1 unexpected: stages\.0\.blocks\.7\.gamma"):
         load_file(timm.create_model("convnext_tiny", num_classes=0), "convnext_tiny", tmp_path / "x.pth")
 
 
 def test_another_architecture_is_refused_naming_keys(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(WeightsError, match=r"0 of 180 tensors fit convnext_tiny.*missing.*not wanted: bn1\.bias"):
+    with pytest.raises(WeightsError, match=r"0 of 180 tensors fit convnext_tiny.*missing.*unexpected: bn1\.bias"):
         load_file(timm.create_model("convnext_tiny", num_classes=0), "convnext_tiny", tmp_path / "resnet.pth")
 
 

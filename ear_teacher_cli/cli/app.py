@@ -649,21 +649,22 @@ def export_backbone(
         checkpoint,
         out,
         overwrite,
-        features=features,
-        half=half,
-        ema=ema,
-        val_metadata=val_metadata,
-        root_dir=root_dir,
-        reading=Reading(box_format, box_units, identity_column),
-        consent=consent,
-        license=license,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        console=console,
+        verb.ExportOptions(
+            features=features,
+            half=half,
+            ema=ema,
+            val_metadata=val_metadata,
+            root_dir=root_dir,
+            reading=Reading(box_format, box_units, identity_column),
+            consent=consent,
+            license=license,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        ),
+        console,
     )
-    kind = "compared with torch in onnxruntime" if made.kind == "onnx" else "loaded back into timm strictly"
     console.info(
-        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers an image; {kind}, "
+        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers an image; {made.proof}, "
         f"largest difference {made.difference:.2g}"
         + (f"; maps of strides {', '.join(map(str, made.maps))}" if made.maps else "")
         + (f"; float16 moves the embeddings by {made.rounding:.2g} of the largest" if made.rounding is not None else "")

@@ -1,6 +1,6 @@
-"""The only reader of weights files and checkpoints: always `weights_only`, never a pickle that runs.
+"""Read and write checkpoints and weights files. Nothing else calls `torch.load`, and no pickled code is run.
 
-A checkpoint of ours is Lightning's dict (`state_dict`, `optimizer_states`, `loops`, ...) plus
+A checkpoint of `earteach train` is Lightning's dict (`state_dict`, `optimizer_states`, `loops`, ...) plus
 `hyper_parameters` (the TrainConfig as a dict) and `earteach` (see `describe`).
 """
 
@@ -24,7 +24,7 @@ from ..data.preprocessing import Preprocessing
 from ..errors import ForeignWeightsError, UsageError, WeightsError
 from ..files import printable, short_message, whole_file
 
-FORMAT = 1
+FORMAT = 1  # of the `earteach` entry
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,22 @@ class Checkpoint:
 
     @property
     def model_state(self) -> dict[str, torch.Tensor]:
-        """TeacherModel's tensors under its own names, contiguous as safetensors wants them (training has them
-        channels_last)."""
+        """Tensors of TeacherModel under its own names, made contiguous for safetensors (training uses channels_last)."""
         state = self.content["state_dict"].items()
         return {k.removeprefix("model."): v.contiguous() for k, v in state if k.startswith("model.")}
 
     @property
     def backbone_state(self) -> dict[str, torch.Tensor]:
-        """The backbone's tensors under timm's names."""
+        """Tensors of the backbone under timm's names."""
         return {k.removeprefix("backbone."): v for k, v in self.model_state.items() if k.startswith("backbone.")}
 
     @property
     def as_learning(self) -> "Checkpoint":
-        """With the weights that training goes on with, not the moving average or what was moved back to the start.
+        """This checkpoint with the weights that the optimiser updates, instead of those that were validated (averaged, or
+        interpolated with the baseline); without the whitening, which was fitted to the validated ones.
 
-        Without the whitening, which was fitted to the others. Raises UsageError if there is but one set."""
+        Raises UsageError if the checkpoint holds only one set of weights.
+        """
         learning = self.content.get("learning_state")
         if not isinstance(learning, dict):
             raise UsageError(f"{printable(self.path)}: holds one set of weights; leave --no-ema out")
@@ -67,7 +68,7 @@ class Checkpoint:
 def describe(
     config: TrainConfig, preprocessing: Preprocessing, embedding_dim: int, epochs: int, steps_per_epoch: int
 ) -> dict[str, Any]:
-    """The `earteach` part of a checkpoint: what inference needs, in plain values."""
+    """Return the `earteach` entry of a checkpoint: what inference needs, in plain values."""
     return {
         "format": FORMAT,
         "version": __version__,
@@ -80,12 +81,12 @@ def describe(
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that `earteach train` wrote. Raises WeightsError."""
+    """Read a checkpoint of `earteach train`. Raises ForeignWeightsError if it is not one, WeightsError if it is damaged."""
     where = printable(path)
     content = read_torch(Path(path))
     if not isinstance(content, dict) or "earteach" not in content or "hyper_parameters" not in content:
         raise ForeignWeightsError(
-            f"{where}: is no checkpoint of earteach train; give one from a run's checkpoints folder"
+            f"{where}: is not a checkpoint of earteach train; give one from a run's checkpoints folder"
         )
     about = content["earteach"]
     if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -102,24 +103,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{where}: what it says of itself is not whole ({error!r}); use another checkpoint"
+            f"{where}: its description of the model is incomplete ({error!r}); use another checkpoint"
         ) from error
 
 
 def require_fit(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
-    """Raise WeightsError unless the checkpoint's model has the names and shapes of `state`, its architecture's."""
+    """Raise WeightsError unless the tensors of the checkpoint's model have the names and shapes of those in `state`, a
+    model of the architecture that the checkpoint names."""
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.model_state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if different:
         raise WeightsError(
-            f"{printable(checkpoint.path)}: says it is of {printable(checkpoint.config.backbone)}, but {len(different)} of its "
-            f"tensors are not ({printable(different[0])}, ...); use another checkpoint"
+            f"{printable(checkpoint.path)}: names the backbone {printable(checkpoint.config.backbone)}, but "
+            f"{len(different)} of its tensors do not fit it ({printable(different[0])}, ...); use another checkpoint"
         )
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file (.safetensors, or torch's .pth, .pt, .ckpt, .bin). Raises WeightsError."""
+    """Read the tensors of a weights file (.safetensors, or torch's .pth, .pt, .ckpt, .bin). Raises WeightsError."""
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
@@ -135,19 +137,19 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, header metadata) of a .safetensors file. Raises WeightsError."""
+    """Return (tensors, header metadata) of a .safetensors file. Raises WeightsError."""
     _require_file(Path(path))
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{printable(path)}: damaged or no safetensors file ({short_message(error)}); fetch it again"
+            f"{printable(path)}: damaged, or not a safetensors file ({short_message(error)}); use another copy"
         ) from error
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Raises OSError as other writers do."""
+    """Write a .safetensors file. Raises OSError, on a full disk too."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
@@ -155,19 +157,19 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write it whole or not at all. Raises OSError on a full disk."""
+    """Write a checkpoint completely or not at all. Raises EarTeachError if it cannot be written (a full disk)."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # of torch's zip writer, when the disk is full: the file's own is behind it
+        except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk in the context
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote, without running its pickle. Raises WeightsError."""
+    """Read a file of torch.save without running code from its pickle. Raises WeightsError."""
     where = printable(path)
     _require_file(path)
     try:
@@ -181,18 +183,18 @@ def read_torch(path: Path) -> Any:
                 f"{where}: its pickle asks for {culprit[1] or culprit[2]}, which could run code; "
                 "nothing was run. Give a file of plain tensors (.safetensors)"
             ) from error
-        raise WeightsError(
-            f"{where}: is no weights file, or damaged ({short_message(error)}); use another copy"
-        ) from error
+        raise _unreadable(where, error) from error
     except _DAMAGE as error:
-        raise WeightsError(
-            f"{where}: is no weights file, or damaged ({short_message(error)}); use another copy"
-        ) from error
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> WeightsError:
+    return WeightsError(f"{where}: is not a weights file, or is damaged ({short_message(error)}); use another copy")
 
 
 def _check_archive(path: Path) -> None:
-    """Raise BadZipFile unless every record has the CRC-32 it was saved with, which torch.load does not look at, and
-    none is compressed, which torch.save never does: a small file would become a huge one."""
+    """Raise BadZipFile if the CRC-32 of a record is wrong (torch.load does not check it), or if records are compressed or
+    overlap (those of torch.save never are): a small file could expand to a huge one."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -200,10 +202,10 @@ def _check_archive(path: Path) -> None:
         if sum(record.file_size for record in records) > path.stat().st_size:
             raise zipfile.BadZipFile("its records overlap")
         if broken := archive.testzip():
-            raise zipfile.BadZipFile(f"record {broken} is not as it was saved")
+            raise zipfile.BadZipFile(f"checksum of record {broken} is wrong")
 
 
-# What torch.load raises on truncated, flipped or foreign bytes.
+# Exceptions of torch.load on truncated, changed or foreign bytes.
 _DAMAGE = (
     OSError,
     RuntimeError,

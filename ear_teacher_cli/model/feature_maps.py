@@ -1,21 +1,19 @@
-"""Feature maps of a backbone, as timm gives them, and their mean and variance: what a student is distilled from."""
+"""Feature maps of a backbone, as timm returns them, and their mean and variance per channel, for distillation."""
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
-from ..data.preprocessing import pretrained_cfg_of
 from ..errors import WeightsError
+from .teacher import input_size_argument
 
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """One map: its `name` in timm, `stride` in pixels, and mean and variance per channel, [C], over `values` cells."""
+    """One feature map: its `name` in timm, `stride` in pixels, and the mean and variance of each channel, [C]."""
 
     name: str
     stride: int
@@ -25,17 +23,17 @@ class MapStatistics:
 
 
 def map_model(backbone: nn.Module, architecture: str, image_size: int) -> nn.Module:
-    """timm's `features_only` model with the weights of `backbone`, on the CPU: B,3,H,W -> list of B,C,H',W', fine to coarse.
+    """Build timm's `features_only` model with the weights of `backbone`, on the CPU.
 
-    timm would drop keys it does not know with no more than a log line; here every tensor must come from the backbone.
-    Raises WeightsError if timm gives no maps of this model.
+    It maps normalised B,3,H,W to a list of B,C,H/stride,W/stride, fine to coarse. timm only logs the keys that it does
+    not know; here every tensor must come from the backbone. Raises WeightsError if timm has no maps of this model.
     """
-    sized = {"img_size": image_size} if pretrained_cfg_of(architecture).fixed_input_size else {}
+    size = input_size_argument(architecture, image_size)
     try:
-        maps = timm.create_model(architecture, pretrained=False, features_only=True, **sized)
+        maps = timm.create_model(architecture, pretrained=False, features_only=True, **size)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise WeightsError(f"{architecture}: timm gives no feature maps of it; choose another backbone") from error
-    # FeatureListNet calls stages.0.x stages_0.x; wrappers put `model.` before it
+    # FeatureListNet renames stages.0.x to stages_0.x; wrappers put `model.` before it
     state = {key.replace(".", "_"): tensor for key, tensor in backbone.state_dict().items()}
     with torch.no_grad():
         for key, tensor in maps.state_dict().items():
@@ -46,33 +44,20 @@ def map_model(backbone: nn.Module, architecture: str, image_size: int) -> nn.Mod
     return maps.eval().requires_grad_(False)
 
 
-def open_local_dir(folder: str | Path) -> tuple[nn.Module, nn.Module]:
-    """(backbone, maps) of an exported folder with nothing but timm's own loader, as users open it."""
-    log = logging.getLogger("timm")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it tells of a head that the maps do not need
-    try:
-        whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
-    finally:
-        log.setLevel(level)
-    return whole.eval(), maps.eval()
-
-
 @torch.inference_mode()
-def statistics(maps: nn.Module, images: Iterable[torch.Tensor]) -> list[MapStatistics]:
-    """Mean and variance of every channel over all cells of all images; none if there are no images.
+def statistics(maps: nn.Module, batches: Iterable[torch.Tensor]) -> list[MapStatistics]:
+    """Compute the mean and variance of every channel over all positions of all images.
 
-    `images`: normalised, B,3,H,W each."""
-    sums: list[torch.Tensor] = []
-    counts: list[int] = []
-    for batch in images:
+    `batches`: normalised images, B,3,H,W each. Returns an empty list if there are none.
+    """
+    sums: list[torch.Tensor] = []  # for each map: C,2, the sum and the sum of squares
+    counts: list[int] = []  # for each map: values per channel
+    for batch in batches:
         found = [stage.double() for stage in maps(batch)]
-        # C, 2 each: sum and sum of squares
         added = [torch.stack([stage.sum((0, 2, 3)), stage.square().sum((0, 2, 3))], -1) for stage in found]
         sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
-        cells = [stage.numel() // stage.shape[1] for stage in found]
-        counts = [a + b for a, b in zip(counts, cells, strict=True)] if counts else cells
+        sizes = [stage.numel() // stage.shape[1] for stage in found]
+        counts = [a + b for a, b in zip(counts, sizes, strict=True)] if counts else sizes
     if not sums:
         return []
     info = maps.feature_info
@@ -80,7 +65,7 @@ def statistics(maps: nn.Module, images: Iterable[torch.Tensor]) -> list[MapStati
     for name, stride, total, count in zip(info.module_name(), info.reduction(), sums, counts, strict=True):
         mean, square = (total / count).unbind(-1)
         variance = (square - mean.square()).clamp_min(0)
-        # six digits: the rest depends on the order of sums
+        # six digits: the others depend on the order of summation
         rounded = [[float(f"{value:.6g}") for value in values.tolist()] for values in (mean, variance)]
         result.append(MapStatistics(name, stride, len(mean), *rounded))
     return result

@@ -1,6 +1,6 @@
-"""The digest of an export's file, kept in its own metadata: whether every byte is as export-backbone wrote it.
+"""The digest of an exported file, kept in its own metadata: whether every byte is as export-backbone wrote it.
 
-The golden batch does not tell: one weight of millions, changed, moves its embeddings by less than rounding does.
+The golden batch does not detect this: changing one weight of millions moves its embeddings by less than rounding does.
 """
 
 import hashlib
@@ -12,62 +12,70 @@ from pathlib import Path
 from ..errors import WeightsError
 from ..files import printable
 
-KEY = "file_sha256"
-BLANK = "0" * 64  # what stands at its place while the digest is taken
-# An entry of the metadata as the two formats store it: JSON, and a protobuf field (number 2, 64 bytes long).
-_ENTRY = re.compile(KEY.encode() + rb'(?:":"|\x12\x40)([0-9a-f]{64})')
+KEY = "file_sha256"  # the name of the entry in the metadata
+BLANK = "0" * 64  # the placeholder while the digest is computed
 
 
 @dataclass(frozen=True)
-class Seal:
-    """`said`: the digest in the file's metadata, or None. `found`: the digest of the file, with BLANK in its place.
-    `named`: whether the entry's name is anywhere in the file, although no digest follows it."""
+class FileDigest:
+    """`recorded`: the digest in the file's metadata, None if there is none. `computed`: the digest of the file with BLANK
+    in its place. `named`: whether the name of the entry occurs in the file, also where no digest follows it."""
 
-    said: str | None
-    found: str
+    recorded: str | None
+    computed: str
     named: bool
 
     @property
     def broken(self) -> bool:
-        """Whether bytes are other than were written. False, too, where no digest was written."""
-        return self.named if self.said is None else self.said != self.found
+        """Whether the bytes differ from those written; False, too, where no digest was recorded."""
+        return self.named if self.recorded is None else self.recorded != self.computed
 
     def is_missing(self, entries: Collection[str], known: Collection[str]) -> bool:
-        """Whether the file was written without a digest. `entries`: the names in its metadata, `known`: those that
-        export-backbone writes; another one may be the digest's own, damaged."""
-        return self.said is None and not self.named and set(entries) <= set(known)
+        """Return whether the file was written without a digest. `entries`: the names in its metadata; `known`: those
+        that export-backbone writes. Any other name may be a damaged KEY."""
+        return self.recorded is None and not self.named and set(entries) <= set(known)
 
 
-def seal(path: Path) -> None:
-    """Write the digest over BLANK in an export's metadata."""
+def write_digest(path: Path, separator: bytes) -> None:
+    """Replace BLANK in the metadata of a file by the file's digest.
+
+    `separator`: the bytes that the format has between the name of a metadata entry and its value.
+    """
     data = path.read_bytes()
-    found = _ENTRY.search(data)
-    assert found is not None and found[1] == BLANK.encode()
+    entry = _find_entry(data, separator)
+    assert entry is not None and entry[1] == BLANK.encode()
     with open(path, "r+b") as file:
-        file.seek(found.start(1))
+        file.seek(entry.start(1))
         file.write(hashlib.sha256(data).hexdigest().encode())
 
 
-def read_seal(path: Path) -> Seal:
-    """Of a file that exists. The cost is a sha256 over the file. Raises WeightsError if it cannot be read."""
+def read_digest(path: Path, separator: bytes) -> FileDigest:
+    """Read the recorded digest of an existing file and compute its actual one (a sha256 over the file).
+
+    Raises WeightsError if the file cannot be read.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise WeightsError(f"{printable(path)}: cannot be read ({error.strerror or error}); check the path") from error
-    entry = _ENTRY.search(data)
+    entry = _find_entry(data, separator)
     if entry is None:
-        return Seal(None, hashlib.sha256(data).hexdigest(), KEY.encode() in data)
+        return FileDigest(None, hashlib.sha256(data).hexdigest(), KEY.encode() in data)
     digest = hashlib.sha256()
     with memoryview(data) as view:
         for part in (view[: entry.start(1)], BLANK.encode(), view[entry.end(1) :]):
             digest.update(part)
-    return Seal(entry[1].decode(), digest.hexdigest(), True)
+    return FileDigest(entry[1].decode(), digest.hexdigest(), True)
 
 
-def require_whole(path: Path) -> None:
-    """Raise WeightsError if the file's digest says that it is damaged."""
-    if path.is_file() and read_seal(path).broken:
+def require_intact(path: Path, separator: bytes) -> None:
+    """Raise WeightsError if the recorded digest of an existing file shows that it was damaged or changed."""
+    if path.is_file() and read_digest(path, separator).broken:
         raise WeightsError(
-            f"{printable(path)}: is damaged or was changed: its bytes are not those that its {KEY} is of; "
+            f"{printable(path)}: is damaged or was changed: its bytes do not match its {KEY}; "
             "export it again, or use another copy"
         )
+
+
+def _find_entry(data: bytes, separator: bytes) -> re.Match[bytes] | None:
+    return re.search(re.escape(KEY.encode() + separator) + rb"([0-9a-f]{64})", data)

@@ -1,8 +1,7 @@
-"""Learning gently from a pretrained start: what stays as it is, and how fast the rest may move.
+"""Fine-tuning with early stages frozen and batch-norm statistics kept.
 
-A backbone that is fine-tuned on few images forgets what its pretraining gave it, and that shows on the next
-camera. Early stages kept, batch-norm statistics kept, and a learning rate that falls towards the stem are the
-three brakes.
+A backbone fine-tuned on few images loses part of what its pretraining learned, which shows on images of other cameras.
+Frozen early stages, kept batch-norm statistics and learning rates that fall towards the stem limit this.
 """
 
 from torch import nn
@@ -12,9 +11,9 @@ from ..errors import ConfigError
 
 
 def freeze_to_stride(backbone: nn.Module, stride: int) -> None:
-    """Stop the gradient of every parameter up to the last stage whose stride is at most `stride`; 0 stops none.
+    """Freeze every parameter up to the last stage whose stride is at most `stride` pixels; 0 freezes none.
 
-    Raises ConfigError if timm knows no such stage of this backbone.
+    Raises ConfigError if timm lists no such stage of this backbone, or if it is the last one.
     """
     if stride == 0:
         return
@@ -23,12 +22,13 @@ def freeze_to_stride(backbone: nn.Module, stride: int) -> None:
     inside = [i for i, name in enumerate(names) if stages and name.startswith(f"{stages[-1]}.")]
     if not inside or inside[-1] == len(names) - 1:
         raise ConfigError("freeze_stride", f"{stride} ends no early stage of this backbone", "choose another, or 0")
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(names.index(name) > inside[-1])
+    for number, parameter in enumerate(backbone.parameters()):
+        parameter.requires_grad_(number > inside[-1])
 
 
 def keep_statistics(backbone: nn.Module, everywhere: bool) -> None:
-    """Batch normalisation of frozen layers (`everywhere`: of all) normalises by, and keeps, its stored statistics."""
+    """Put batch normalisation of frozen layers (`everywhere`: of all layers) into evaluation mode: it normalises by its
+    stored statistics and does not update them."""
     for module in backbone.modules():
         if isinstance(module, _BatchNorm):
             frozen = module.weight is not None and not module.weight.requires_grad

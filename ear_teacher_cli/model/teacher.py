@@ -1,6 +1,6 @@
-"""The teacher: a timm backbone, the heads of the metric loss, and a decoder back to pixels.
+"""The teacher network: a timm backbone, the heads of the losses on embeddings, and a decoder back to pixels.
 
-B images, H = W = image_size pixels, D embedding, D' projection.
+Shapes: B images, H = W = image_size pixels, D = embedding dimension, D' = projection dimension.
 """
 
 import timm
@@ -15,14 +15,27 @@ from .freezing import freeze_to_stride, keep_statistics
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:
-    """A timm model without classifier, random weights: B,3,H,W -> B,D. Raises ConfigError if timm has no such model."""
-    sized = {"img_size": image_size} if pretrained_cfg_of(name).fixed_input_size else {}
-    return timm.create_model(name, pretrained=False, num_classes=0, **sized)
+    """Build a timm model without classifier and with random weights: normalised B,3,H,W -> B,D.
+
+    Raises ConfigError if timm has no such model.
+    """
+    return timm.create_model(name, pretrained=False, num_classes=0, **input_size_argument(name, image_size))
+
+
+def input_size_argument(name: str, image_size: int) -> dict[str, int]:
+    """Return the keyword of `timm.create_model` for the input size in pixels: empty for models that take any size.
+
+    Raises ConfigError if timm has no such model.
+    """
+    return {"img_size": image_size} if pretrained_cfg_of(name).fixed_input_size else {}
 
 
 @torch.no_grad()
 def embedding_size(backbone: nn.Module, image_size: int) -> int:
-    """D, from an image sent through (timm's attributes differ from model to model)."""
+    """Return D, measured on one image (timm's attributes for it differ from model to model).
+
+    Raises ConfigError if the backbone does not return a vector for each image.
+    """
     was_training = backbone.training
     size = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape
     backbone.train(was_training)
@@ -32,12 +45,11 @@ def embedding_size(backbone: nn.Module, image_size: int) -> int:
 
 
 class TeacherModel(nn.Module):
-    """Backbone -> embedding -> projection -> prediction; and embedding -> decoder -> image.
+    """Backbone -> embedding -> projection -> prediction, and embedding -> decoder -> image.
 
-    The metric loss is asked of the prediction head's output, at the end of the chain, so that projection and
-    prediction both learn (DistributedDataParallel refuses parameters without a gradient) and the embedding
-    itself is free of the pseudo-classes' last word. The contrastive loss is asked of the projection. A head that no
-    loss asks is None.
+    The metric loss takes the output of the prediction head, the end of the chain, so that both heads get a gradient
+    (DistributedDataParallel does not accept parameters without one) and the pseudo-classes act on the embedding only
+    through the heads. The contrastive loss takes the output of the projection head. A head that no loss uses is None.
     """
 
     def __init__(self, config: TrainConfig):
@@ -52,29 +64,31 @@ class TeacherModel(nn.Module):
             )
         freeze_to_stride(self.backbone, config.kept_stride)
         self.keep_statistics = config.keeps_statistics
-        asked = config.learns_classes or config.compares_views
-        self.projection = projection_head(self.embedding_dim, config.projection_dim) if asked else None
-        predicts = config.learns_classes or config.consistency_weight > 0
-        self.prediction = prediction_head(config.projection_dim) if predicts else None
+        needs_projection = config.learns_classes or config.compares_views
+        self.projection = projection_head(self.embedding_dim, config.projection_dim) if needs_projection else None
+        needs_prediction = config.learns_classes or config.consistency_weight > 0
+        self.prediction = prediction_head(config.projection_dim) if needs_prediction else None
         self.decoder = Decoder(self.embedding_dim, config.image_size)
 
     def train(self, mode: bool = True) -> "TeacherModel":
+        """Set training mode, except for batch normalisation whose statistics are kept."""
         super().train(mode)
         keep_statistics(self.backbone, self.keep_statistics)
         return self
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised B,3,H,W -> B,D: what is exported, and what `embed` writes."""
+        """Return the embeddings B,D of normalised images B,3,H,W: the output that exports and `embed` use."""
         return self.backbone(images)
 
     def predict(self, embedding: torch.Tensor) -> torch.Tensor:
-        """B,D -> B,D': what the metric loss sees."""
+        """Return predictions B,D' of embeddings B,D: the input of the metric loss."""
         assert self.projection is not None and self.prediction is not None
         return self.prediction(self.projection(embedding))
 
 
 def projection_head(embedding_dim: int, projection_dim: int) -> nn.Sequential:
-    """B,D -> B,D' (SimSiam's projector, Chen and He 2021, sec. 3, with two layers; its end is centred by batch norm)."""
+    """Build B,D -> B,D': SimSiam's projector (Chen and He 2021, sec. 3) with two layers. Its output is centred by batch
+    normalisation."""
     return nn.Sequential(
         nn.Linear(embedding_dim, embedding_dim, bias=False),
         nn.BatchNorm1d(embedding_dim),
@@ -85,7 +99,7 @@ def projection_head(embedding_dim: int, projection_dim: int) -> nn.Sequential:
 
 
 def prediction_head(projection_dim: int) -> nn.Sequential:
-    """B,D' -> B,D' through a bottleneck of a quarter (SimSiam's predictor)."""
+    """Build B,D' -> B,D' through a bottleneck of D'/4 (SimSiam's predictor)."""
     hidden = max(1, projection_dim // 4)
     return nn.Sequential(
         nn.Linear(projection_dim, hidden, bias=False),

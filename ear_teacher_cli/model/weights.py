@@ -1,9 +1,9 @@
-"""Backbone weights from anywhere, strictly, with a receipt.
+"""Load backbone weights of several naming schemes strictly, and return a receipt.
 
 Four naming schemes are read: timm's, Facebook's ConvNeXt (`downsample_layers.0.0.weight`), torchvision's
 ConvNeXt (`features.1.0.block.0.weight`), and Lightning's (any of them under a prefix such as `model.backbone.`).
-A missing or extra backbone tensor is an error that names it: weights that silently do not load are the
-oldest mistake of this trade. Only a classifier is left out, and the receipt says so.
+A missing or unexpected backbone tensor is an error that names it, so that weights never fail to load unnoticed. Only a
+classifier is left out; the receipt counts its tensors.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was loaded into a backbone, for people and for records."""
+    """What was loaded into a backbone. `str` gives one line for messages and logs."""
 
     source: str
-    naming: str
-    loaded: int
-    left_out: int
-    sha256: str
+    naming: str  # the naming scheme of the source
+    loaded: int  # tensors
+    left_out: int  # tensors of a classifier
+    sha256: str  # of the file; of the tensors where there is none
 
     def __str__(self) -> str:
         rest = f", {self.left_out} classifier tensors left out" if self.left_out else ""
@@ -47,9 +47,12 @@ class Receipt:
 
 
 def load_pretrained(backbone: nn.Module, config: TrainConfig) -> Receipt:
-    """Fill a freshly built backbone as the configuration says: from its file, else from timm's hub."""
+    """Load the pretrained weights that `config` names into `backbone`: from its file, else from timm's hub.
+
+    Raises WeightsError.
+    """
     path, default = config.pretrained_path, TrainConfig.pretrained_path
-    # The default file is ConvNeXt-Tiny's; it does not speak for other backbones.
+    # The default file holds weights of ConvNeXt-Tiny; for other backbones it is ignored.
     if path != default or (config.backbone == TrainConfig.backbone and Path(path).exists()):
         return load_file(backbone, config.backbone, path)
     name = "convnext_tiny.fb_in22k" if config.backbone == TrainConfig.backbone else config.backbone
@@ -58,12 +61,15 @@ def load_pretrained(backbone: nn.Module, config: TrainConfig) -> Receipt:
 
 
 def load_file(backbone: nn.Module, name: str, path: str | Path) -> Receipt:
-    """Load a weights file of any of the naming schemes into `backbone`. Raises WeightsError."""
+    """Load a weights file of any naming scheme into `backbone`, timm's model `name`. Raises WeightsError."""
     return load_state(backbone, name, read_tensors(path), printable(path), sha256_of(path))
 
 
 def load_state(backbone: nn.Module, name: str, state: State, source: str, sha256: str) -> Receipt:
-    """Rename to timm's keys, leave a classifier out, load strictly. Raises WeightsError listing the keys."""
+    """Rename the tensors to timm's keys, leave a classifier out, and load the others strictly.
+
+    Raises WeightsError listing the keys that are missing, unexpected or of another shape.
+    """
     naming, renamed = to_timm_names(state)
     classifier = timm.get_pretrained_cfg(name).classifier or "head.fc"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -71,39 +77,35 @@ def load_state(backbone: nn.Module, name: str, state: State, source: str, sha256
     kept = {k: v for k, v in renamed.items() if k in wanted or not k.startswith(tuple(f"{h}." for h in heads))}
     kept = {k: _same_shape(v, wanted[k]) if k in wanted else v for k, v in kept.items()}
     missing, extra = sorted(set(wanted) - set(kept)), sorted(set(kept) - set(wanted))
-    # Batch norm counters carry no knowledge; files written before they existed lack them.
+    # The counters of batch norm do not affect the output; older files do not have them.
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     shapes = [k for k in kept if k in wanted and kept[k].shape != wanted[k].shape]
     if missing or extra or shapes:
         raise WeightsError(
             f"{source}: {len(set(wanted) & set(kept)) - len(shapes)} of {len(wanted)} tensors fit {name} "
-            f"(read as {naming} names); {_listing('missing', missing)}{_listing('not wanted', extra)}"
+            f"(read as {naming} names); {_listing('missing', missing)}{_listing('unexpected', extra)}"
             f"{_listing('of another shape', shapes)}give weights of {name}, or the --backbone they are of"
         )
-    # strict in effect: only the counters excused above may be missing
+    # still strict: only the counters excepted above may be missing
     backbone.load_state_dict({**{k: v for k, v in wanted.items() if k not in kept}, **kept})
     return Receipt(source, naming, len(kept), len(renamed) - len(kept), sha256)
 
 
 def load_from_hub(backbone: nn.Module, name: str, ways: str) -> Receipt:
-    """Load timm's published weights, from the local cache or over the network.
+    """Load timm's published weights of `name` into `backbone`, from the local cache or over the network.
 
-    Raises WeightsError, naming the other `ways`, if there are none or the hub is out of reach.
+    Raises WeightsError, ending with the alternatives `ways`, if there are none or the hub cannot be reached.
     """
     if not timm.is_model_pretrained(name):
-        raise WeightsError(f"{name}: timm has no pretrained weights of it; {ways}")
+        raise WeightsError(f"{name}: timm has no pretrained weights for it; {ways}")
     pretrained = timm.get_pretrained_cfg(name)
     try:
-        os_error: Exception | None = None
-        if not _in_cache(pretrained.hf_hub_id) and not _hub_in_reach():
-            os_error = OSError("no network")
-        else:
-            state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        if not _is_cached(pretrained.hf_hub_id) and not _hub_is_reachable():
+            raise OSError("no network")
+        state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
-        os_error = error
-    if os_error is not None:
-        reason = " ".join(str(os_error).split())[:120]
-        raise WeightsError(f"{name}: no weights file here, and timm's hub gave none ({reason}); {ways}") from os_error
+        reason = " ".join(str(error).split())[:120]
+        raise WeightsError(f"{name}: no weights file here, and timm's hub gave none ({reason}); {ways}") from error
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode() + state[key].contiguous().numpy().tobytes())
@@ -111,7 +113,7 @@ def load_from_hub(backbone: nn.Module, name: str, ways: str) -> Receipt:
 
 
 def to_timm_names(state: State) -> tuple[str, State]:
-    """(naming scheme, the same tensors under timm's names)."""
+    """Return (naming scheme, the same tensors under timm's names)."""
     prefix = _prefix(state)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     naming: str = "timm"
@@ -126,8 +128,9 @@ def to_timm_names(state: State) -> tuple[str, State]:
 
 
 def fingerprint(architecture: str, state: State, preprocessing: Preprocessing) -> str:
-    """64 hexadecimal digits that are equal where embeddings may be compared: of the architecture, every weight as
-    float32 (counters of batches aside) and the preprocessing, wherever they are kept."""
+    """Return a sha256 (64 hexadecimal digits) of the architecture, the preprocessing and every weight as float32 (without
+    the integer counters of batch norm). Embeddings are comparable only if their fingerprints are equal; the kind of file
+    that holds the weights makes no difference."""
     digest = hashlib.sha256(json.dumps([architecture, preprocessing.as_dict()], sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name]
@@ -138,11 +141,12 @@ def fingerprint(architecture: str, state: State, preprocessing: Preprocessing) -
 
 
 def sha256_of(path: str | Path) -> str:
+    """Return the sha256 of a file, in hexadecimal. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# The ConvNeXt block in the three schemes; timm/models/convnext.py holds the target names.
+# Patterns of names of ConvNeXt -> timm's names, as in timm/models/convnext.py.
 _FACEBOOK = (
     (r"^downsample_layers\.0\.(\d)\.", r"stem.\1."),
     (r"^downsample_layers\.(\d)\.(\d)\.", r"stages.\1.downsample.\2."),
@@ -167,7 +171,7 @@ _PREFIXES = ("model.backbone.", "teacher.backbone.", "backbone.", "module.", "mo
 
 
 def _prefix(state: State) -> str:
-    """The wrapper's prefix: of a Lightning checkpoint the backbone alone; otherwise one that all keys share."""
+    """Return the prefix of a wrapper: of a Lightning checkpoint that of the backbone, else one that all keys share."""
     for prefix in _PREFIXES:
         share = sum(k.startswith(prefix) for k in state)
         if share and ("backbone." in prefix or share == len(state)):
@@ -185,7 +189,8 @@ def _renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _same_shape(tensor: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Layer scale [C,1,1] as [C], a linear layer [O,I] as a 1 x 1 convolution [O,I,1,1]: same numbers, same order."""
+    """Return `tensor` in the shape of `wanted` if the two differ only in dimensions of size 1 (layer scale [C,1,1] and
+    [C]; a 1 x 1 convolution [O,I,1,1] and a linear layer [O,I]), else unchanged."""
     squeezed = [n for n in tensor.shape if n != 1] == [n for n in wanted.shape if n != 1]
     return tensor.reshape(wanted.shape) if squeezed else tensor
 
@@ -197,16 +202,16 @@ def _listing(what: str, keys: list[str]) -> str:
     return f"{len(keys)} {what}: {printable(', '.join(k[:80] for k in keys[:3]))}{rest}; "
 
 
-def _in_cache(hub_id: str | None) -> bool:
+def _is_cached(hub_id: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return bool(hub_id) and any(
-        isinstance(try_to_load_from_cache(hub_id, name), str) for name in ("model.safetensors", "pytorch_model.bin")
-    )
+    names = ("model.safetensors", "pytorch_model.bin")
+    return hub_id is not None and any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names)
 
 
-def _hub_in_reach() -> bool:
-    """Whether the hub's name resolves (or a proxy will do that): without this, huggingface_hub retries for 45 s."""
+def _hub_is_reachable() -> bool:
+    """Return whether the hub's host name resolves, or a proxy is set. Without this check huggingface_hub retries for
+    45 s."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -1,0 +1,96 @@
+"""What a format of exports consists of: the functions that write, check and open it, and what is passed to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ..config import Reading
+from ..console import Console
+from ..embedding.embedder import Embedder
+from ..model.checkpoint import Checkpoint
+from ..model.export_format import About, header_of
+from ..model.weights import State
+from .checks import Check
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export-backbone`. Which of them a format takes is in `Format.options`; the others are for all."""
+
+    features: bool = False  # the feature maps as further outputs
+    half: bool = False  # weights in float16
+    ema: bool = True  # the weights that the run validated; False: those that its optimiser updates
+    val_metadata: str | None = None  # images for the statistics of the feature maps; None: the run's validation images
+    root_dir: str | None = None
+    reading: Reading | None = None
+    consent: str | None = None  # for the model card, as `license`
+    license: str | None = None
+    batch_size: int = 32  # for the statistics, as `num_workers`
+    num_workers: int = 8
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What is exported, and how. `out`: the final path, for messages; a format writes to a temporary one."""
+
+    checkpoint: Checkpoint
+    embedder: Embedder  # with the weights to write, on the CPU
+    state: State  # the tensors to write, under timm's names
+    about: About
+    whitening: bytes | None  # content of its file, if the run fitted one
+    options: ExportOptions
+    console: Console
+    out: Path
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Metadata of the exported file."""
+        return header_of(self.about, self.embedder.sha256)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write` measured. `difference`: the largest difference between outputs of the checkpoint and of the export
+    loaded back. `proof`: how they were compared. `strides`: of the feature maps, in pixels, if there are any."""
+
+    difference: float
+    proof: str
+    strides: list[int]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An export opened for inference on the CPU. `run`: uint8 B,3,S,S -> float32 B,D. `fingerprint`: computed from the
+    weights where the format allows it, else the one in the header. `backbone`: where the format is opened by torch."""
+
+    about: About
+    fingerprint: str | None
+    run: Callable[[np.ndarray], np.ndarray]
+    backbone: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of exports.
+
+    `write(path, job)`: write a file, or into an existing empty folder, load it back and compare; raises WeightsError if
+    outputs differ. `verify(path)`: return the checks, and the opened export (None if it is too damaged to be run); raises
+    WeightsError for what cannot be read at all. `open(path)`: open an intact export; raises WeightsError if it is not.
+    `options`: the fields of ExportOptions that this format takes and not all do. `files`: of a folder, the names it may
+    hold, the weights first. `require`: raise EarTeachError if a package that it needs is missing.
+    """
+
+    description: str
+    write: Callable[[Path, ExportJob], Written]
+    verify: Callable[[Path], tuple[list[Check], Opened | None]]
+    open: Callable[[Path], Opened]
+    options: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    require: Callable[[], None] = lambda: None
+
+    def weights_file(self, out: Path) -> Path:
+        """Return the file with the weights of an export `out`, beside which its whitening lies."""
+        return out / self.files[0] if self.files else out
