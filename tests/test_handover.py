@@ -496,8 +496,15 @@ def test_a_failed_proof_leaves_no_folder_and_no_onnx(whitened, tmp_path, monkeyp
     monkeypatch.setattr(onnx_format, "relative_difference", lambda a, b: 1.0)
     with pytest.raises(WeightsError, match="x.onnx: outputs in onnxruntime differ"):
         export_backbone(whitened, tmp_path / "x.onnx")
-    monkeypatch.setattr(folder_format.safetensors, "largest_difference", lambda fresh, own, about: 0.5)
-    with pytest.raises(WeightsError, match="differ"):
+    opened = folder_format._open_local_dir
+
+    def spoilt(folder):
+        backbone, maps = opened(folder)
+        forget_a_bias(backbone)
+        return backbone, maps
+
+    monkeypatch.setattr(folder_format, "_open_local_dir", spoilt)
+    with pytest.raises(WeightsError, match="x: outputs of timm's model differ"):
         export_backbone(whitened, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
