@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROUNDING, apart
@@ -12,10 +13,17 @@ from PIL import Image
 from safetensors import safe_open
 
 from ear_teacher_cli import run_folder
+from ear_teacher_cli.data.preprocessing import normalise
 from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.export import FORMATS
 from ear_teacher_cli.export import safetensors as safetensors_format
+from ear_teacher_cli.export.checks import Check, check_fingerprint, check_golden, check_whitening
 from ear_teacher_cli.export.export import export_backbone
-from ear_teacher_cli.model.weights import sha256_of
+from ear_teacher_cli.export.format import Format, Opened, Written
+from ear_teacher_cli.export.verify import verify
+from ear_teacher_cli.model.export_format import about_of
+from ear_teacher_cli.model.teacher import build_backbone
+from ear_teacher_cli.model.weights import fingerprint, sha256_of
 
 
 @pytest.mark.slow
@@ -80,6 +88,65 @@ def test_a_failed_proof_leaves_no_file(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("out, code", [("e.pth", 2), ("nowhere/e.safetensors", 1)])
 def test_other_names_are_refused(run, tmp_path, earteach, out, code):
     assert earteach("export-backbone", run, tmp_path / out).code == code
+
+
+def write_npz(path, job) -> Written:
+    with path.open("wb") as file:
+        np.savez(file, header=json.dumps(job.header), **{name: tensor.numpy() for name, tensor in job.state.items()})
+    return Written(job.about.golden.difference(open_npz(path).run(job.about.golden.pixels)), "read back", [])
+
+
+def open_npz(path) -> Opened:
+    with np.load(path) as file:  # noqa: TID251  (the test's own file)
+        about = about_of(json.loads(str(file["header"])), path.name)
+        state = {name: torch.from_numpy(file[name]) for name in file.files if name != "header"}
+    backbone = build_backbone(about.architecture, about.preprocessing.image_size).eval()
+    backbone.load_state_dict(state)
+
+    def run(pixels):
+        with torch.inference_mode():
+            return backbone(normalise(torch.from_numpy(pixels), about.preprocessing)).numpy()
+
+    return Opened(about, fingerprint(about.architecture, state, about.preprocessing), run)
+
+
+def verify_npz(path) -> tuple[list[Check], Opened]:
+    opened = open_npz(path)
+    checks = [
+        check_fingerprint(opened.about.fingerprint, opened.fingerprint),
+        check_golden(opened.about, opened.run),
+        *check_whitening(path, opened.about),
+    ]
+    return checks, opened
+
+
+@pytest.mark.slow
+def test_a_format_is_a_module_and_a_line_in_the_table(whitened, run, tmp_path, monkeypatch, earteach):
+    refused = earteach("export-backbone", whitened, tmp_path / "teacher.npz")
+    assert refused.code == 2 and "name a .safetensors, a .onnx, or a folder" in refused.err
+    monkeypatch.setitem(FORMATS, ".npz", Format("NumPy arrays", write_npz, verify_npz, open_npz))
+    done = earteach("export-backbone", whitened, tmp_path / "teacher.npz")
+    assert done.code == 0 and "read back, largest difference" in done.err and "teacher.whitening" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher.npz", "teacher.whitening.safetensors"]
+    done = earteach("verify", tmp_path / "teacher.npz", "--against", whitened)
+    names = [line.split()[1] for line in done.out.decode().splitlines()]
+    assert done.code == 0 and names == ["fingerprint", "golden", "whitening", "against"], done
+    assert earteach("export-backbone", whitened, tmp_path / "teacher.safetensors").code == 0  # shares the whitening
+    assert earteach("verify", tmp_path / "teacher.safetensors", "--against", tmp_path / "teacher.npz").code == 0
+    other = earteach("verify", tmp_path / "teacher.npz", "--against", run)
+    assert other.code == 1 and b"another teacher" in other.out
+    refused = earteach("export-backbone", whitened, tmp_path / "x.npz", "--half")
+    assert refused.code == 2 and "--half: is for a .safetensors or a folder, not for a .npz" in refused.err
+
+
+def test_results_are_plain_json(run, tmp_path):
+    made = export_backbone(run, tmp_path / "e.safetensors").as_dict()
+    assert json.loads(json.dumps(made)) == made and made["kind"] == "safetensors" and made["difference"] == 0
+    assert made["path"] == str(tmp_path / "e.safetensors") and made["whitening"] is made["rounding"] is None
+    checks = [check.as_dict() for check in verify(str(tmp_path / "e.safetensors"))]
+    assert json.loads(json.dumps(checks)) == checks
+    assert [check["check"] for check in checks] == ["weights", "file", "fingerprint", "golden batch"]
+    assert all(check["passed"] is True and check["found"] for check in checks)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, earteach):
