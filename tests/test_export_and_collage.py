@@ -1,4 +1,4 @@
-"""What leaves the project: a backbone that timm opens alone, and an image."""
+"""Exports in a file: what timm reads without this package, the table of formats, and collages."""
 
 import json
 import shutil
@@ -28,8 +28,8 @@ from ear_teacher_cli.model.weights import fingerprint, sha256_of
 
 @pytest.mark.slow
 def test_export_opens_in_timm_without_this_package(run, tmp_path, earteach):
-    said = earteach("export-backbone", run / "checkpoints" / "last.ckpt", tmp_path / "e.safetensors")
-    assert said.code == 0 and "largest difference 0" in said.err
+    result = earteach("export-backbone", run / "checkpoints" / "last.ckpt", tmp_path / "e.safetensors")
+    assert result.code == 0 and "largest difference 0" in result.err
     from ear_teacher_cli.embedding.embedder import load_embedder
 
     batch = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,7 @@ with torch.inference_mode():
     assert apart(found, expected) < ROUNDING  # timm computes in another layout, which rounds otherwise
 
 
-def test_the_header_says_all_that_inference_needs(run, tmp_path, earteach):
+def test_the_header_holds_all_that_inference_needs(run, tmp_path, earteach):
     earteach("export-backbone", run, tmp_path / "e.safetensors")
     with safe_open(tmp_path / "e.safetensors", "pt") as file:
         header, names = file.metadata(), list(file.keys())
@@ -86,7 +86,7 @@ def test_a_failed_proof_leaves_no_file(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("out, code", [("e.pth", 2), ("nowhere/e.safetensors", 1)])
-def test_other_names_are_refused(run, tmp_path, earteach, out, code):
+def test_outputs_of_unknown_formats_are_refused(run, tmp_path, earteach, out, code):
     assert earteach("export-backbone", run, tmp_path / out).code == code
 
 
@@ -151,19 +151,19 @@ def test_results_are_plain_json(run, tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, earteach):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "x.ckpt")
-    said = earteach("export-backbone", tmp_path / "x.ckpt", tmp_path / "e.safetensors")
-    assert said.code == 1 and "not a checkpoint of earteach" in said.err
+    result = earteach("export-backbone", tmp_path / "x.ckpt", tmp_path / "e.safetensors")
+    assert result.code == 1 and "not a checkpoint of earteach" in result.err
 
 
-def test_an_existing_export_stays(run, tmp_path, earteach):
+def test_an_existing_export_is_not_overwritten(run, tmp_path, earteach):
     (tmp_path / "e.safetensors").write_text("mine")
     assert earteach("export-backbone", run, tmp_path / "e.safetensors").code == 2
     assert (tmp_path / "e.safetensors").read_text() == "mine"
 
 
 def test_collage_of_the_runs_own_validation_images(run, tmp_path, earteach):
-    said = earteach("collage", run, "-o", tmp_path / "c.png", "--num-samples", 5)
-    assert said.code == 0 and "5 images of" in said.err and "mean PSNR" in said.err
+    result = earteach("collage", run, "-o", tmp_path / "c.png", "--num-samples", 5)
+    assert result.code == 0 and "5 images of" in result.err and "mean PSNR" in result.err
     with Image.open(tmp_path / "c.png") as image:
         assert image.width > 5 * 96 and image.height > 2 * 96
     assert earteach("collage", run, "-o", tmp_path / "c.png").code == 2
@@ -171,15 +171,15 @@ def test_collage_of_the_runs_own_validation_images(run, tmp_path, earteach):
 
 def test_collage_is_seeded_and_takes_other_images(run, ears, tmp_path, earteach):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        words = ["--metadata", ears / "train_teacher.npy", "--num-samples", 6, "--seed", seed]
-        assert earteach("collage", run, "-o", tmp_path / f"{name}.png", *words).code == 0
+        arguments = ["--metadata", ears / "train_teacher.npy", "--num-samples", 6, "--seed", seed]
+        assert earteach("collage", run, "-o", tmp_path / f"{name}.png", *arguments).code == 0
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b and a != c
     assert earteach("collage", run, "-o", tmp_path / "f.png", "--metadata", ears / "images").code == 0
 
 
 def test_collage_is_what_training_drew(run, tmp_path, earteach):
-    """The last epoch's image again, from the last checkpoint: same sample, same reconstruction."""
+    """The last checkpoint gives the collage of the last epoch: same sample, same reconstruction."""
     earteach("collage", run / "checkpoints" / "last.ckpt", "-o", tmp_path / "c.png", "--num-samples", 4)
     with (
         Image.open(tmp_path / "c.png") as mine,
@@ -190,7 +190,7 @@ def test_collage_is_what_training_drew(run, tmp_path, earteach):
         assert mine.crop(area).tobytes() == theirs.crop(area).tobytes()
 
 
-def test_collage_from_another_folder_says_what_is_missing(run, tmp_path, monkeypatch, earteach):
+def test_collage_names_missing_metadata(run, tmp_path, monkeypatch, earteach):
     moved = shutil.copytree(run, tmp_path / "moved")
-    said = earteach("collage", moved, "-o", tmp_path / "c.png", "--metadata", tmp_path / "gone.npy")
-    assert said.code == 1 and "gone.npy" in said.err
+    result = earteach("collage", moved, "-o", tmp_path / "c.png", "--metadata", tmp_path / "gone.npy")
+    assert result.code == 1 and "gone.npy" in result.err

@@ -1,4 +1,4 @@
-"""What a student's trainer gets: folders and ONNX that open without this package, and a proof that travels with them."""
+"""Exports for training students: folders and ONNX that open without this package, and `verify` of all formats."""
 
 import json
 import re
@@ -68,8 +68,8 @@ save_file(found, {str(tmp_path / "f.safetensors")!r})
         assert apart(value, expected[name]) < ROUNDING, name  # timm computes in another layout
 
 
-# In a young ConvNeXt the layer scale (1e-6) hides what is wrong within a block from every output: what is spoilt here is
-# outside of the blocks. Within, the fingerprint finds it (test_what_fits_but_is_another_is_called_wrong).
+# In a ConvNeXt that was trained for a few epochs the layer scale (1e-6) hides errors within a block from every output.
+# These changes are outside of the blocks; the fingerprint finds those within (test_other_values_that_fit_fail_verify).
 def swap_input_channels(backbone):
     backbone.stem[0].weight.data = backbone.stem[0].weight.data.flip(1)
 
@@ -120,8 +120,8 @@ def test_load_backbone_gives_the_same_from_everything(exports, whitened, images,
 
 
 def test_load_backbone_and_its_crops_are_what_embed_writes(exports, ears, tmp_path, earteach):
-    words = ["--weights", exports / "teacher", "--no-normalize"]
-    assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", *words).code == 0
+    arguments = ["--weights", exports / "teacher", "--no-normalize"]
+    assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", *arguments).code == 0
     backbone, preprocessing = load_backbone(exports / "teacher")
     manifest = read_manifest(ears / "eval.csv")
     crop = torch.from_numpy(load_crop(manifest.file(4), manifest.boxes[4], preprocessing))
@@ -163,32 +163,32 @@ def test_a_damaged_or_missing_whitening_is_a_line_of_verify(exports, tmp_path, e
     data = bytearray(whitening.read_bytes())
     data[len(data) // 2] ^= 1
     whitening.write_bytes(data)
-    said = earteach("verify", tmp_path / form)
-    wrong = [line for line in said.out.decode().splitlines() if line.startswith("WRONG")]
-    assert said.code == 1 and len(wrong) == 1 and "is damaged, or of another export" in wrong[0], said
+    result = earteach("verify", tmp_path / form)
+    wrong = [line for line in result.out.decode().splitlines() if line.startswith("WRONG")]
+    assert result.code == 1 and len(wrong) == 1 and "is damaged, or of another export" in wrong[0], result
     whitening.unlink()
-    said = earteach("verify", tmp_path / form)
-    assert said.code == 1 and "is not beside it" in said.out.decode() and b"ok     golden batch" in said.out
+    result = earteach("verify", tmp_path / form)
+    assert result.code == 1 and "is not beside it" in result.out.decode() and b"ok     golden batch" in result.out
 
 
 @pytest.mark.slow
 def test_all_forms_have_one_fingerprint_and_pass_verify(exports, whitened, earteach):
     prints = set()
     for name, count in (("teacher.safetensors", 5), ("teacher.onnx", 5), ("teacher", 10)):
-        said = earteach("verify", exports / name)
-        lines = said.out.decode().splitlines()
-        assert said.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), said
+        result = earteach("verify", exports / name)
+        lines = result.out.decode().splitlines()
+        assert result.code == 0 and len(lines) == count and all(line.startswith("ok ") for line in lines), result
         path = exports / name / "model.safetensors" if name == "teacher" else exports / name
         header = OnnxModel(path).header if name.endswith("onnx") else read_safetensors(path)[1]
         prints.add(header["fingerprint"])
     assert len(prints) == 1
     for name in ("teacher.onnx", "teacher"):
         for other in (exports / "teacher.safetensors", whitened, exports / "teacher.onnx"):
-            said = earteach("verify", exports / name, "--against", other)
-            assert said.code == 0 and b"computed here by both" in said.out, said
+            result = earteach("verify", exports / name, "--against", other)
+            assert result.code == 0 and b"computed here by both" in result.out, result
 
 
-def test_the_golden_batch_is_recomputed_not_believed(exports):
+def test_the_golden_batch_is_recomputed(exports):
     tensors, header = read_safetensors(exports / "teacher.safetensors")
     about = about_of(header, "x")
     assert about.golden.pixels.shape == (4, 3, 64, 64) and len(np.unique(about.golden.pixels)) > 100
@@ -203,7 +203,7 @@ def test_the_golden_batch_is_recomputed_not_believed(exports):
 
 
 def changed(exports, tmp_path, change):
-    """A copy of teacher.safetensors with another content."""
+    """Write a copy of teacher.safetensors with changed tensors or header."""
     tensors, header = read_safetensors(exports / "teacher.safetensors")
     change(tensors, header)
     path = tmp_path / "teacher.safetensors"
@@ -220,7 +220,7 @@ def drop_a_key(tensors, header):
     del tensors["stages.0.blocks.0.norm.weight"]
 
 
-def say_another_architecture(tensors, header):
+def name_another_architecture(tensors, header):
     header["architecture"] = "resnet18"
 
 
@@ -228,7 +228,7 @@ def break_the_golden_batch(tensors, header):
     header["golden"] = header["golden"][:500]
 
 
-def forget_the_size(tensors, header):
+def remove_the_size(tensors, header):
     del header["image_size"]
 
 
@@ -237,31 +237,31 @@ def forget_the_size(tensors, header):
     [
         (rename_a_key, "norm.wait"),
         (drop_a_key, "1 missing"),
-        (say_another_architecture, "fit resnet18"),
+        (name_another_architecture, "fit resnet18"),
         (break_the_golden_batch, "golden batch is damaged"),
-        (forget_the_size, "header is incomplete"),
+        (remove_the_size, "header is incomplete"),
     ],
 )
-def test_what_does_not_fit_is_refused(exports, tmp_path, earteach, change, word):
+def test_weights_and_headers_that_do_not_fit_are_refused(exports, tmp_path, earteach, change, word):
     path = changed(exports, tmp_path, change)
-    for words in (["verify", path], ["embed", exports, tmp_path / "x.npy", "--weights", path]):
-        said = earteach(*words)
-        assert said.code == 1 and (word in said.err or words[0] == "embed"), said
+    for arguments in (["verify", path], ["embed", exports, tmp_path / "x.npy", "--weights", path]):
+        result = earteach(*arguments)
+        assert result.code == 1 and (word in result.err or arguments[0] == "embed"), result
 
 
 def nudge_a_weight(tensors, header):
     tensors["stages.3.blocks.0.mlp.fc2.bias"] = tensors["stages.3.blocks.0.mlp.fc2.bias"] + 1.0
 
 
-def say_another_mean(tensors, header):
+def write_another_mean(tensors, header):
     header["mean"] = "[0.4, 0.5, 0.5]"
 
 
-@pytest.mark.parametrize("change", [nudge_a_weight, say_another_mean])
-def test_what_fits_but_is_another_is_called_wrong(exports, tmp_path, earteach, change):
-    said = earteach("verify", changed(exports, tmp_path, change))
-    wrong = [line.split()[1] for line in said.out.decode().splitlines() if line.startswith("WRONG")]
-    assert said.code == 1 and wrong == ["file", "fingerprint", "golden"], said
+@pytest.mark.parametrize("change", [nudge_a_weight, write_another_mean])
+def test_other_values_that_fit_fail_verify(exports, tmp_path, earteach, change):
+    result = earteach("verify", changed(exports, tmp_path, change))
+    wrong = [line.split()[1] for line in result.out.decode().splitlines() if line.startswith("WRONG")]
+    assert result.code == 1 and wrong == ["file", "fingerprint", "golden"], result
 
 
 @pytest.mark.parametrize("name", ["features.json", "preprocess.json", "config.json", "model.safetensors"])
@@ -286,21 +286,21 @@ def edit(path, change):
         ("config.json", lambda c: c["pretrained_cfg"].update(mean=[0.9, 0.5, 0.5])),
         ("config.json", lambda c: c["pretrained_cfg"].update(crop_pct=0.5)),
         ("config.json", lambda c: c["pretrained_cfg"].update(url="https://example.org")),
-        ("config.json", lambda c: c.update(model_args={"depths": [1000000, 1, 1, 1]})),  # would build for ever
+        ("config.json", lambda c: c.update(model_args={"depths": [1000000, 1, 1, 1]})),  # would take forever to build
         ("features.json", lambda c: c["maps"][0]["variance"].__setitem__(0, 1e6)),
         ("features.json", lambda c: c["maps"][0].update(channels=9999)),
-        ("features.json", lambda c: c.update(images=-3)),
+        ("features.json", lambda c: c.update(pictures=-3)),
     ],
 )
-def test_what_students_read_is_checked(exports, tmp_path, earteach, name, change):
+def test_a_changed_file_beside_the_weights_fails_verify(exports, tmp_path, earteach, name, change):
     folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
     edit(folder / name, change)
-    said = earteach("verify", folder)
-    wrong = [line.split()[1] for line in said.out.decode().splitlines() if line.startswith("WRONG")]
-    assert said.code == 1 and wrong == [name], said
+    result = earteach("verify", folder)
+    wrong = [line.split()[1] for line in result.out.decode().splitlines() if line.startswith("WRONG")]
+    assert result.code == 1 and wrong == [name], result
 
 
-def test_what_is_no_export_is_said_to_be_none(exports, whitened, tmp_path, earteach):
+def test_verify_of_something_else_is_an_error(exports, whitened, tmp_path, earteach):
     missing = shutil.copytree(exports / "teacher", tmp_path / "teacher")
     (missing / "README.md").unlink()
     checkpoint = best_checkpoint(whitened)
@@ -310,8 +310,8 @@ def test_what_is_no_export_is_said_to_be_none(exports, whitened, tmp_path, earte
         (missing, 1, "README.md"),
         (checkpoint, 2, "not an export by its name"),
     ):
-        said = earteach("verify", path)
-        assert said.code == code and word in said.err, said
+        result = earteach("verify", path)
+        assert result.code == code and word in result.err, result
 
 
 HOSTILE = {
@@ -328,10 +328,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in HOSTILE.items() for value in values])
-def test_strange_headers_are_refused_in_a_line(exports, tmp_path, earteach, name, value):
+def test_hostile_headers_are_refused_in_one_line(exports, tmp_path, earteach, name, value):
     path = changed(exports, tmp_path, lambda tensors, header: header.update({name: value}))
-    said = earteach("verify", path)
-    assert said.code == 1 and "teacher.safetensors" in said.err and said.err.count("\n") == 1, said
+    result = earteach("verify", path)
+    assert result.code == 1 and "teacher.safetensors" in result.err and result.err.count("\n") == 1, result
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_strange_headers_are_refused_in_a_line(exports, tmp_path, earteach, name
         {"mean": torch.zeros(64), "matrix": torch.full((64, 64), float("nan"))},
     ],
 )
-def test_strange_whitenings_are_refused(exports, tmp_path, earteach, tensors):
+def test_malformed_whitenings_are_refused(exports, tmp_path, earteach, tensors):
     from ear_teacher_cli.model.weights import sha256_of
 
     whitening = tmp_path / "teacher.whitening.safetensors"
@@ -352,13 +352,13 @@ def test_strange_whitenings_are_refused(exports, tmp_path, earteach, tensors):
         exports, tmp_path, lambda _, header: header.update(whitening_sha256=sha256_of(tmp_path / "w.safetensors"))
     )
     shutil.move(tmp_path / "w.safetensors", whitening)
-    said = earteach("verify", path)
-    assert said.code == 1 and "whitening" in said.err + said.out.decode(), said
+    result = earteach("verify", path)
+    assert result.code == 1 and "whitening" in result.err + result.out.decode(), result
 
 
-def test_another_teacher_is_told_by_its_fingerprint(exports, run, tmp_path, earteach):
-    said = earteach("verify", exports / "teacher.onnx", "--against", run)
-    assert said.code == 1 and b"another teacher" in said.out and "is in order, but not the same" in said.err
+def test_another_teacher_is_recognised_by_its_fingerprint(exports, run, tmp_path, earteach):
+    result = earteach("verify", exports / "teacher.onnx", "--against", run)
+    assert result.code == 1 and b"another teacher" in result.out and "is in order, but not the same" in result.err
 
 
 @pytest.mark.slow
@@ -381,14 +381,14 @@ def test_no_export_names_a_folder_of_this_machine(exports, whitened, ears):
 
 
 def test_the_statistics_are_those_of_the_validation_crops(exports, whitened, ears):
-    said = json.loads((exports / "teacher" / "features.json").read_text())
+    result = json.loads((exports / "teacher" / "features.json").read_text())
     maps, preprocessing = load_backbone(whitened, features_only=True)
     manifest = read_manifest(ears / "val_teacher.npy")
     crops = [load_crop(manifest.file(i), manifest.boxes[i], preprocessing) for i in range(len(manifest))]
-    assert said["pictures"] == len(crops) == 8
+    assert result["pictures"] == len(crops) == 8
     with torch.inference_mode():
         stages = maps(normalise(torch.from_numpy(np.stack(crops)), preprocessing))
-    for stage, about, stride in zip(stages, said["maps"], (4, 8, 16, 32), strict=True):
+    for stage, about, stride in zip(stages, result["maps"], (4, 8, 16, 32), strict=True):
         assert about["stride"] == stride and about["channels"] == stage.shape[1]
         assert np.allclose(about["mean"], stage.mean((0, 2, 3)), atol=1e-4)
         assert np.allclose(about["variance"], stage.var((0, 2, 3), unbiased=False), rtol=1e-3, atol=1e-6)
@@ -403,7 +403,7 @@ def test_statistics_do_not_depend_on_the_batches(images):
     assert np.allclose(whole.variance, images.var((0, 2, 3), unbiased=False), rtol=1e-4)
 
 
-def test_the_card_says_what_was_said_and_the_figures(exports, whitened):
+def test_the_card_holds_consent_licence_and_metrics(exports, whitened):
     card = (exports / "teacher" / "README.md").read_text()
     assert "drawn, nobody" in card and "MIT | of us" in card and "train_teacher.npy, 24 ears" in card
     assert "| backbone | test_convnext |" in card and "| ema-decay | 0.9 |" in card
@@ -411,9 +411,9 @@ def test_the_card_says_what_was_said_and_the_figures(exports, whitened):
 
 
 @pytest.mark.slow
-def test_half_precision_is_another_teacher_and_says_how_far_off(whitened, ears, tmp_path, earteach, exports):
-    said = earteach("export-backbone", whitened, tmp_path / "half.safetensors", "--half")
-    assert said.code == 0 and "float16 moves the embeddings by" in said.err
+def test_half_precision_is_another_teacher_and_reports_the_difference(whitened, ears, tmp_path, earteach, exports):
+    result = earteach("export-backbone", whitened, tmp_path / "half.safetensors", "--half")
+    assert result.code == 0 and "float16 moves the embeddings by" in result.err
     tensors = load_file(tmp_path / "half.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
     assert earteach("verify", tmp_path / "half.safetensors").code == 0
@@ -442,7 +442,7 @@ def test_weights_beyond_float16_are_refused(whitened, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_weights_that_learn_can_be_had_too(whitened, run, tmp_path, earteach):
+def test_the_weights_that_the_optimiser_updates_can_be_exported(whitened, run, tmp_path, earteach):
     for name, flag in (("ema", "--ema"), ("learning", "--no-ema")):
         assert earteach("export-backbone", whitened, tmp_path / f"{name}.safetensors", flag).code == 0
     content = read_checkpoint(best_checkpoint(whitened)).content
@@ -450,40 +450,40 @@ def test_the_weights_that_learn_can_be_had_too(whitened, run, tmp_path, earteach
         tensors = load_file(tmp_path / f"{name}.safetensors")
         assert all(torch.equal(tensors[k], content[part][f"model.backbone.{k}"]) for k in tensors)
     assert not (tmp_path / "learning.whitening.safetensors").exists()  # it was fitted to the others
-    said = earteach("export-backbone", run, tmp_path / "x.safetensors", "--no-ema")
-    assert said.code == 2 and "one set of weights" in said.err
+    result = earteach("export-backbone", run, tmp_path / "x.safetensors", "--no-ema")
+    assert result.code == 2 and "one set of weights" in result.err
 
 
 def test_evaluate_does_not_mix_two_teachers_nor_raw_with_whitened(whitened, run, ears, tmp_path, earteach):
-    for name, words in {"a": [whitened], "b": [run], "raw": [whitened, "--no-whiten"]}.items():
-        assert earteach("embed", ears / "eval.csv", tmp_path / f"{name}.npy", "--weights", *words).code == 0
+    for name, arguments in {"a": [whitened], "b": [run], "raw": [whitened, "--no-whiten"]}.items():
+        assert earteach("embed", ears / "eval.csv", tmp_path / f"{name}.npy", "--weights", *arguments).code == 0
     marks = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b", "raw")}
     assert marks["a"]["fingerprint"] == marks["raw"]["fingerprint"] != marks["b"]["fingerprint"]
     assert (marks["a"]["whitened"], marks["raw"]["whitened"]) == (True, False)
     labels = ears / "eval.csv"
     for flag in ("--whiten", "--center"):
-        said = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "b.npy")
-        assert said.code == 1 and "other weights or preprocessing" in said.err, said
-        said = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "raw.npy")
-        assert said.code == 1 and "is raw" in said.err, said
+        result = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "b.npy")
+        assert result.code == 1 and "other weights or preprocessing" in result.err, result
+        result = earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "raw.npy")
+        assert result.code == 1 and "is raw" in result.err, result
         assert earteach("evaluate", tmp_path / "a.npy", labels, flag, tmp_path / "a.npy", "--bootstrap", 0).code == 0
     (tmp_path / "b.json").unlink()
-    said = earteach("evaluate", tmp_path / "a.npy", labels, "--whiten", tmp_path / "b.npy", "--bootstrap", 0)
-    assert "may be of another teacher" in said.err
-    said = earteach("evaluate", "--compare", tmp_path / "a.npy", tmp_path / "b.npy", labels, "--bootstrap", 0)
-    assert said.code == 0, said  # two systems beside each other are no mixture
+    result = earteach("evaluate", tmp_path / "a.npy", labels, "--whiten", tmp_path / "b.npy", "--bootstrap", 0)
+    assert "may be of another teacher" in result.err
+    result = earteach("evaluate", "--compare", tmp_path / "a.npy", tmp_path / "b.npy", labels, "--bootstrap", 0)
+    assert result.code == 0, result  # comparing two teachers is allowed
 
 
 @pytest.mark.slow
-def test_an_existing_folder_stays_unless_it_is_ours_and_told_so(exports, whitened, tmp_path, earteach):
+def test_only_an_exported_folder_is_overwritten_and_only_with_overwrite(exports, whitened, tmp_path, earteach):
     folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
     assert earteach("export-backbone", whitened, folder).code == 2
     (folder / "config.json").write_text("old")
     assert earteach("export-backbone", whitened, folder, "--overwrite").code == 0
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 0
     (folder / "mine.txt").write_text("mine")
-    said = earteach("export-backbone", whitened, folder, "--overwrite")
-    assert said.code == 2 and "mine.txt" in said.err and (folder / "mine.txt").read_text() == "mine"
+    result = earteach("export-backbone", whitened, folder, "--overwrite")
+    assert result.code == 2 and "mine.txt" in result.err and (folder / "mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("mine")
     assert earteach("export-backbone", whitened, tmp_path / "file", "--overwrite").code == 2
     assert earteach("export-backbone", whitened, tmp_path / "x.pth").code == 2
@@ -509,7 +509,7 @@ def test_a_failed_proof_leaves_no_folder_and_no_onnx(whitened, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_export_left_is_swept(whitened, tmp_path):
+def test_leftovers_of_a_killed_export_are_removed(whitened, tmp_path):
     left = tmp_path / ".teacher.abc_0123.part"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
@@ -517,7 +517,7 @@ def test_what_a_killed_export_left_is_swept(whitened, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_what_only_looks_like_a_leftover_stays(whitened, tmp_path):
+def test_similar_names_of_others_are_not_removed(whitened, tmp_path):
     for name in (".teacher.holiday.part", ".teacher.abcdefgh.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "photo.jpg").write_text("mine")
@@ -527,7 +527,7 @@ def test_what_only_looks_like_a_leftover_stays(whitened, tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(exports, whitened, tmp_path, monkeypatch, place):
+def test_an_interrupted_rename_leaves_the_earlier_export(exports, whitened, tmp_path, monkeypatch, place):
     import os
 
     folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
@@ -554,32 +554,32 @@ def test_two_forms_of_one_teacher_share_a_whitening_and_others_do_not(exports, w
     other = train(
         small_config(manifests, output_dir=str(tmp_path), max_epochs=1, whiten=True), Console(quiet=True)
     ).experiment
-    said = earteach("export-backbone", other, tmp_path / "x.onnx", "--overwrite")
-    assert said.code == 2 and "belongs to x.safetensors" in said.err
+    result = earteach("export-backbone", other, tmp_path / "x.onnx", "--overwrite")
+    assert result.code == 2 and "belongs to x.safetensors" in result.err
     assert earteach("verify", tmp_path / "x.safetensors").code == 0
     (tmp_path / "x.onnx").unlink()
     assert earteach("export-backbone", other, tmp_path / "x.safetensors", "--overwrite").code == 0
     assert earteach("verify", tmp_path / "x.safetensors").code == 0
     assert earteach("export-backbone", whitened, tmp_path / "x.safetensors", "--overwrite", "--no-ema").code == 0
-    assert not (tmp_path / "x.whitening.safetensors").exists()  # the earlier export's
+    assert not (tmp_path / "x.whitening.safetensors").exists()  # it belonged to the earlier export
 
 
 @pytest.mark.slow
-def test_numbers_that_are_none_pass_no_proof(whitened, tmp_path, monkeypatch):
+def test_nan_is_a_difference(whitened, tmp_path, monkeypatch):
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, pixels: [np.full((len(pixels), 64), np.nan, np.float32)])
     with pytest.raises(WeightsError, match="differ from torch's by inf"):
         export_backbone(whitened, tmp_path / "x.onnx")
     assert golden.relative_difference(np.zeros(2), np.zeros(3)) == float("inf")
 
 
-def test_the_card_gives_no_figures_of_other_weights(whitened, tmp_path):
+def test_the_card_gives_no_metrics_of_other_weights(whitened, tmp_path):
     export_backbone(whitened, tmp_path / "x", options=ExportOptions(ema=False, half=True))
     card = (tmp_path / "x" / "README.md").read_text()
     assert "Not measured for these weights" in card and "float16" in card and "neither averaged nor moved back" in card
 
 
 @pytest.mark.slow
-def test_a_damaged_metrics_file_costs_the_figures_only(whitened, tmp_path):
+def test_a_damaged_metrics_file_only_leaves_out_the_metrics(whitened, tmp_path):
     copy = shutil.copytree(whitened, tmp_path / "run")
     for content in (b"\xff\xfe", b"epoch,val/psnr\n2,abc\n1,abc\n"):
         (copy / "metrics.csv").write_bytes(content)
@@ -587,17 +587,19 @@ def test_a_damaged_metrics_file_costs_the_figures_only(whitened, tmp_path):
         assert "not known" in (tmp_path / "x" / "README.md").read_text().lower()
 
 
-def test_images_that_cannot_be_read_are_said(whitened, tmp_path, earteach):
+def test_without_readable_images_there_is_no_folder(whitened, tmp_path, earteach):
     (tmp_path / "bad.jpg").write_text("no image")
     (tmp_path / "bad.csv").write_text("image_path\nbad.jpg\n")
-    said = earteach("export-backbone", whitened, tmp_path / "x", "--val-metadata", tmp_path / "bad.csv")
-    assert said.code == 1 and "not one image could be read" in said.err and not (tmp_path / "x").exists()
+    result = earteach("export-backbone", whitened, tmp_path / "x", "--val-metadata", tmp_path / "bad.csv")
+    assert result.code == 1 and "not one image could be read" in result.err and not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("words", [["--consent", "yes"], ["--license", "MIT"], ["--val-metadata", "x"], ["--features"]])
-def test_options_that_would_be_idle_are_refused(whitened, tmp_path, earteach, words):
-    said = earteach("export-backbone", whitened, tmp_path / "x.safetensors", *words)
-    assert said.code == 2 and words[0] in said.err and list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    "arguments", [["--consent", "yes"], ["--license", "MIT"], ["--val-metadata", "x"], ["--features"]]
+)
+def test_options_of_another_format_are_refused(whitened, tmp_path, earteach, arguments):
+    result = earteach("export-backbone", whitened, tmp_path / "x.safetensors", *arguments)
+    assert result.code == 2 and arguments[0] in result.err and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("out", [".", "", "..", "/"])
@@ -607,39 +609,39 @@ def test_a_folder_needs_a_name_of_its_own(whitened, tmp_path, monkeypatch, earte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_from_elsewhere_asks_for_images(whitened, ears, tmp_path, monkeypatch, earteach):
+def test_a_missing_validation_list_is_asked_for(whitened, ears, tmp_path, monkeypatch, earteach):
     checkpoint = read_checkpoint(best_checkpoint(whitened)).content
     checkpoint["hyper_parameters"]["val_metadata"] = "gone.npy"
     torch.save(checkpoint, tmp_path / "moved.ckpt")
-    said = earteach("export-backbone", tmp_path / "moved.ckpt", tmp_path / "teacher")
-    assert said.code == 1 and "gone.npy" in said.err and "--val-metadata" in said.err
-    words = ["--val-metadata", ears / "eval.csv"]
-    assert earteach("export-backbone", tmp_path / "moved.ckpt", tmp_path / "teacher", *words).code == 0
+    result = earteach("export-backbone", tmp_path / "moved.ckpt", tmp_path / "teacher")
+    assert result.code == 1 and "gone.npy" in result.err and "--val-metadata" in result.err
+    arguments = ["--val-metadata", ears / "eval.csv"]
+    assert earteach("export-backbone", tmp_path / "moved.ckpt", tmp_path / "teacher", *arguments).code == 0
     assert "metrics.csv was not beside" in (tmp_path / "teacher" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_without_onnx_one_line_says_what_to_install(exports, whitened, tmp_path, monkeypatch, earteach, package):
+def test_without_onnx_one_line_names_what_to_install(exports, whitened, tmp_path, monkeypatch, earteach, package):
     monkeypatch.setitem(sys.modules, package, None)
-    said = earteach("export-backbone", whitened, tmp_path / "x.onnx")
-    assert said.code == 1 and f"{package} is not installed" in said.err and "[onnx]" in said.err
+    result = earteach("export-backbone", whitened, tmp_path / "x.onnx")
+    assert result.code == 1 and f"{package} is not installed" in result.err and "[onnx]" in result.err
     assert list(tmp_path.iterdir()) == []
     if package == "onnxruntime":
         assert earteach("verify", exports / "teacher.onnx").code == 1
     assert earteach("verify", exports / "teacher.safetensors").code == 0
 
 
-def test_embed_and_verify_say_what_an_onnx_file_is_for(exports, ears, tmp_path, earteach):
-    said = earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", exports / "teacher.onnx")
-    assert said.code == 2 and "onnxruntime" in said.err
+def test_embed_names_what_an_onnx_file_is_for_and_verify_damage(exports, ears, tmp_path, earteach):
+    result = earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", exports / "teacher.onnx")
+    assert result.code == 2 and "onnxruntime" in result.err
     for content in (b"", b"no model", (exports / "teacher.onnx").read_bytes()[:5000]):
         (tmp_path / "x.onnx").write_bytes(content)
-        said = earteach("verify", tmp_path / "x.onnx")
-        assert said.code == 1 and "x.onnx" in said.err, said
+        result = earteach("verify", tmp_path / "x.onnx")
+        assert result.code == 1 and "x.onnx" in result.err, result
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto"])
-def test_maps_of_other_models_are_timms(name):
+def test_maps_of_other_models_equal_timms(name):
     import timm
 
     torch.manual_seed(0)
@@ -654,7 +656,7 @@ def test_maps_of_other_models_are_timms(name):
 
 
 @pytest.mark.slow
-def test_the_pages_lines_work_as_written(exports, ears, tmp_path, earteach):
+def test_the_examples_of_the_page_work_as_written(exports, ears, tmp_path, earteach):
     manifest = read_manifest(ears / "eval.csv")
     with Image.open(manifest.file(0)) as photo:
         photo.save(tmp_path / "photo.jpg")
@@ -674,12 +676,12 @@ def test_the_pages_lines_work_as_written(exports, ears, tmp_path, earteach):
         ("raw", "list.csv", ["--no-normalize"]),
         ("crop", "crop.jpg", []),
     ):
-        words = ["embed", tmp_path / source, tmp_path / f"{name}.npy", "--weights", tmp_path / "x", *flags]
-        assert earteach(*words).code == 0
+        arguments = ["embed", tmp_path / source, tmp_path / f"{name}.npy", "--weights", tmp_path / "x", *flags]
+        assert earteach(*arguments).code == 0
     close = "import numpy\ndef same(a, name): return abs(a - numpy.load(name + '.npy')).max() < 1e-5\n"
     checks = (
         "assert same(rows, 'whitened') and same(raw, 'unit')",
-        "assert (rows * numpy.load('crop.npy')).sum() > 0.98",  # timm resizes in its own way
+        "assert (rows * numpy.load('crop.npy')).sum() > 0.98",  # timm resizes with another filter
         "assert same(embedding.numpy(), 'raw')",
     )
     for head, block, check in zip(("", NO_PACKAGE, ""), blocks, checks, strict=True):

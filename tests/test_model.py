@@ -1,4 +1,4 @@
-"""Shapes, gradients and the rule that every parameter learns."""
+"""Shapes of the teacher model, and a gradient for every parameter."""
 
 import pytest
 import timm
@@ -24,7 +24,7 @@ def test_shapes_from_pixels_to_pixels(size):
 
 
 @pytest.mark.slow
-def test_the_seeds_model_has_768_numbers_and_224_pixels():
+def test_the_model_of_the_original_package_has_768_dimensions_and_224_pixels():
     model = TeacherModel(TrainConfig(pretrained=False, embedding_dim=768))
     assert model.embedding_dim == 768
     assert model.decoder(torch.zeros(1, 768)).shape == (1, 3, 224, 224)
@@ -35,7 +35,7 @@ def test_embedding_dim_must_agree():
         TeacherModel(config(embedding_dim=512))
 
 
-def test_an_unknown_backbone_is_answered_with_near_ones():
+def test_an_unknown_backbone_is_an_error_that_names_similar_ones():
     with pytest.raises(ConfigError, match="convnext_tiny"):
         TeacherModel(config(backbone="convnext_tin"))
 
@@ -45,17 +45,17 @@ def test_every_parameter_gets_a_gradient():
     embedding = model.embed(torch.randn(4, 3, 64, 64))
     (model.decoder(embedding).square().mean() + model.predict(embedding).square().mean()).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # a bias before batch normalisation or at a rectifier may have a gradient of exactly 0, never none at all
+    # the gradient of a bias before batch normalisation or ReLU may be exactly 0, but not None
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert not any(name.endswith("weight") for name in still)
 
 
-def test_without_a_metric_loss_there_are_no_heads_to_starve():
+def test_without_a_metric_loss_there_are_no_heads():
     model = TeacherModel(config(metric_loss="none", contrastive_weight=0))
     assert model.projection is None and model.prediction is None
 
 
-def test_statistics_are_the_backbones_own():
+def test_statistics_are_those_of_the_backbone():
     tiny = preprocessing_of("convnext_tiny", 224, 0.1, True)
     assert tiny.mean == (0.485, 0.456, 0.406) and tiny.std == (0.229, 0.224, 0.225)
     lite = preprocessing_of("tf_efficientnet_lite0", 224, 0.1, True)
@@ -72,7 +72,7 @@ def test_normalise_by_hand_and_back():
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224"])
-def test_any_timm_model_that_pools(name):
+def test_any_timm_model_with_pooling(name):
     model = TeacherModel(config(backbone=name))
     assert model.embed(torch.zeros(1, 3, 64, 64)).shape == (1, model.embedding_dim)
     assert model.embedding_dim == timm.create_model(name, num_classes=0).num_features

@@ -1,4 +1,4 @@
-"""Damaged exports are found: by verify whatever the byte, by embed and evaluate before they use them."""
+"""Damage in exports is found: any changed byte by `verify`, changed weights by `embed` and `evaluate`."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def flipped(data: bytes, place: int, bit: int) -> bytes:
 
 
 def initialisers(path: Path) -> list[tuple[int, int]]:
-    """(start, length) in the file of the bytes of every initialiser of an ONNX model."""
+    """Return (start, length) in the file of the bytes of every initialiser of an ONNX model."""
     onnx = pytest.importorskip("onnx")
     data, found = path.read_bytes(), []
     for tensor in onnx.load(str(path)).graph.initializer:
@@ -45,13 +45,15 @@ def test_every_flipped_byte_of_onnx_weights_is_found(exports, tmp_path, earteach
         if number % 40:
             assert [(check.what, check.passed) for check in verify(str(path))] == [("file", False)], place
         else:
-            said = earteach("verify", path, "--against", exports / "teacher.safetensors")
-            assert said.code == 1 and said.out.startswith(b"WRONG  file  damaged or changed"), (place, said)
-            said = earteach("verify", exports / "teacher.safetensors", "--against", path)
-            assert said.code == 1 and "is damaged or was changed" in said.err and said.err.count("\n") == 1, said
+            result = earteach("verify", path, "--against", exports / "teacher.safetensors")
+            assert result.code == 1 and result.out.startswith(b"WRONG  file  damaged or changed"), (place, result)
+            result = earteach("verify", exports / "teacher.safetensors", "--against", path)
+            assert result.code == 1 and "is damaged or was changed" in result.err and result.err.count("\n") == 1, (
+                result
+            )
 
 
-def test_a_damaged_digest_is_no_missing_one(exports, tmp_path):
+def test_a_damaged_digest_is_not_taken_for_a_missing_one(exports, tmp_path):
     data = (exports / "teacher.onnx").read_bytes()
     shutil.copy(exports / "teacher.whitening.safetensors", tmp_path / "x.whitening.safetensors")
     start = data.index(KEY.encode())
@@ -60,7 +62,7 @@ def test_a_damaged_digest_is_no_missing_one(exports, tmp_path):
             (tmp_path / "x.onnx").write_bytes(flipped(data, place, bit))
             try:
                 assert not all(check.passed is not False for check in verify(str(tmp_path / "x.onnx"))), (place, bit)
-            except WeightsError:  # no ONNX any more
+            except WeightsError:  # not an ONNX file any more
                 pass
 
 
@@ -79,9 +81,11 @@ def test_one_flipped_bit_in_any_tensor_is_refused_by_embed_and_evaluate(exports,
             load_embedder(str(path))
         if number % 33:
             continue
-        for words in (["embed", ears / "eval.csv", tmp_path / "x.npy"], ["evaluate", ears / "eval.csv"]):
-            said = earteach(*words, "--weights", path)
-            assert said.code == 1 and said.err.count("\n") == 1 and "teacher.safetensors: is damaged" in said.err, name
+        for arguments in (["embed", ears / "eval.csv", tmp_path / "x.npy"], ["evaluate", ears / "eval.csv"]):
+            result = earteach(*arguments, "--weights", path)
+            assert (
+                result.code == 1 and result.err.count("\n") == 1 and "teacher.safetensors: is damaged" in result.err
+            ), name
         wrong = [check.what for check in verify(str(path)) if not check.passed]
         assert wrong[:2] == ["file", "fingerprint"], name
     assert not (tmp_path / "x.npy").exists()
@@ -91,14 +95,14 @@ def test_a_damaged_folder_is_refused_too(exports, ears, tmp_path, earteach):
     folder = shutil.copytree(exports / "teacher", tmp_path / "teacher")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(flipped(data, len(data) - 9, 3))
-    said = earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", folder)
-    assert said.code == 1 and "model.safetensors: is damaged or was changed" in said.err
-    said = earteach("verify", folder)
-    assert said.code == 1 and b"WRONG  fingerprint" in said.out
+    result = earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", folder)
+    assert result.code == 1 and "model.safetensors: is damaged or was changed" in result.err
+    result = earteach("verify", folder)
+    assert result.code == 1 and b"WRONG  fingerprint" in result.out
 
 
-def test_verify_finds_what_embed_does_not_depend_on(exports, tmp_path):
-    """Every byte of a .safetensors: here of the golden batch, of the source's sha256, of the version."""
+def test_verify_finds_changes_that_do_not_affect_embeddings(exports, tmp_path):
+    """Here in the sha256 of the source and in the version."""
     data = (exports / "teacher.safetensors").read_bytes()
     shutil.copy(exports / "teacher.whitening.safetensors", tmp_path)
     for word in (b'"source_sha256":"', b'"earteach":"'):
@@ -109,7 +113,7 @@ def test_verify_finds_what_embed_does_not_depend_on(exports, tmp_path):
 
 
 def unsealed(exports: Path, folder: Path) -> tuple[Path, Path]:
-    """The exports as 0.1.0 wrote them: without a digest of their bytes."""
+    """Write the exports as version 0.1.0 did: without a digest of their bytes."""
     tensors, header = read_safetensors(exports / "teacher.safetensors")
     del header[KEY]
     save_file(tensors, folder / "teacher.safetensors", metadata=header)
@@ -123,13 +127,13 @@ def unsealed(exports: Path, folder: Path) -> tuple[Path, Path]:
     return folder / "teacher.safetensors", folder / "teacher.onnx"
 
 
-def test_an_export_without_a_digest_opens_and_verify_says_what_is_not_checked(exports, ears, tmp_path, earteach):
+def test_an_export_without_a_digest_opens_and_verify_reports_what_is_not_checked(exports, ears, tmp_path, earteach):
     for path in unsealed(exports, tmp_path):
-        said = earteach("verify", path, "--against", exports / "teacher")
-        line = next(line for line in said.out.decode().splitlines() if line.split()[1] == "file")
-        assert said.code == 0 and line.startswith("- ") and "not checked: " in line, said
-    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", tmp_path / "teacher.safetensors"]
-    assert earteach(*words).code == 0
+        result = earteach("verify", path, "--against", exports / "teacher")
+        line = next(line for line in result.out.decode().splitlines() if line.split()[1] == "file")
+        assert result.code == 0 and line.startswith("- ") and "not checked: " in line, result
+    arguments = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", tmp_path / "teacher.safetensors"]
+    assert earteach(*arguments).code == 0
 
 
 def test_the_digest_is_of_all_other_bytes(exports):
@@ -142,7 +146,7 @@ def test_the_digest_is_of_all_other_bytes(exports):
         assert hashlib.sha256(data.replace(digest.recorded.encode(), b"0" * 64)).hexdigest() == digest.computed
 
 
-def test_half_precision_is_no_damage(run, tmp_path, earteach):
+def test_half_precision_passes_verify(run, tmp_path, earteach):
     assert earteach("export-backbone", run, tmp_path / "half.safetensors", "--half").code == 0
     assert load_embedder(str(tmp_path / "half.safetensors")).embedding_dim == 64
     assert all(check.passed for check in verify(str(tmp_path / "half.safetensors")))

@@ -1,4 +1,4 @@
-"""Weights load wholly, from every naming scheme, or not at all."""
+"""Weights of every naming scheme load completely or not at all."""
 
 import os
 import pickle
@@ -19,13 +19,13 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def tiny():
-    """ConvNeXt-Tiny with random weights, in timm's hands."""
+    """Return timm's ConvNeXt-Tiny with random weights."""
     torch.manual_seed(0)
     return timm.create_model("convnext_tiny", num_classes=10).eval()
 
 
 def facebook_names(model) -> dict[str, torch.Tensor]:
-    """The weights under the names of facebookresearch/ConvNeXt, written out as its code builds them."""
+    """Return the weights under the names that the code of facebookresearch/ConvNeXt gives them."""
     own, state = model.state_dict(), {}
     for i in range(4):
         for j in (0, 1):
@@ -49,7 +49,7 @@ def embeds_like(backbone, model) -> bool:
         return torch.equal(backbone.eval()(IMAGE), model.forward_head(model.forward_features(IMAGE), pre_logits=True))
 
 
-def test_facebooks_convnext_tiny_loads_wholly_with_a_receipt(tiny, tmp_path):
+def test_facebooks_convnext_tiny_loads_completely_with_a_receipt(tiny, tmp_path):
     state = facebook_names(tiny)
     assert len(state) == 182
     torch.save({"model": state}, tmp_path / "convnext_tiny_22k_224.pth")
@@ -60,7 +60,7 @@ def test_facebooks_convnext_tiny_loads_wholly_with_a_receipt(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchvisions_convnext_tiny_loads_wholly(tmp_path):
+def test_torchvisions_convnext_tiny_loads_completely(tmp_path):
     theirs = torchvision.models.convnext_tiny(num_classes=10).eval()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     backbone = timm.create_model("convnext_tiny", num_classes=0).eval()
@@ -78,7 +78,7 @@ def test_lightning_prefixes_over_any_names(tiny, tmp_path, prefix, naming):
     state = facebook_names(tiny) if naming == "facebook" else tiny.state_dict()
     state = {prefix + name: tensor for name, tensor in state.items()}
     if "backbone" in prefix:
-        state["decoder.weight"] = torch.zeros(3)  # what else a training checkpoint holds is none of the backbone's
+        state["decoder.weight"] = torch.zeros(3)  # other tensors of a training checkpoint are ignored
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "x.ckpt")
     backbone = timm.create_model("convnext_tiny", num_classes=0)
     receipt = load_file(backbone, "convnext_tiny", tmp_path / "x.ckpt")
@@ -102,7 +102,7 @@ def test_one_missing_tensor_is_an_error_that_names_it(tiny, tmp_path):
         load_file(timm.create_model("convnext_tiny", num_classes=0), "convnext_tiny", tmp_path / "x.pth")
 
 
-def test_one_tensor_too_many_is_an_error_that_names_it(tiny, tmp_path):
+def test_one_unexpected_tensor_is_an_error_that_names_it(tiny, tmp_path):
     torch.save({**facebook_names(tiny), "stages.0.7.gamma": torch.zeros(96)}, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=r"1 unexpected: stages\.0\.blocks\.7\.gamma"):
         load_file(timm.create_model("convnext_tiny", num_classes=0), "convnext_tiny", tmp_path / "x.pth")
@@ -163,14 +163,14 @@ def test_a_checkpoint_that_would_run_a_command_is_refused_and_runs_nothing(tmp_p
     assert not proof.exists()
 
 
-def test_without_file_and_network_both_ways_out_are_named(tmp_path, monkeypatch):
+def test_without_file_and_network_both_alternatives_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig()
     with pytest.raises(WeightsError, match=r"convnext_tiny\.fb_in22k.*--pretrained-path.*--no-pretrained"):
         load_pretrained(timm.create_model("convnext_tiny", num_classes=0), config)
 
 
-def test_the_default_file_is_used_where_it_lies(tiny, tmp_path, monkeypatch):
+def test_the_default_file_is_used_if_it_exists(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     torch.save({"model": facebook_names(tiny)}, tmp_path / TrainConfig.pretrained_path)
