@@ -145,7 +145,7 @@ def test_results_are_plain_json(run, tmp_path):
     assert made["path"] == str(tmp_path / "e.safetensors") and made["whitening"] is made["rounding"] is None
     checks = [check.as_dict() for check in verify(str(tmp_path / "e.safetensors"))]
     assert json.loads(json.dumps(checks)) == checks
-    assert [check["check"] for check in checks] == ["weights", "file", "fingerprint", "golden batch"]
+    assert [check["what"] for check in checks] == ["weights", "file", "fingerprint", "golden batch"]
     assert all(check["passed"] is True and check["found"] for check in checks)
 
 

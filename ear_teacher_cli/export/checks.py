@@ -1,7 +1,7 @@
 """The result of `verify`: a list of checks; and the checks that several formats have in common."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ class Check:
     passed: bool | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: `check` (str, what was checked), `passed` (bool; null: not checked), `found` (str)."""
-        return {"check": self.what, "passed": self.passed, "found": self.found}
+        """Return plain JSON values: `what` was checked (str), `found` (str), `passed` (bool; null: not checked)."""
+        return asdict(self)
 
 
 def check_digest(digest: FileDigest, entries: Collection[str]) -> Check:
