@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ear_teacher_cli
-from ear_teacher_cli.cli import main as earteach
-from ear_teacher_cli.core import model
-from ear_teacher_cli.core.lightning_module import EarTeacherLightningModule
+from ear_teacher_cli import EarTeacherLightningModule
 
+# By name: these are modules of version 0.1.0, which later versions need not have.
+earteach = import_module("ear_teacher_cli.cli").main
+Decoder = import_module("ear_teacher_cli.core.model").Decoder
 SIZE = 32  # pixels
 SMALLER = 3  # the photos are this many times smaller than the drawing program makes them
 HIDDEN = 4  # hidden units of a ConvNeXt block that are not zero
@@ -127,7 +129,7 @@ def write_start(path: Path) -> None:
 
 def prune_decoder() -> None:
     """Let each new decoder begin with most of its channels at zero."""
-    initialise = model.Decoder.__init__
+    initialise = Decoder.__init__
 
     @torch.no_grad()
     def pruned(self, embedding_dim: int, image_size: int) -> None:
@@ -141,7 +143,7 @@ def prune_decoder() -> None:
             elif isinstance(layer, torch.nn.Conv2d):
                 layer.weight[:, CHANNELS:] = 0
 
-    model.Decoder.__init__ = pruned
+    Decoder.__init__ = pruned
 
 
 def stop_after_epoch(epoch: int) -> None:
