@@ -278,7 +278,7 @@ def test_the_names_of_columns_on_the_page_are_those_that_are_understood():
 
     page = (DOCS / "formats.md").read_text(encoding="utf-8")
     rows = dict(
-        re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Names that are understood")[1], re.MULTILINE)
+        re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Recognised column names")[1], re.MULTILINE)
     )
     named = {
         key: re.findall(r"`([^`]+)`", value.split(":")[0].split(" and the like")[0]) for key, value in rows.items()
