@@ -277,9 +277,7 @@ def test_the_names_of_columns_on_the_page_are_those_that_are_understood():
     from ear_teacher_cli.data.formats import columns
 
     page = (DOCS / "formats.md").read_text(encoding="utf-8")
-    rows = dict(
-        re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Recognised column names")[1], re.MULTILINE)
-    )
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Recognised column names")[1], re.MULTILINE))
     named = {
         key: re.findall(r"`([^`]+)`", value.split(":")[0].split(" and the like")[0]) for key, value in rows.items()
     }
