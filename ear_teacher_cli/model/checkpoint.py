@@ -189,7 +189,7 @@ def read_torch(path: Path) -> Any:
 
 
 def _unreadable(where: str, error: Exception) -> WeightsError:
-    return WeightsError(f"{where}: is not a weights file, or is damaged ({short_message(error)}); use another copy")
+    return WeightsError(f"{where}: is not a weights file, or damaged ({short_message(error)}); use another copy")
 
 
 def _check_archive(path: Path) -> None:
