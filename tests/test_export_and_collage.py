@@ -123,7 +123,7 @@ def verify_npz(path) -> tuple[list[Check], Opened]:
 @pytest.mark.slow
 def test_a_format_is_a_module_and_a_line_in_the_table(whitened, run, tmp_path, monkeypatch, earteach):
     refused = earteach("export-backbone", whitened, tmp_path / "teacher.npz")
-    assert refused.code == 2 and "name a .safetensors, a .onnx, or a folder" in refused.err
+    assert refused.code == 2 and "name a .safetensors (weights under timm's names), a .onnx" in refused.err
     monkeypatch.setitem(FORMATS, ".npz", Format("NumPy arrays", write_npz, verify_npz, open_npz))
     done = earteach("export-backbone", whitened, tmp_path / "teacher.npz")
     assert done.code == 0 and "read back, largest difference" in done.err and "teacher.whitening" in done.err

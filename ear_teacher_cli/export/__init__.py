@@ -15,7 +15,7 @@ FORMATS: dict[str, Format] = {
         "model for onnxruntime", onnx.write, onnx.verify, onnx.open, ("features",), require=onnx.require_onnx
     ),
     "folder": Format(
-        "weights with what timm's local-dir and students need, and a model card",
+        "for timm's local-dir and for students, with a model card",
         folder.write,
         folder.verify,
         folder.open,

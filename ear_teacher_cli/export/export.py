@@ -100,8 +100,8 @@ def _format_key(out: str | Path) -> str:
         return suffix
     if not suffix or is_folder or Path(out).is_dir():
         return "folder"
-    known = ", ".join(f"a {key}" for key in FORMATS if key.startswith("."))
-    raise UsageError(f"{printable(out)}: name {known}, or a folder (end its name with /)")
+    known = ", ".join(f"{_named(key)} ({format.description})" for key, format in FORMATS.items())
+    raise UsageError(f"{printable(out)}: not a known format; name {known}; end the name of a folder with /")
 
 
 def _refuse_unused(key: str, options: ExportOptions) -> None:

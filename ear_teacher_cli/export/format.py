@@ -76,11 +76,15 @@ class Opened:
 class Format:
     """A format of exports.
 
-    `write(path, job)`: write a file, or into an existing empty folder, load it back and compare; raises WeightsError if
-    outputs differ. `verify(path)`: return the checks, and the opened export (None if it is too damaged to be run); raises
-    WeightsError for what cannot be read at all. `open(path)`: open an intact export; raises WeightsError if it is not.
-    `options`: the fields of ExportOptions that this format takes and not all do. `files`: of a folder, the names it may
-    hold, the weights first. `require`: raise EarTeachError if a package that it needs is missing.
+    `description`: for messages.
+    `write(path, job)`: write a file, or into an existing empty folder, load it back and compare. Raises WeightsError if
+    outputs differ.
+    `verify(path)`: return the checks, and the opened export (None if it is too damaged to be run). Raises WeightsError
+    for what cannot be read at all.
+    `open(path)`: open an intact export. Raises WeightsError if it is not.
+    `options`: the fields of ExportOptions that this format takes and not all do.
+    `files`: of a folder, the names it may hold, the weights first.
+    `require`: raise EarTeachError if a package that it needs is missing.
     """
 
     description: str
