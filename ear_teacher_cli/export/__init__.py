@@ -1,7 +1,7 @@
 """Exports of a teacher's backbone: one module for each format, and the table of them.
 
-A new format is a module with `write`, `verify` and `open` (see format.py), and a line here. The key is the suffix of its
-files, or "folder".
+A new format is a module with `write`, `verify` and `open` (see format.py), and a line here. The key is the suffix of
+its files, or "folder".
 """
 
 from . import folder, onnx, safetensors

@@ -1,4 +1,5 @@
-"""`export-backbone`: write the backbone of a checkpoint in one of several formats, and compare it with the checkpoint."""
+"""`export-backbone`: write the backbone of a checkpoint in one of several formats, and compare it with the
+checkpoint."""
 
 import hashlib
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ class Export:
 
     `kind`: safetensors, onnx, folder. `difference`: the largest difference between outputs of the checkpoint and of the
     export, compared as `proof` says: an absolute one, 0, for weights; a share of the largest value for ONNX.
-    `maps`: strides in pixels of the feature maps, if there are any. `rounding`: the difference between embeddings before
-    and after rounding the weights to float16, as a share of the largest value; None without `half`.
+    `maps`: strides in pixels of the feature maps, if there are any. `rounding`: the difference between embeddings
+    before and after rounding the weights to float16, as a share of the largest value; None without `half`.
     """
 
     path: Path
@@ -63,8 +64,8 @@ def export_backbone(
 ) -> Export:
     """Write `out`, load it back strictly, compare outputs with the checkpoint's, then rename it into place.
 
-    `source`: a checkpoint, or an experiment folder (its best checkpoint). `out`: a file with a suffix in `FORMATS`, or a
-    folder. Raises UsageError if `out` exists or an option is not one of the format's, WeightsError if outputs differ,
+    `source`: a checkpoint, or an experiment folder (its best checkpoint). `out`: a file with a suffix in `FORMATS`, or
+    a folder. Raises UsageError if `out` exists or an option is not one of the format's, WeightsError if outputs differ,
     EarTeachError.
     """
     options = options or ExportOptions()
@@ -120,7 +121,8 @@ def _named(key: str) -> str:
 
 
 def _prepare(source: str | Path, out: Path, options: ExportOptions, console: Console) -> tuple[ExportJob, float | None]:
-    """Read the checkpoint; return what is to be exported, and the effect of rounding to float16, if that is asked for."""
+    """Read the checkpoint; return what is to be exported, and the effect of rounding to float16, if that is asked
+    for."""
     checkpoint = read_checkpoint(run_folder.checkpoint_of(Path(source), best=True))
     checkpoint = checkpoint if options.ema else checkpoint.as_learning
     embedder = embedder_of(checkpoint)
@@ -184,8 +186,8 @@ def _require_own_whitening(out: Path, whitening: bytes | None, overwrite: bool) 
 
 @contextmanager
 def _whitening_written(out: Path, whitening: bytes | None) -> Iterator[None]:
-    """Write the whitening beside `out`; it takes its name after the body of the `with`. If there is none, remove that of
-    an earlier export."""
+    """Write the whitening beside `out`; it takes its name after the body of the `with`. If there is none, remove that
+    of an earlier export."""
     beside = whitening_beside(out)
     if whitening:
         with whole_file(beside) as temporary:

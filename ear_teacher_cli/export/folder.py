@@ -191,7 +191,8 @@ def _open_local_dir(folder: Path) -> tuple[nn.Module, nn.Module]:
 
 
 def _compare_with_timm(folder: Path, maps: nn.Module, job: ExportJob) -> None:
-    """Raise WeightsError unless timm opens the folder, and backbone and maps give exactly the outputs of the checkpoint."""
+    """Raise WeightsError unless timm opens the folder, and backbone and maps give exactly the outputs of the
+    checkpoint."""
     try:
         opened = _open_local_dir(folder)
     except (RuntimeError, ValueError, OSError) as error:

@@ -1,4 +1,5 @@
-"""The format .onnx: uint8 pixels in, embedding and, if wanted, feature maps out. Needs the packages of the extra `onnx`.
+"""The format .onnx: uint8 pixels in, embedding and, if wanted, feature maps out. Needs the packages of the extra
+`onnx`.
 
 Normalisation is part of the model. The header of an export is in the model's metadata.
 """

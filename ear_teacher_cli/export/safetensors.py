@@ -77,8 +77,8 @@ def _open(path: Path, about: About, trusted: bool) -> Opened:
 
 
 def largest_difference(loaded: nn.Module, own: nn.Module, about: About) -> float:
-    """Return the largest |difference| between the outputs of two models for a seeded batch; infinity where shapes differ
-    or a value is not finite. Both run in the memory layout that `embed` uses: others round sums differently."""
+    """Return the largest |difference| between the outputs of two models for a seeded batch; infinity where shapes
+    differ or a value is not finite. Both run in the memory layout that `embed` uses: others round sums differently."""
     layout = torch.channels_last
     size = about.preprocessing.image_size
     batch = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)

@@ -41,7 +41,8 @@ class Checkpoint:
 
     @property
     def model_state(self) -> dict[str, torch.Tensor]:
-        """Tensors of TeacherModel under its own names, made contiguous for safetensors (training uses channels_last)."""
+        """Tensors of TeacherModel under its own names, made contiguous for safetensors (training uses
+        channels_last)."""
         state = self.content["state_dict"].items()
         return {k.removeprefix("model."): v.contiguous() for k, v in state if k.startswith("model.")}
 
@@ -52,8 +53,8 @@ class Checkpoint:
 
     @property
     def as_learning(self) -> "Checkpoint":
-        """This checkpoint with the weights that the optimiser updates, instead of those that were validated (averaged, or
-        interpolated with the baseline); without the whitening, which was fitted to the validated ones.
+        """This checkpoint with the weights that the optimiser updates, instead of those that were validated (averaged,
+        or interpolated with the baseline); without the whitening, which was fitted to the validated ones.
 
         Raises UsageError if the checkpoint holds only one set of weights.
         """
@@ -81,7 +82,8 @@ def describe(
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of `earteach train`. Raises ForeignWeightsError if it is not one, WeightsError if it is damaged."""
+    """Read a checkpoint of `earteach train`. Raises ForeignWeightsError if it is not one, WeightsError if it is
+    damaged."""
     where = printable(path)
     content = read_torch(Path(path))
     if not isinstance(content, dict) or "earteach" not in content or "hyper_parameters" not in content:
@@ -193,8 +195,8 @@ def _unreadable(where: str, error: Exception) -> WeightsError:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise BadZipFile if the CRC-32 of a record is wrong (torch.load does not check it), or if records are compressed or
-    overlap (those of torch.save never are): a small file could expand to a huge one."""
+    """Raise BadZipFile if the CRC-32 of a record is wrong (torch.load does not check it), or if records are compressed
+    or overlap (those of torch.save never are): a small file could expand to a huge one."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):

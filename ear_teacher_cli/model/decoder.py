@@ -8,8 +8,8 @@ from torch import nn
 
 
 class Decoder(nn.Module):
-    """Map B,D to B,3,H,W in the range of [-1, 1] (not clamped): a linear layer to a grid of H/32 x W/32, five transposed
-    convolutions with batch normalisation and ReLU, and a final convolution."""
+    """Map B,D to B,3,H,W on the scale of [-1, 1], not clamped: a linear layer to a grid of H/32 x W/32, five
+    transposed convolutions with batch normalisation and ReLU, and a final convolution."""
 
     def __init__(self, embedding_dim: int, image_size: int):
         super().__init__()

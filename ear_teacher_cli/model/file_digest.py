@@ -18,8 +18,8 @@ BLANK = "0" * 64  # the placeholder while the digest is computed
 
 @dataclass(frozen=True)
 class FileDigest:
-    """`recorded`: the digest in the file's metadata, None if there is none. `computed`: the digest of the file with BLANK
-    in its place. `named`: whether the name of the entry occurs in the file, also where no digest follows it."""
+    """`recorded`: the digest in the file's metadata, None if there is none. `computed`: the digest of the file with
+    BLANK in its place. `named`: whether the name of the entry occurs in the file, also where no digest follows it."""
 
     recorded: str | None
     computed: str

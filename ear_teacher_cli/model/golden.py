@@ -3,8 +3,8 @@
 The embeddings are computed in float64 and stored in float32: computed in float32, their last digits would depend on the
 processor and the number of threads. The same checkpoint therefore gives the same file on other processors, as long as
 the versions of Pillow, which draws the images, and zlib, which compresses them, are equal (measured on 8,448 values of
-three models, instruction sets from SSE4.1 to AVX512, one and two threads: all equal). This is not guaranteed: a sum that
-lies halfway between two float32 values may be rounded to either. `verify` therefore compares within TOLERANCE.
+three models, instruction sets from SSE4.1 to AVX512, one and two threads: all equal). This is not guaranteed: a sum
+that lies halfway between two float32 values may be rounded to either. `verify` therefore compares within TOLERANCE.
 """
 
 import base64

@@ -128,9 +128,9 @@ def to_timm_names(state: State) -> tuple[str, State]:
 
 
 def fingerprint(architecture: str, state: State, preprocessing: Preprocessing) -> str:
-    """Return a sha256 (64 hexadecimal digits) of the architecture, the preprocessing and every weight as float32 (without
-    the integer counters of batch norm). Embeddings are comparable only if their fingerprints are equal; the kind of file
-    that holds the weights makes no difference."""
+    """Return a sha256 (64 hexadecimal digits) of the architecture, the preprocessing and every weight as float32
+    (without the integer counters of batch norm). Embeddings are comparable only if their fingerprints are equal; the
+    kind of file that holds the weights makes no difference."""
     digest = hashlib.sha256(json.dumps([architecture, preprocessing.as_dict()], sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name]

@@ -45,8 +45,8 @@ def fit(rows: np.ndarray, dim: int | None = None, shrink: float = SHRINK) -> Whi
     """Fit PCA whitening to the unit rows of [N, D], keeping `dim` principal components (None: all with variance).
 
     `shrink`, 0 to 1, moves the covariance towards the multiple of the identity with the same trace (Ledoit and Wolf,
-    2004): with few rows the small components are mostly noise, which whitening would scale up to the size of the others.
-    Raises EarTeachError if fewer than `dim` components have variance, or if a value is not finite.
+    2004): with few rows the small components are mostly noise, which whitening would scale up to the size of the
+    others. Raises EarTeachError if fewer than `dim` components have variance, or if a value is not finite.
     """
     if not np.isfinite(rows).all():
         raise EarTeachError("whitening: a row holds NaN or infinity; the model has diverged")
