@@ -45,8 +45,8 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.slow
 def test_a_job_runs_in_its_own_process(ears, start, tmp_path, capsys):
-    words = [*words_of(ears, start), "--eval", f"drawn={ears / 'eval.csv'}", "--rows", "step0"]
-    assert study.main([str(tmp_path / "out"), *words]) == 0, capsys.readouterr().err
+    arguments = [*arguments_of(ears, start), "--eval", f"drawn={ears / 'eval.csv'}", "--rows", "step0"]
+    assert study.main([str(tmp_path / "out"), *arguments]) == 0, capsys.readouterr().err
     assert "Step 0 compared with the pretrained baseline: largest difference" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "step0-0" / "result.json").read_text())
     assert result["difference"] < 1e-4 and result["cpu_seconds"] > 0
@@ -54,8 +54,8 @@ def test_a_job_runs_in_its_own_process(ears, start, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_same_study_gives_the_same_table(ears, start, tmp_path, capsys, in_this_process):
-    words = [
-        *words_of(ears, start),
+    arguments = [
+        *arguments_of(ears, start),
         "--eval",
         f"drawn={ears / 'eval.csv'}",
         "--rows",
@@ -63,14 +63,14 @@ def test_the_same_study_gives_the_same_table(ears, start, tmp_path, capsys, in_t
     ]
     tables = []
     for name in ("once", "again"):
-        assert study.main([str(tmp_path / name), *words]) == 0, capsys.readouterr().err
+        assert study.main([str(tmp_path / name), *arguments]) == 0, capsys.readouterr().err
         tables.append((tmp_path / name / "table.md").read_text())
     assert tables[0] == tables[1]
     assert "| Pretrained baseline | – |" in tables[0] and "| k-means classes | 1 |" in tables[0]
     capsys.readouterr()
-    assert study.main([str(tmp_path / "once"), *words]) == 0
+    assert study.main([str(tmp_path / "once"), *arguments]) == 0
     assert "study:" not in capsys.readouterr().err  # every run has a result already
-    assert study.main([str(tmp_path / "once"), *words, "--epochs", "2"]) == 2
+    assert study.main([str(tmp_path / "once"), *arguments, "--epochs", "2"]) == 2
     assert "other options" in capsys.readouterr().err
 
 
@@ -78,8 +78,8 @@ def test_a_row_that_cannot_run_is_reported_and_the_others_run(
     ears, start, tmp_path, capsys, monkeypatch, in_this_process
 ):
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
-    words = [*words_of(ears, start), "--choose-on", str(ears / "eval.csv"), "--rows", "grey,simclr"]
-    assert study.main([str(tmp_path / "out"), *words]) == 1
+    arguments = [*arguments_of(ears, start), "--choose-on", str(ears / "eval.csv"), "--rows", "grey,simclr"]
+    assert study.main([str(tmp_path / "out"), *arguments]) == 1
     printed = capsys.readouterr()
     assert "lightly is not installed: pip install 'ear-teacher-cli[study]'" in printed.err
     assert "32 x 32 grey pixels" in printed.out and "**choose**" in printed.out
@@ -91,8 +91,8 @@ def test_the_error_of_a_failed_run_is_reported_without_frames(tmp_path):
 
 
 def test_a_manifest_with_training_images_is_rejected(ears, start, tmp_path, capsys):
-    words = [*words_of(ears, start), "--eval", f"seen={ears / 'ears.jsonl'}"]
-    assert study.main([str(tmp_path / "out"), *words]) == 1
+    arguments = [*arguments_of(ears, start), "--eval", f"seen={ears / 'ears.jsonl'}"]
+    assert study.main([str(tmp_path / "out"), *arguments]) == 1
     assert "evaluate on people who are not in the training manifest" in capsys.readouterr().err
 
 
@@ -127,7 +127,9 @@ def test_lightly_methods_train_on_two_views_and_write_a_teacher(name, ears, star
     )
     changed = {key for key in trained if not torch.equal(trained[key].cpu(), baseline[key].cpu())}
     assert not any(key.startswith(("stem", "stages.0")) for key in changed)
-    assert name == "dino" or any(key.startswith("stages.3") for key in changed)  # one step does not move the momentum teacher
+    assert name == "dino" or any(
+        key.startswith("stages.3") for key in changed
+    )  # one step does not move the momentum teacher
 
 
 def test_soft_argmax_finds_a_single_peak():
@@ -173,7 +175,9 @@ def test_differences_are_paired_by_resample():
         return {"lists": {"x": {way: {"rank1": rank1} for way in tables.TREATMENTS}}, "draws": {"x": draws}}
 
     kmeans, baseline = [run(0.6, [0.5, 0.7]), run(0.8, [0.7, 0.9])], [run(0.5, [0.4, 0.6])]
-    assert tables.difference(kmeans, baseline, "x", "rank1") == "+20.0 [+20.0, +20.0] / +20.0 [+20.0, +20.0]"  # 0.7 - 0.5, the same in both resamples
+    assert (
+        tables.difference(kmeans, baseline, "x", "rank1") == "+20.0 [+20.0, +20.0] / +20.0 [+20.0, +20.0]"
+    )  # 0.7 - 0.5, the same in both resamples
 
 
 def test_a_masked_crop_keeps_only_the_surroundings_of_the_ear():
