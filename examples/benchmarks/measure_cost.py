@@ -6,9 +6,9 @@ Prints a table in Markdown. Each row is measured in a process of its own, which 
 steps on random crops without counting the first, and reports the median of the others and the peak memory of the process
 (CPU) or of PyTorch's allocator (GPU). Loading images is not included.
 
-The last column is computed, not measured: the memory that 16-mixed needs on a GPU, 16 bytes per parameter (weights,
-gradients and AdamW's two moments in float32) plus half of what autograd saves for the backward pass in float32. Workspaces
-of cuDNN and overhead of the allocator are not included.
+The last column is computed, not measured: the memory that 16-mixed needs on a GPU, 16 bytes per trained parameter
+(weights, gradients and AdamW's two moments in float32) plus half of what autograd saves for the backward pass in float32.
+Workspaces of cuDNN and overhead of the allocator are not included.
 """
 
 import argparse
@@ -26,6 +26,16 @@ ROWS = (
     ("convnext_nano", 160, 2, 32),
     ("convnext_atto", 128, 2, 32),
     ("tf_efficientnet_lite0", 96, 2, 64),
+)
+COLUMNS = (
+    "backbone",
+    "parameters, million",
+    "image size",
+    "views",
+    "batch size",
+    "s per 1,000 images (range)",
+    "memory, GB",
+    "GPU memory, 16-mixed, computed, GB",
 )
 
 
@@ -98,17 +108,7 @@ def main() -> None:
     if args.row:
         print(json.dumps(measure(*json.loads(args.row), args.device, args.steps)))
         return
-    columns = (
-        "backbone",
-        "parameters, million",
-        "image size",
-        "views",
-        "batch size",
-        "s per 1,000 images",
-        "memory, GB",
-    )
-    print(f"| {' | '.join((*columns, 'GPU memory, 16-mixed, computed, GB'))} |")
-    print("|---" * (len(columns) + 1) + "|")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for row in ROWS:
         if args.only and row[0] != args.only:
             continue
