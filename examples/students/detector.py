@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Trunk, as_input, compare, square
+from distillation import Block, Task, Trunk, as_input, compare, square
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.ops import box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
@@ -64,13 +64,6 @@ def _cells(count: int, stride: int) -> torch.Tensor:
     centres = (torch.arange(count) + 0.5) * stride
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([x.ravel(), y.ravel(), torch.full((count * count,), float(stride))], -1)
-
-
-def main() -> int:
-    return compare(
-        __doc__, STRIDES, load=photos, build=build, loss=loss, predict=predict, steps=400, what="photos", unit="AP %",
-        score=lambda predicted, test: 100 * average_precision(predicted, test[1]), draw=draw,
-    )  # fmt: skip
 
 
 def photos(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,5 +174,18 @@ def draw(test, predicted, count: int, path: Path, columns: int = 8) -> None:
     page.save(path)
 
 
+TASK = Task(
+    what="photos",
+    unit="AP %",
+    strides=STRIDES,
+    steps=400,
+    load=photos,
+    build=build,
+    loss=loss,
+    predict=predict,
+    score=lambda predicted, test: 100 * average_precision(predicted, test[1]),
+    draw=draw,
+)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare(TASK, __doc__))

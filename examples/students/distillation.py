@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,84 +182,86 @@ def square(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[np
     return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
 
 
-def compare(
-    description: str,
-    strides: tuple[int, ...],
-    *,
-    load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]],
-    build: Callable[[int], nn.Module],
-    loss: Callable[..., torch.Tensor],
-    predict: Callable[[nn.Module, torch.Tensor], Any],
-    score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float],
-    draw: Callable[..., None],
-    steps: int,
-    what: str,
-    unit: str,
-) -> int:
+@dataclass(frozen=True)
+class Task:
+    """A student's task. `what`: name of the labelled images. `unit`: name of the metric.
+
+    load(rows) -> images and labels; build(seed) -> a student; `loss` as in `fine_tune`; predict(student, images) ->
+    predictions for score(predicted, test) and draw(test, {kind: predicted}, count, path). `strides`: of the maps that
+    distillation uses. `steps`: default number of steps of training on labels.
+    """
+
+    what: str
+    unit: str
+    strides: tuple[int, ...]
+    steps: int
+    load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]]
+    build: Callable[[int], nn.Module]
+    loss: Callable[..., torch.Tensor]
+    predict: Callable[[nn.Module, torch.Tensor], Any]
+    score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float]
+    draw: Callable[..., None]
+
+
+def compare(task: Task, description: str) -> int:
     """Run a student's script: parse its command line, train all kinds of students, and print the table.
 
     For every seed and number of labels the student is trained without a teacher, with an untrained copy of it, and with
-    it. `description`: docstring of the script. load(rows) -> images and labels; build(seed) -> a student; `loss` as in
-    `fine_tune`; predict(student, images) -> predictions for score(predicted, test) and
-    draw(test, {kind: predicted}, count, path).
+    it. `description`: docstring of the script.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("ears", help="output folder of make_sample_ears.py")
-    add("teacher", help="folder of earteach export-backbone")
-    add(
-        "--labelled",
-        type=int,
-        nargs="+",
-        default=[50, 200, 1000],
-        help=f"numbers of labelled {what} (default: %(default)s)",
-    )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds (default: %(default)s)")
-    add(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
-    )
-    add("--steps", type=int, default=steps, help="steps of training on labels (default: %(default)s)")
-    add("--distil-steps", type=int, default=200, help="steps of distillation (default: %(default)s)")
-    add(
-        "--batch",
-        type=int,
-        default=16,
-        help="batch size; distillation uses twice as many images (default: %(default)s)",
-    )
-    add("--draw", metavar="FILE.png", help=f"draw true and predicted labels on test {what}")
-    add("--json", metavar="FILE", help="write the metric of every run")
+    parser = _parser(task, description)
     options = parser.parse_args()
-    start = time.time()
-    train, test = (load(read_ears(options.ears, split)) for split in ("train", "eval"))
+    what, unit, start = task.what, task.unit, time.time()
+    train, test = (task.load(read_ears(options.ears, split)) for split in ("train", "eval"))
     if max(options.labelled) > len(train[0]):
         parser.error(
             f"--labelled: there are {len(train[0])} training {what}; draw more people, or give a smaller number"
         )
     kinds = [kind for kind in KINDS if kind in options.kinds]
     teachers = {
-        kind: Teacher(options.teacher, strides, train[0], kind == "untrained") for kind in kinds if kind != "without"
+        kind: Teacher(options.teacher, task.strides, train[0], kind == "untrained")
+        for kind in kinds
+        if kind != "without"
     }
     found, shown = {}, {}
     for seed in options.seeds:
         for kind in kinds:
-            student = build(seed)
+            student = task.build(seed)
             if kind in teachers:
                 distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
             for count in options.labelled:
-                trained = fine_tune(copy.deepcopy(student), train, count, loss, options.steps, options.batch, seed)
-                shown[count, kind] = predict(trained, test[0])
-                found.setdefault((count, kind), []).append(score(shown[count, kind], test))
+                trained = fine_tune(copy.deepcopy(student), train, count, task.loss, options.steps, options.batch, seed)
+                shown[count, kind] = task.predict(trained, test[0])
+                found.setdefault((count, kind), []).append(task.score(shown[count, kind], test))
                 print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.2f}", file=sys.stderr)
-    size = sum(p.numel() for p in build(0).parameters())
+    size = sum(p.numel() for p in task.build(0).parameters())
     print(f"{size:,} parameters; {len(test[0])} test {what}; seeds {options.seeds}; {time.time() - start:.0f} s\n")
     print(table(found, options.labelled, kinds, what, unit))
     if options.draw:
         first = options.labelled[0]
-        draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
+        task.draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
     if options.json:
         runs = [{"labelled": count, "kind": kind, unit: values} for (count, kind), values in found.items()]
         Path(options.json).write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _parser(task: Task, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("ears", help="output folder of make_sample_ears.py")
+    add("teacher", help="folder of earteach export-backbone")
+    counts = f"numbers of labelled {task.what} {default}"
+    add("--labelled", type=int, nargs="+", default=[50, 200, 1000], metavar="COUNT", help=counts)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help=f"random seeds {default}")
+    kinds = f"one or more of {', '.join(KINDS)} (default: all)"
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds)
+    add("--steps", type=int, default=task.steps, help=f"steps of training on labels {default}")
+    add("--distil-steps", type=int, default=200, help=f"steps of distillation {default}")
+    add("--batch", type=int, default=16, help=f"batch size; distillation uses twice as many images {default}")
+    add("--draw", metavar="FILE.png", help=f"draw true and predicted labels on test {task.what}")
+    add("--json", metavar="FILE", help="write the metric of every run")
+    return parser
 
 
 def table(found: dict[tuple[int, str], list[float]], counts: list[int], kinds: list[str], what: str, unit: str) -> str:

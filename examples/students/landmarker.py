@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Trunk, as_input, compare, square
+from distillation import Block, Task, Trunk, as_input, compare, square
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -51,13 +51,6 @@ class Landmarker(nn.Module):
         probability = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])  # B,55,24,24
         centres = (torch.arange(heat.shape[-1]) + 0.5) / heat.shape[-1]
         return torch.stack([(probability.sum(2) * centres).sum(-1), (probability.sum(3) * centres).sum(-1)], -1)
-
-
-def main() -> int:
-    return compare(
-        __doc__, STRIDES, load=crops, build=build, loss=loss, predict=predict, steps=200, what="ears", unit="NME %",
-        score=lambda predicted, test: 100 * nme(predicted, test[1]), draw=draw,
-    )  # fmt: skip
 
 
 def crops(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,5 +133,18 @@ def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, colum
     page.save(path)
 
 
+TASK = Task(
+    what="ears",
+    unit="NME %",
+    strides=STRIDES,
+    steps=200,
+    load=crops,
+    build=build,
+    loss=loss,
+    predict=predict,
+    score=lambda predicted, test: 100 * nme(predicted, test[1]),
+    draw=draw,
+)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare(TASK, __doc__))
