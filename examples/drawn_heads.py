@@ -12,7 +12,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
-from drawn_ears import lookup, smooth_step, spline, wrap
+from drawn_fields import lookup, smooth_step, spline, wrap
 from PIL import Image, ImageDraw, ImageFilter
 
 PIVOT = 0.29, 0.5  # centre of the ear, about which the head turns
