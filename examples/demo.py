@@ -22,6 +22,7 @@ print('timm alone:', tuple(model(torch.zeros(1, 3, {size}, {size})).shape))"""
 
 
 def steps() -> None:
+    """Run all steps in a new folder."""
     args = parser.parse_args()
     enter_new_folder(args.folder)
 

@@ -60,6 +60,7 @@ def main(argv=None):
 
 
 def parse_options(argv):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Draw sample photographs of ears (no real people).")
     add = parser.add_argument
     add("out", help="output folder, new or empty unless --overwrite is given")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 
 def main(name: str, out: str) -> None:
+    """Write the weights of timm model `name` to `out`."""
     torch.manual_seed(0)
     save_file(timm.create_model(name, num_classes=0).state_dict(), out)
 

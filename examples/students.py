@@ -35,6 +35,7 @@ parser.add_argument(
 
 
 def steps() -> None:
+    """Run all steps in a new folder."""
     arguments = sys.argv[1:]
     own = arguments.index("--") if "--" in arguments else len(arguments)
     args, student_options = parser.parse_args(arguments[:own]), arguments[own + 1 :]

@@ -307,6 +307,7 @@ def arguments_to_continue(command: Command, out: Path) -> list:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the soak test and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, help="kills, at least (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")

@@ -114,6 +114,7 @@ def machine() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measure the parts, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")

@@ -16,6 +16,7 @@ from ear_teacher_cli.data.dataset import EarDataset
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     images = 3 if quick else 24
     manifest = manifest_of(*enlarged(folder, "12 MP", images))
     for kind, place in (("ram", "in memory"), ("disk", "on disk")):

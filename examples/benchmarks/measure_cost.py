@@ -99,6 +99,7 @@ def _peak_memory() -> float:
 
 
 def main() -> None:
+    """Measure every row in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=2)

@@ -29,6 +29,7 @@ SCRIPT = Path(__file__).with_name("of_thingsvision.py")
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     images = BATCH * (2 if quick else 12)
     paths = crops(folder, images)[0]
     yield from _measure_model(folder, rounds, "test_convnext" if quick else "convnext_tiny", paths, "200 px crops")

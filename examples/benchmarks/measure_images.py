@@ -24,6 +24,7 @@ PREPROCESSING = Preprocessing(SIDE, 0.1, True, "bicubic", (0.485, 0.456, 0.406),
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     torch.set_num_threads(1)
     count = 3 if quick else 12
     for name in ("12 MP.jpg", "2 MP.jpg", "2 MP.png"):

@@ -31,6 +31,7 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     import timm
     from safetensors.torch import save_file
 

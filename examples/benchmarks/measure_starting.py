@@ -22,6 +22,7 @@ IMPORTS = {
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     earteach = [sys.executable, "-m", "ear_teacher_cli"]
     for arguments in HELP:
         functions = {

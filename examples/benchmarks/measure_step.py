@@ -26,6 +26,7 @@ EPOCHS = 3  # the last is measured
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     drawn(folder, people=3 if quick else 24)
     config = TrainConfig(
         train_metadata=str(folder / "ears" / "train_teacher.npy"),

@@ -20,6 +20,7 @@ from ear_teacher_cli.platform import usable_cores
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     cores = usable_cores()
     count = 128 if quick else 384
     paths, boxes = enlarged(folder, "2 MP", count)

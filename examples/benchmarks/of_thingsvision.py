@@ -17,6 +17,7 @@ from timm.data import create_transform
 
 
 def main(folder: str, model: str, batch: int, side: int) -> None:
+    """Print the versions, then the seconds of embedding the folder for each line on stdin."""
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):  # thingsvision prints messages
         extractor = thingsvision.get_extractor(model_name=model, source="timm", device="cpu", pretrained=False)

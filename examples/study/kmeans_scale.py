@@ -18,6 +18,7 @@ CENTRES, SPREAD, CHUNK = 10_000, 0.7, 16_384
 
 
 def main(images: int, size: int, classes: int) -> None:
+    """Cluster synthetic embeddings and print time and memory."""
     random = torch.Generator().manual_seed(0)
     centres = F.normalize(torch.randn(CENTRES, size, generator=random), dim=1)
     rows = torch.empty(images, size)

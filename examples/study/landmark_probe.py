@@ -195,6 +195,7 @@ def draw(result: Probe, path: str | Path, count: int = 8, zoom: int = 3) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the probe and return the exit code."""
     parser = argparse.ArgumentParser(description="Landmark probe on frozen feature maps of a backbone.")
     parser.add_argument("weights", help="an export, a checkpoint, a run folder, or a plain state dict with --backbone")
     parser.add_argument("landmarks", help="ears.jsonl of make_sample_ears.py")

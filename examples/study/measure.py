@@ -265,6 +265,7 @@ def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]
 
 
 def main(folder: str) -> int:
+    """Train and measure the run in `folder`, and return the exit code."""
     try:
         train(Path(folder))
         measure(Path(folder))

@@ -88,6 +88,7 @@ class Study:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the study and return the exit code."""
     options = parse_options(argv)
     # SIGTERM reaches this process only; as KeyboardInterrupt it also ends the run in the child process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train and measure every row of the study.")
     add = parser.add_argument
     add("out", type=Path, help="output folder; an interrupted study in it is continued")
