@@ -1,28 +1,41 @@
-"""The drawn ear itself: from a person's numbers to a shape, to lit skin, to its place in the image.
+"""Draw an ear: shape from a person's traits, shading, and its place in the image.
 
-* A person is some thirty-five numbers (`TRAITS`), which bend the splines of the helix, antihelix with
-  its two crura, concha, tragus, antitragus and lobule (`draw_lines`, `inner_lines`).
-* The splines become a height field on a fixed grid (`relief`).  Nearly every fold is a profile over the
-  distance to its line, so a `Stroke`, which is that distance, does most of the work.
-* The field is lit like skin (`shade_ear`): diffuse light that wraps around, cast shadows, ambient
-  occlusion, a weak gloss, and red in the hollows.
+* A person has 35 traits (`TRAITS`). They shape the splines of the helix, antihelix with its two crura, concha,
+  tragus, antitragus and lobule (`draw_lines`, `inner_lines`).
+* The splines become a height field on a fixed grid (`relief`). Most folds are a profile over the distance to their
+  line, which `Stroke` computes.
+* The height field is shaded as skin (`shade_ear`): diffuse light that wraps around edges, cast shadows, ambient
+  occlusion, weak gloss, and redness in the hollows.
 
-Ear coordinates: x runs from the face to the back of the head, y from the top of the ear (0) to the
-bottom of the lobule (about 1), both in ear heights.  They describe a left ear, whose face is at the left
-of the image; whoever draws a right ear mirrors the finished image.
+Ear coordinates: x runs from the face to the back of the head, y from the top of the ear (0) to the bottom of the lobule
+(about 1), both in ear heights. They describe a left ear, with the face at the left of the image; for a right ear the
+finished image is mirrored.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
+from drawn_fields import (
+    GRID,
+    STEP,
+    X0,
+    X1,
+    Y0,
+    Y1,
+    Stroke,
+    blur,
+    cast_shadow,
+    dome,
+    even,
+    lookup,
+    normals,
+    smooth_step,
+    spline,
+    wrap,
+)
 
-STEP = 1 / 200  # grid spacing of the height field, in ear heights
-X0, X1, Y0, Y1 = -0.16, 0.86, -0.14, 1.20
-GRID = np.meshgrid(np.arange(X0, X1, STEP, np.float32), np.arange(Y0, Y1, STEP, np.float32))
-
-# name: (mean, spread between people).  The two ears of a person differ by a tenth of the spread.
+# name: (mean, standard deviation between people); that between the two ears of a person is a tenth of it
 TRAITS = {
     "width": (1.0, 0.095),
     "tilt": (0.12, 0.08),
@@ -63,25 +76,25 @@ TRAITS = {
 
 
 class Ear(NamedTuple):
-    """The shape of one ear.  The first three are fields on the grid, the next three points."""
+    """The shape of one ear. `height`, `alpha` and `soft` are fields on the grid."""
 
     height: np.ndarray  # above the head, in ear heights
-    alpha: np.ndarray  # coverage: 1 on the ear, 0 beside it
-    soft: np.ndarray  # height without the folds, for what moves when the head turns
-    outline: np.ndarray  # the edge one sees, from the front of the helix round to the lobule
-    landmarks: np.ndarray  # 55 x 2: line strips of 20, 15, 15 and 5
+    alpha: np.ndarray  # coverage: 1 on the ear, 0 outside
+    soft: np.ndarray  # height without the folds, for the parallax when the head turns
+    outline: np.ndarray  # the visible edge, from the front of the helix round to the lobule
+    landmarks: np.ndarray  # 55 x 2: polylines of 20, 15, 15 and 5 points
     lobe: np.ndarray  # where an earring hangs, and the lowest point of the lobule
     traits: dict
 
 
 @functools.lru_cache(maxsize=4)
 def build_ear(seed, person, side):
-    """The ear of that side; a person's second ear is its mirror image with slightly different traits."""
+    """Return the Ear of a side ("left" or "right"). A person's two ears have slightly different traits."""
     t = draw_traits(seed, person, side)
     lines = draw_lines(t)
     margin = -Stroke(lines["edge"]).across
     x, y = GRID
-    # Where the ear grows out of the cheek there is no edge to see: let it fade there instead.
+    # There is no visible edge where the ear joins the cheek: fade it out there.
     low = 0.72 + 0.30 * (1 - np.clip(t["lobe_hang"], 0, 1))
     grown = smooth_step(0.19, 0.07, x) * smooth_step(0.24, 0.40, y) * smooth_step(low + 0.10, low - 0.02, y)
     alpha = smooth_step(-0.004, 0.006 + 0.075 * grown, margin)
@@ -99,7 +112,7 @@ def build_ear(seed, person, side):
 
 
 def shade_ear(rng, ear, look, scale):
-    """Linear colour and coverage on the grid, as four channels, of an ear `scale` pixels high."""
+    """Return linear colour and coverage on the grid, H,W,4, of an ear `scale` pixels high."""
     raised = ear.height * ear.alpha
     bumps = blur(rng.standard_normal(raised.shape, np.float32), 0.006)
     surface = ear.height + 0.0022 * bumps
@@ -115,23 +128,23 @@ def shade_ear(rng, ear, look, scale):
     cavity = 0.35 * hollow[0] + 0.55 * hollow[1] + 0.62 * hollow[2]
     blotch = blur(rng.standard_normal(raised.shape, np.float32), 0.05) * 9
     patch = np.empty((*raised.shape, 4), np.float32)
-    # Red light travels furthest in skin, so it wraps around most and dims least in hollows and shadows.
+    # Red light scatters furthest in skin: it wraps around edges most and darkens least in hollows and shadows.
     for channel, (around, sink, red) in enumerate(((0.45, 0.66, 0.0), (0.24, 1.0, 1.0), (0.20, 1.10, 0.95))):
         open_sky = np.exp(-sink * cavity)
-        # Blood shows where skin is thin or shaded: the green and blue are taken back there.
+        # Thin and shaded skin is redder: reduce green and blue there.
         flush = look.redness * red * (0.10 + 0.16 * hollow[2] + 0.03 * blotch) * (0.35 + 0.65 * ear.alpha)
         soft = lit if channel else 0.12 + 0.88 * blur(lit, 0.014)
         tone = look.ambient[channel] * open_sky + look.key * wrap(cosine, around) * soft * open_sky**0.4
         patch[..., channel] = look.albedo[channel] * tone * np.exp(-np.clip(flush - 0.08, -0.1, 0.6))
     patch[..., :3] += (look.gloss * look.key * shine**16 * lit * np.exp(-cavity))[..., None]
     patch[..., 3] = ear.alpha
-    if scale < 170:  # shrinking needs smoothing first, or the fine folds break up
+    if scale < 170:  # smooth before downscaling, to avoid aliasing of the fine folds
         patch = np.stack([blur(patch[..., i], 0.35 / scale) for i in range(4)], -1)
     return patch
 
 
 def paste_ear(scene, patch, pose, ear):
-    """Lay a shaded ear over the scene, in place, where the pose puts it."""
+    """Draw a shaded ear over the scene, in place, at its pose, and return the scene."""
     corners = pose.flat([[X0, Y0], [X1, Y0], [X0, Y1], [X1, Y1]])
     low = np.clip(np.floor(corners.min(0)).astype(int), 0, pose.size)
     high = np.clip(np.ceil(corners.max(0)).astype(int), 0, pose.size)
@@ -144,6 +157,7 @@ def paste_ear(scene, patch, pose, ear):
 
 
 def draw_traits(seed, person, side):
+    """Return the traits of one ear: name -> value."""
     both = np.random.default_rng([seed, person, 0])
     one = np.random.default_rng([seed, person, 3, int(side == "right")])
     shared = both.normal(size=len(TRAITS)).clip(-1.9, 1.9)
@@ -155,7 +169,7 @@ def draw_traits(seed, person, side):
 
 
 def draw_lines(t):
-    """The anatomy of one ear as named rows of points: splines, and a few places on their own."""
+    """Return the anatomy of one ear: name -> points N,2, mostly sampled splines."""
     crus = np.array([t["crus_length"], t["crus_height"]])
     helix = np.array(
         [
@@ -219,7 +233,7 @@ def draw_lines(t):
 
 
 def inner_lines(t):
-    """What lies inside the rim: antihelix and crura, concha, tragus, antitragus, fossa triangularis."""
+    """Return the lines inside the rim: antihelix and crura, concha, tragus, antitragus, fossa triangularis."""
     ax, bend, fork = t["anti_x"], t["anti_bend"], 0.315 + t["fork_y"]
     stem = np.array(
         [
@@ -284,7 +298,7 @@ def inner_lines(t):
 
 
 def rim_width(t, along):
-    """Width of the helix from its crus (0) to its tail (1)."""
+    """Return the width of the helix at positions `along` it, from its crus (0) to its tail (1)."""
     grow = smooth_step(0.0, 0.22, along) * 0.35 + 0.65
     taper = 1 - (1 - t["helix_taper"]) * smooth_step(0.35, 0.75, along)
     end = 1 - 0.45 * smooth_step(t["helix_run"] - 0.1, t["helix_run"] + 0.12, along)
@@ -292,7 +306,7 @@ def rim_width(t, along):
 
 
 def relief(t, lines, margin):
-    """Heights above the head: the inner folds, over them the helix, then the tragus."""
+    """Return the height above the head on the grid: inner folds, helix and tragus."""
     plate = smooth_step(0.02, 0.5, GRID[0]) * t["stand_off"]
     helix = Stroke(lines["helix"], every=1)
     half = rim_width(t, helix.along) / 2
@@ -300,7 +314,7 @@ def relief(t, lines, margin):
     rise = smooth_step(0.0, 0.24, helix.along)
     tail = smooth_step(t["helix_run"] - 0.16, t["helix_run"] + 0.16, helix.along)
     curl = (0.40 + 0.60 * rise) * (1 - tail)
-    # Outwards the rim rolls off round, inwards it overhangs the scapha and so ends steeply.
+    # The rim is rounded on the outside; inside it overhangs the scapha, so it ends steeply.
     tube = np.clip(1 - np.abs(place) ** np.where(place < 0, 3.0, 2.2), 0, 1) ** 0.6
     aside = 0.10 * np.clip(np.abs(place) - 1, 0, 3) + 0.20 * np.clip(helix.past / half - 1, 0, 3)
     gutter = 0.035 * np.exp(-(((place + 1.7) / 0.8) ** 2)) * rise * curl * smooth_step(0.03, 0, helix.past)
@@ -308,7 +322,7 @@ def relief(t, lines, margin):
     rim = plate - 0.9 * t["concha_depth"] * (1 - rise) + t["helix_curl"] * curl * tube
     rim = rim - aside - 0.06 * tail**2
     merge = (0.012 + 0.035 * (1 - rise)) * smooth_step(0.18, 0.02, aside)
-    height = 0.5 * (body + rim + np.sqrt((body - rim) ** 2 + merge**2))  # the higher, smoothly
+    height = 0.5 * (body + rim + np.sqrt((body - rim) ** 2 + merge**2))  # smooth maximum
     flap = Stroke(lines["tragus"])
     swell = np.sin(np.pi * np.clip(flap.along, 0.02, 0.98)) ** 0.7 * np.exp(-((flap.past / 0.03) ** 2))
     front = np.exp(-((flap.across / np.where(flap.across < 0, 0.075, 0.012)) ** 2))
@@ -316,7 +330,7 @@ def relief(t, lines, margin):
 
 
 def inner_relief(t, lines, margin):
-    """Bowl of the concha, antihelix with crura, antitragus, fossa triangularis and lobule."""
+    """Return the height of concha, antihelix with crura, antitragus, fossa triangularis and lobule on the grid."""
     depth = Stroke(lines["concha"]).across
     steep = 0.035 + 0.055 * smooth_step(0.18, 0.40, GRID[0])
     bowl = smooth_step(-0.012, steep, -depth) ** 0.8
@@ -334,117 +348,3 @@ def inner_relief(t, lines, margin):
     pillow = 0.085 * (1 - np.exp(-np.clip(margin, 0, 1) / 0.045)) * smooth_step(0.70, 0.84, GRID[1])
     fossa = 0.05 * dome(lines["fossa"][0], 0.055, 0.045)
     return folds + pillow - fossa - bowl * (t["concha_depth"] + 0.13 * canal)
-
-
-class Stroke:
-    """Where the grid's points lie relative to a line.
-
-    `away` is the distance, `across` the same with a sign (positive at the normals' side), `along` the
-    share of the line's length, and `past` how far beyond an end.
-    """
-
-    def __init__(self, line, every=2):
-        # Every other point of the grid will mostly do, and takes a quarter of the time.
-        x, y = (axis[::every, ::every] for axis in GRID)
-        squared = (x[0, :, None] - line[:, 0]) ** 2 + ((y[:, :1] - line[:, 1]) ** 2)[:, None]
-        nearest = squared.argmin(2)
-        offset = np.stack([x, y], 2) - line[nearest]
-        normal = normals(line).astype(np.float32)[nearest]
-        away = np.hypot(offset[..., 0], offset[..., 1])
-        across = (offset * normal).sum(2)
-        end = ((nearest == 0) | (nearest == len(line) - 1)) & (np.hypot(*(line[0] - line[-1])) > 0.05)
-        past = np.where(end, np.sqrt(np.clip(away**2 - across**2, 0, None)), 0)
-        along = nearest / np.float32(len(line) - 1)
-        fields = away, across, past, along
-        self.away, self.across, self.past, self.along = map(double, fields) if every == 2 else fields
-        # Near the line the perpendicular is exact; far off, where sides meet, only `away` is smooth.
-        far = (self.away - np.abs(self.across) - self.past > 0.012) | (self.away > 0.03) & (self.past == 0)
-        self.across = np.where(far, np.copysign(self.away, self.across), self.across)
-
-
-def double(coarse):
-    """A field known at every other grid point, filled in between."""
-    rows = np.repeat(coarse, 2, 0)
-    rows[1:-1:2] = 0.5 * (coarse[:-1] + coarse[1:])
-    full = np.repeat(rows, 2, 1)
-    full[:, 1:-1:2] = 0.5 * (rows[:, :-1] + rows[:, 1:])
-    height, width = GRID[0].shape
-    return full[:height, :width]
-
-
-def dome(centre, wide, high):
-    x, y = centre
-    return np.exp(-(((GRID[0] - x) / wide) ** 2) - ((GRID[1] - y) / high) ** 2)
-
-
-def spline(points, count, closed=False):
-    """Catmull-Rom through the points, resampled to `count` points of equal spacing."""
-    points = np.asarray(points, float)
-    if closed:
-        padded = np.concatenate([points[-1:], points, points[:2]])
-    else:
-        padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
-    u = np.linspace(0, 1, 16, endpoint=False)[None, :, None]
-    a, b, c, d = (padded[i : len(padded) - 3 + i, None] for i in range(4))
-    cubic, square = 3 * b - 3 * c + d - a, 2 * a - 5 * b + 4 * c - d
-    curve = 0.5 * (2 * b + (c - a) * u + square * u**2 + cubic * u**3)
-    curve = np.concatenate([curve.reshape(-1, 2), padded[-2:-1]])
-    return even(curve, count + 1)[:-1] if closed else even(curve, count)
-
-
-def even(curve, count):
-    """Points of equal spacing along a curve."""
-    run = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(curve, axis=0).T))])
-    want = np.linspace(0, run[-1], count)
-    return np.stack([np.interp(want, run, curve[:, 0]), np.interp(want, run, curve[:, 1])], 1)
-
-
-def normals(line):
-    """Unit normals pointing left of the walking direction: outwards along helix and outline."""
-    step = np.gradient(line, axis=0)
-    step = step / np.maximum(np.hypot(step[:, 0], step[:, 1]), 1e-9)[:, None]
-    return np.stack([step[:, 1], -step[:, 0]], 1)
-
-
-def smooth_step(low, high, value):
-    part = np.clip((value - low) / (high - low), 0, 1)
-    return part * part * (3 - 2 * part)
-
-
-def blur(field, sigma):
-    """Gaussian blur of a grid, sigma in ear heights (the grid's margin hides the wrap-around)."""
-    return np.fft.irfft2(np.fft.rfft2(field) * blur_gain(sigma), s=field.shape).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=16)
-def blur_gain(sigma):
-    fy, fx = np.fft.fftfreq(GRID[0].shape[0])[:, None], np.fft.rfftfreq(GRID[0].shape[1])[None]
-    return np.exp(-2 * (math.pi * sigma / STEP) ** 2 * (fx**2 + fy**2)).astype(np.float32)
-
-
-def cast_shadow(raised, light):
-    """How much each point of a height field lies in the shadow of others, 0 to 1."""
-    flat = math.hypot(light[0], light[1])
-    worst = np.zeros_like(raised)
-    for far in np.linspace(0.015, 0.24, 12):
-        dx, dy = round(light[0] / flat * far / STEP), round(light[1] / flat * far / STEP)
-        over = np.roll(raised, (-dy, -dx), (0, 1)) - raised - far * light[2] / flat
-        np.maximum(worst, over, out=worst)
-    return blur(smooth_step(0.0, 0.035, worst), 0.008)
-
-
-def wrap(cosine, by=0.30):
-    """Lambert's law, let around the corner a little, as light in skin does."""
-    return np.clip((cosine + by) / (1 + by), 0, 1)
-
-
-def lookup(field, x, y):
-    """Bilinear values of a grid with channels at ear coordinates."""
-    height, width = field.shape[:2]
-    column = np.clip((x - X0) / STEP, 0, width - 1.001).astype(np.float32)
-    row = np.clip((y - Y0) / STEP, 0, height - 1.001).astype(np.float32)
-    c, r = column.astype(np.int32), row.astype(np.int32)
-    fc, fr = (column - c)[..., None], (row - r)[..., None]
-    flat, at = field.reshape(height * width, -1), r * width + c
-    top = flat[at] * (1 - fc) + flat[at + 1] * fc
-    return top * (1 - fr) + (flat[at + width] * (1 - fc) + flat[at + width + 1] * fc) * fr

@@ -1,10 +1,10 @@
-"""What a drawn photo shows around the ear: head, hair and earring, and how light and camera treat them.
+"""Draw what surrounds the ear in a photo (head, hair, earring), and simulate light and camera.
 
-* `choose_look` and `choose_pose` settle what differs between the photos of one person.  Tone varies more
-  between photos than between people, so telling people apart takes shape.
-* The layers are painted one over another in linear light, as float32; `develop` makes an image of them.
-* Everything is placed in ear coordinates (see drawn_ears), which `Pose` carries to pixels, so head and
-  hair follow the ear.  Only the ear has relief: it shifts against the head when that turns.
+* `choose_look` and `choose_pose` choose what differs between the photos of one person. Skin tone varies more between
+  photos than between people, so that people can be recognised by shape only.
+* The layers are drawn over each other in linear light, as float32; `develop` converts the result to an image.
+* All positions are ear coordinates (see drawn_ears.py), which `Pose` maps to pixels, so that head and hair follow the
+  ear. Only the ear has relief, and therefore parallax when the head turns.
 * The face is never drawn: poses keep it outside the image.
 """
 
@@ -12,16 +12,15 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
-from drawn_ears import lookup, smooth_step, spline, wrap
+from drawn_fields import lookup, smooth_step, spline, wrap
 from PIL import Image, ImageDraw, ImageFilter
 
-PIVOT = 0.29, 0.5  # the middle of an ear, about which the head turns
+PIVOT = 0.29, 0.5  # centre of the ear, about which the head turns
 
 CROWN = spline([[-1.3, -1.5], [-0.7, -1.9], [0.2, -2.05], [1.1, -1.7], [1.75, -0.95], [1.95, -0.2], [1.75, 0.5]], 40)
 SKULL = [*CROWN, [1.22, 1.1], [1.08, 1.6], [1.2, 2.2]]
-# soft: how gradually the hair begins, in ear heights; whorl: where on the head its strands run away from
-# (buzzed hair is too short to run); line: the hairline behind the ear, from the ear's top down and round
-# to the back of the head.
+# soft: width of the hairline's transition in ear heights; whorl: the point from which the strands radiate (none for
+# buzzed hair); line: the hairline behind the ear, from the top of the ear down and to the back of the head
 STYLES = {
     "short": {
         "soft": 0.06,
@@ -55,8 +54,8 @@ STYLES = {
 
 
 def choose_look(rng, ear):
-    """What differs between the photos of one person, other than the pose."""
-    turn = rng.uniform(-1.3, 1.3) - math.pi / 2  # where the light comes from; mostly above
+    """Choose what differs between the photos of one person, except the pose."""
+    turn = rng.uniform(-1.3, 1.3) - math.pi / 2  # direction of the light, mostly from above
     lift = rng.uniform(0.55, 1.15)
     light = (math.cos(turn) * math.cos(lift), math.sin(turn) * math.cos(lift), math.sin(lift))
     melanin = np.clip(ear.traits["melanin"] + rng.normal(0, 0.15), 0, 1)
@@ -85,13 +84,13 @@ def choose_look(rng, ear):
         quality=int(rng.integers(62, 95)),
     )
     look.flat = albedo * (look.ambient + key * wrap(light[2]))  # skin that faces the camera
-    for name in ("albedo", "ambient", "gain", "hair", "metal", "flat"):  # doubles would slow all down
+    for name in ("albedo", "ambient", "gain", "hair", "metal", "flat"):  # float64 would slow everything down
         setattr(look, name, getattr(look, name).astype(np.float32))
     return look
 
 
 def choose_pose(rng, ear):
-    """How large the photo and the ear are, how the head is turned, and where the ear lies."""
+    """Choose the size of photo and ear, the rotation of the head, and the position of the ear."""
     width, height = [(480, 360), (480, 360), (400, 400), (360, 480), (512, 340)][rng.integers(5)]
     scale = math.exp(rng.uniform(math.log(112), math.log(min(238, height * 0.62))))
     yaw, roll = rng.uniform(-0.30, 0.30), ear.traits["tilt"] + rng.uniform(-0.22, 0.22)
@@ -105,9 +104,9 @@ def choose_pose(rng, ear):
 
 
 class Pose:
-    """Where the ear lies in the photo: ear coordinates to pixels and back.
+    """Mapping between ear coordinates and pixels of the photo.
 
-    `scale` is the height of the ear in pixels; `x` and `y` are the ear coordinates of every pixel.
+    `scale`: height of the ear in pixels. `x`, `y`: ear coordinates of every pixel.
     """
 
     def __init__(self, size, centre, matrix, parallax):
@@ -117,29 +116,29 @@ class Pose:
         self.x, self.y = self.to_ear(self.columns, self.rows)
 
     def flat(self, points):
-        """Pixels of points that lie on the head itself."""
+        """Return the pixels of points on the surface of the head."""
         return (np.asarray(points, float) - PIVOT) @ self.matrix.T + self.centre
 
     def to_photo(self, points, ear):
-        """Pixels of points of the ear, whose height shifts them when the head is turned."""
+        """Return the pixels of points on the ear, shifted according to their height (parallax)."""
         rise = lookup(ear.soft, points[:, 0], points[:, 1])
         return self.flat(points + rise * [self.parallax, 0])
 
     def to_ear(self, columns, rows, ear=None):
-        """Ear coordinates of pixels, on the head or, given an ear, on its surface."""
+        """Return the ear coordinates of pixels, on the head or, given an ear, on the ear's surface."""
         (a, b), (c, d) = np.linalg.inv(self.matrix).tolist()
         dx, dy = columns - float(self.centre[0]), rows - float(self.centre[1])
         x, y = a * dx + b * dy + PIVOT[0], c * dx + d * dy + PIVOT[1]
         if ear is None:
             return x, y
         source = x
-        for _ in range(3):  # undo the shift by height: a fixed point, since the slope is mild
+        for _ in range(3):  # invert the parallax by fixed-point iteration
             source = x - self.parallax * lookup(ear.soft, source, y)[..., 0]
         return source, y
 
 
 def draw_head(rng, pose, look):
-    """Backdrop, clothes, neck and cheek, in linear light."""
+    """Return background, clothes, neck and cheek in linear light, H,W,3."""
     width, height = pose.size
     paint = rng.uniform(0.04, 0.5) * np.exp(rng.normal(0, 0.12, 3))
     small = paint * np.exp(rng.normal(0, 0.35, (4, 5, 1)) + rng.normal(0, 0.07, (4, 5, 3)))
@@ -158,7 +157,7 @@ def draw_head(rng, pose, look):
 
 
 def draw_hair(scene, rng, pose, look, ear):
-    """Hair on the head: from the temple down the sideburn, round the ear, and over the crown."""
+    """Draw the hair: from the temple down the sideburn, round the ear, and over the crown."""
     style, buzz = STYLES[look.style], look.style == "buzz"
     burn = rng.uniform(0.15, 0.55) if look.style in ("short", "buzz") else rng.uniform(0.0, 0.3)
     front = [
@@ -180,7 +179,7 @@ def draw_hair(scene, rng, pose, look, ear):
     strand, glint = strands(rng, pose, style.get("whorl"))
     mask = polygon_mask(pose, edge, style["soft"])
     dense = smooth_step(0.22, 0.88, mask + 0.55 * (strand - 0.5) * (mask < 0.97))
-    if buzz:  # the skin shows through
+    if buzz:  # the skin is visible through it
         dense = dense * rng.uniform(0.45, 0.85)
     bright = look.key * (0.25 + 1.1 * strand**1.6) + 0.25
     shine = (0.25 * look.key * glint * strand**2)[..., None] * look.hair**0.5
@@ -188,15 +187,15 @@ def draw_hair(scene, rng, pose, look, ear):
 
 
 def draw_ear_shadow(scene, pose, look, ear):
-    """The soft shadow that the ear throws on hair and skin, the further the more it stands off."""
+    """Draw the soft shadow of the ear on hair and skin; its offset grows with the ear's protrusion."""
     fall = -np.array(look.light[:2]) * ear.traits["stand_off"] * 0.55
     shade = polygon_mask(pose, ear.outline + fall, 0.02 + 0.16 * ear.traits["stand_off"])
-    shade = shade * smooth_step(0.0, 0.22, pose.x)  # in front, the ear grows out of the cheek
+    shade = shade * smooth_step(0.0, 0.22, pose.x)  # none in front, where the ear joins the cheek
     return scene * (1 - shade[..., None] * np.float32([0.66, 0.76, 0.79]))
 
 
 def draw_earring(scene, rng, pose, look, ear):
-    """A stud in the lobule or a ring through it; nothing for who wears none."""
+    """Draw a stud in the lobule or a ring through it, if the look has one."""
     if not look.earring:
         return scene
     (column, row), (_, lowest) = pose.to_photo(ear.lobe, ear).tolist()
@@ -214,7 +213,7 @@ def draw_earring(scene, rng, pose, look, ear):
         thick = max(1.2, pose.scale * rng.uniform(0.010, 0.018))
         down = down - 0.95 * radius
         ring = np.hypot(across / narrow, down) - radius
-        behind = (pose.rows < lowest) & (across > 0)  # the far half passes behind the lobule
+        behind = (pose.rows < lowest) & (across > 0)  # the far half is behind the lobule
         cover = np.clip(thick - np.abs(ring * (0.6 + 0.4 * narrow)) + 0.5, 0, 1) * ~behind
         bright = 0.35 + 0.65 * (0.5 + 0.5 * np.sin(5 * np.arctan2(down, across))) ** 3
         bright = bright * (1.25 - 0.8 * np.clip(ring / thick, 0, 1))
@@ -223,7 +222,7 @@ def draw_earring(scene, rng, pose, look, ear):
 
 
 def draw_loose_hair(scene, rng, pose, look):
-    """Strands that fall over the top of the ear: many where hair covers it, else a stray one or two."""
+    """Draw strands over the top of the ear: many if hair covers it, else at most two."""
     count = rng.integers(10, 24) if look.over else rng.integers(0, 3)
     start, end = rng.uniform([0.0, -0.3], [0.4, -0.2]), rng.uniform([0.5, 0.2], [0.8, 0.5])
     if count == 0 or look.style == "buzz":
@@ -244,29 +243,30 @@ def draw_loose_hair(scene, rng, pose, look):
 
 
 def develop(rng, scene, look):
-    """From linear light to an image: exposure, white balance, lens blur, noise, tone curve."""
+    """Convert linear light to an image: exposure, white balance, lens blur, noise, tone curve."""
     height, width = scene.shape[:2]
     middle = float(look.flat.mean())
     scene = scene * (look.gain * np.float32(look.exposure * 0.47 / (0.55 * middle + 0.45 * 0.42)))
     rows, columns = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     scene *= (1 - rng.uniform(0, 0.16) * (rows**2 + columns**2)).astype(np.float32)[..., None]
     curve = np.clip(scene, 0, None)
-    curve = curve / (0.9 + 0.22 * curve)  # highlights roll off instead of clipping
-    levels = np.sqrt(np.clip(curve, 0, 1)) * 255  # near enough to the usual gamma of 2.2, and quicker
+    curve = curve / (0.9 + 0.22 * curve)  # compress highlights instead of clipping them
+    levels = np.sqrt(np.clip(curve, 0, 1)) * 255  # close to the usual gamma of 2.2, and faster
     image = Image.fromarray(levels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(look.blur)))
     grain = rng.standard_normal((height, width), np.float32) * np.float32(255 * look.noise)
-    shifts = (31, 7), (11, 53), (71, 29)  # a little colour in the noise, from shifted copies of it
+    shifts = (31, 7), (11, 53), (71, 29)  # slightly coloured noise, from shifted copies
     grain = np.stack([grain + 0.5 * np.roll(grain, shift, (0, 1)) for shift in shifts], -1)
     return Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
 
 
 def enlarge(small, size):
+    """Resize a single-channel field to (width, height) with bicubic interpolation."""
     return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC))
 
 
 def polygon_mask(pose, points, soft):
-    """Coverage of a polygon given in ear coordinates, its edge blurred by `soft` ear heights."""
-    shrink = 2 if soft * pose.scale > 4 else 1  # a wide blur loses nothing by that, and is quicker
+    """Return the coverage of a polygon in ear coordinates, with its edge blurred by `soft` ear heights."""
+    shrink = 2 if soft * pose.scale > 4 else 1  # faster, without visible difference for wide blurs
     mask = Image.new("L", (pose.size[0] // shrink, pose.size[1] // shrink))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in pose.flat(points) / shrink], fill=255)
     mask = mask.filter(ImageFilter.GaussianBlur(max(float(soft) * pose.scale, 0.6) / shrink))
@@ -274,11 +274,12 @@ def polygon_mask(pose, points, soft):
 
 
 def blend(scene, colour, cover):
+    """Return the scene with a colour over it, at coverage `cover` H,W."""
     return scene + (np.asarray(colour, np.float32) - scene) * cover[..., None]
 
 
 def strands(rng, pose, whorl):
-    """Brightness of hair strands that run away from the whorl, and of the ring of sheen around it."""
+    """Return the brightness of strands that radiate from the whorl, and of the ring of sheen around it."""
     x, y = pose.x, pose.y
     sway = 0.04 * np.sin(1.7 * x + rng.uniform(0, 6)) * np.cos(2.3 * y + rng.uniform(0, 6))
     if whorl is None:
@@ -292,7 +293,7 @@ def strands(rng, pose, whorl):
 
 
 def streaks(rng, across, along):
-    """Smooth noise, a new value at each whole number in both directions."""
+    """Return smooth value noise on the integer lattice of the two coordinates."""
     table = rng.random(1024 * 64, np.float32)
     a, b = np.floor(across), np.floor(along)
     fa, fb = smooth_step(0, 1, across - a), smooth_step(0, 1, along - b)

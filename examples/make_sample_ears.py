@@ -1,21 +1,16 @@
-"""Draw made-up photographs of ears, with boxes, landmarks and identities, as demo data.
-
-Nothing here is a photograph of a person: every image is computed from random numbers, so the
-set can be shipped and shown without anybody's consent.  It is meant for trying the programs, not
-for judging how well they do on real ears.
+"""Draw synthetic photos of ears, with boxes, landmarks and identities, as demo data.
 
     python make_sample_ears.py OUT --people 60 --photos 8 --seed 0
 
-How an image comes about:
+No image is a photograph of a person: all are computed from random numbers, so that they can be published without consent.
+They serve to try the programs; results on them say nothing about real ears.
 
-* A person is some thirty-five numbers, which bend the splines of an ear's anatomy; these become a height
-  field, which is lit like skin (drawn_ears.py).  The second ear of a person is the mirror image with
-  slightly different numbers.
-* Each photo has its own pose, light, exposure, white balance, hair, earring, blur, noise and JPEG
-  quality (drawn_heads.py).
-* Every random number descends from the seed, the person, the side and the photo, never from what was
-  drawn before, so a set does not depend on the number of processes, and more photos or people leave
-  the earlier images as they were.
+* A person has 35 traits, which shape the splines of an ear's anatomy. These become a height field, which is shaded as
+  skin (drawn_ears.py). A person's two ears have slightly different traits.
+* Each photo has its own pose, light, exposure, white balance, hair, earring, blur, noise and JPEG quality
+  (drawn_heads.py).
+* All random numbers are derived from the seed, the person, the side and the photo. Images do therefore not depend on the
+  number of processes, or on how many people and photos are drawn.
 """
 
 import argparse
@@ -44,51 +39,53 @@ from PIL import Image
 
 
 def main(argv=None):
+    """Draw a data set and return the exit code."""
     options = parse_options(argv)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
-        print(f"{out} is a file; give a folder", file=sys.stderr)
+        print(f"{out}: is a file; give a folder", file=sys.stderr)
         return 1
     if out.exists() and any(out.iterdir()):
         if not options.overwrite:
-            print(f"{out} is not empty; give --overwrite to replace what is there", file=sys.stderr)
+            print(f"{out}: is not empty; give another folder, or --overwrite to replace its images", file=sys.stderr)
             return 1
         for earlier in out.glob("images/p[0-9]*"):
             shutil.rmtree(earlier)
     rows = draw_all(out, options)
     write_tables(out, rows)
     counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "val", "eval")}
-    said = ", ".join(f"{count} {split}" for split, count in counts.items())
-    print(f"wrote {len(rows)} drawn ears of {options.people} people ({said}) to {out}", file=sys.stderr)
+    splits = ", ".join(f"{count} {split}" for split, count in counts.items())
+    print(f"wrote {len(rows)} drawn ears of {options.people} people ({splits}) to {out}", file=sys.stderr)
     return 0
 
 
 def parse_options(argv):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Draw sample photographs of ears (no real people).")
     add = parser.add_argument
-    add("out", help="folder to write; must be new or empty unless --overwrite is given")
+    add("out", help="output folder, new or empty unless --overwrite is given")
     add("--people", type=int, default=60, help="number of people (default: %(default)s)")
-    add("--photos", type=int, default=8, help="photos of each person (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
+    add("--photos", type=int, default=8, help="photos per person (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="processes; the result does not depend on it (default: one per core)",
+        help="processes; the images do not depend on it (default: one per core)",
     )
-    add("--eval-people", type=int, default=12, help="people kept for eval.csv (default: %(default)s)")
-    add("--val-people", type=int, default=6, help="people kept for validation (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace an earlier set in OUT")
+    add("--eval-people", type=int, default=12, help="people in eval.csv (default: %(default)s)")
+    add("--val-people", type=int, default=6, help="people for validation (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace earlier images in OUT")
     options = parser.parse_args(argv)
     if options.photos < 1 or min(options.eval_people, options.val_people, options.seed) < 0:
-        parser.error("--photos must be at least 1, and the other numbers not negative")
+        parser.error("--photos must be at least 1, and the other numbers at least 0")
     if options.people <= options.eval_people + options.val_people:
-        parser.error("--people must exceed --eval-people plus --val-people, or nobody is left to train on")
+        parser.error("--people must exceed --eval-people plus --val-people; the rest is for training")
     return options
 
 
 def draw_all(out, options):
-    """Draw and save every photo; the last people go to eval, those before them to val."""
+    """Draw and save all photos, and return their rows. The last people are for eval, those before them for val."""
     first_eval = options.people - options.eval_people
     first_val = first_eval - options.val_people
     tasks = []
@@ -105,7 +102,7 @@ def draw_all(out, options):
 
 
 def save_person(out, seed, person, photos, split):
-    """Draw and save the photos of one person: their rows of the tables."""
+    """Draw and save the photos of one person, and return their rows."""
     identity = f"p{person:03d}"
     folder = out / "images" / identity
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,11 +124,10 @@ def save_person(out, seed, person, photos, split):
 
 
 def draw_photo(seed, person, photo):
-    """One photo: (PIL image, (x1, y1, x2, y2), "left" or "right", 55 x 2 landmarks in pixels).
+    """Draw a photo: (PIL image, (x1, y1, x2, y2), "left" or "right", 55 x 2 landmarks in pixels).
 
-    The same three numbers always give the same image.  Landmarks are line strips: 20 along the
-    helix from its crus to the lobule, 15 along the antihelix from its superior crus down, 15 along the
-    rim of the concha, 5 down the tragus.
+    The image depends on the three arguments only. Landmarks are polylines: 20 points along the helix from its crus to
+    the lobule, 15 along the antihelix from its superior crus down, 15 along the rim of the concha, 5 down the tragus.
     """
     side = "left" if (person + photo) % 2 == 0 else "right"
     ear = build_ear(seed, person, side)
@@ -146,7 +142,7 @@ def draw_photo(seed, person, photo):
     scene = draw_loose_hair(scene, rng, pose, look)
     image = develop(rng, scene, look)
     points = np.concatenate([pose.to_photo(ear.landmarks, ear), pose.to_photo(ear.outline, ear)])
-    if side == "right":  # up to here every ear is a left one
+    if side == "right":  # until here every ear is a left one
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         points[:, 0] = image.width - 1 - points[:, 0]
     image.info["quality"] = look.quality
@@ -155,13 +151,14 @@ def draw_photo(seed, person, photo):
 
 
 def write_tables(out, rows):
+    """Write the manifests of training, validation (with identities and sides) and eval.csv, and all rows to ears.jsonl."""
     for split in ("train", "val"):
         chosen = [row for row in rows if row["split"] == split]
         content = {
             "image_paths": np.array([row["image_path"] for row in chosen], dtype=str),
             "bboxes": np.array([row["bbox"] for row in chosen], np.float32).reshape(-1, 4),
         }
-        if split == "val":  # training needs no names; validation measures rank-1 and EER where it has them
+        if split == "val":  # training needs no identities; validation uses them for rank-1 and EER
             content |= {
                 name: np.array([row[key] for row in chosen])
                 for name, key in (("identities", "identity"), ("sides", "side"))

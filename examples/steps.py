@@ -1,4 +1,4 @@
-"""What demo.py and students.py share: say a step, show a command as it would be typed, run it."""
+"""Print the steps of an example and run its commands; shared by demo.py and students.py."""
 
 import os
 import shlex
@@ -12,11 +12,11 @@ from typing import IO
 
 EXAMPLES = Path(__file__).resolve().parent
 CTRL_C = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
-NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: Ctrl-Break goes to a group of processes
+NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows sends Ctrl-Break to a process group
 
 
 class StepFailed(Exception):
-    """A command ended with an exit code other than 0: `code`."""
+    """A command ended with a non-zero exit code. `errors`: what it printed to stderr, if that was kept."""
 
     def __init__(self, command: str, code: int, errors: str = ""):
         super().__init__(f"{command}: exit code {code}")
@@ -24,33 +24,37 @@ class StepFailed(Exception):
 
 
 def step(text: str) -> None:
+    """Print the title of a step."""
     print(f"\n== {text}", file=sys.stderr, flush=True)
 
 
 def enter_new_folder(name: str) -> None:
-    """Make it and go into it. Exits with 1 if there is something of that name: it stays."""
+    """Make a folder and change into it. Exit with 1 if the name exists or the folder cannot be made."""
     try:
         Path(name).mkdir()
     except FileExistsError:
-        sys.exit(f"{name}: exists already; remove it, or name another folder")
+        sys.exit(f"{name}: exists already; remove it, or give another folder")
     except OSError as error:
-        sys.exit(f"{name}: cannot be made ({error.strerror}); name another folder")
+        sys.exit(f"{name}: cannot be made ({error.strerror}); give another folder")
     os.chdir(name)
 
 
 def run(
-    *words: object, interrupt_when: Callable[[], bool] | None = None, tee: str | None = None, keep_errors: bool = False
+    *command: object,
+    interrupt_when: Callable[[], bool] | None = None,
+    tee: str | None = None,
+    keep_errors: bool = False,
 ) -> None:
-    """Run `earteach ...`, or `python ...`, with this interpreter. Raises StepFailed.
+    """Print a command `earteach ...` or `python ...` and run it with this interpreter.
 
-    `interrupt_when`: press Ctrl-C as soon as it is true, and take any exit code. `tee`: a file that gets what the command
-    prints to stdout, too. `keep_errors`: what it prints to stderr is part of StepFailed.
+    `interrupt_when`: send Ctrl-C as soon as it returns True, and accept any exit code. `tee`: also write stdout to this
+    file. `keep_errors`: keep stderr for StepFailed. Raises StepFailed if the exit code is not 0.
     """
-    shown = [str(word) for word in words]
+    shown = [str(argument) for argument in command]
     print(f"$ {shlex.join(shown)}", file=sys.stderr, flush=True)
     program = {"earteach": [sys.executable, "-m", "ear_teacher_cli"], "python": [sys.executable]}[shown[0]]
     paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = subprocess.Popen(
+    started = subprocess.Popen(
         [*program, *shown[1:]],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
         encoding="utf-8",
@@ -59,10 +63,10 @@ def run(
         stderr=subprocess.PIPE if keep_errors else None,
         creationflags=NEW_GROUP if interrupt_when else 0,
     )
-    with command as process:
+    with started as process:
         try:
             _follow(process, " ".join(shown[:2]), interrupt_when, tee, keep_errors)
-        except KeyboardInterrupt:  # the terminal sends it to the command, too, unless that is in a group of its own
+        except KeyboardInterrupt:  # the terminal interrupts the command too, unless it is in another group
             if interrupt_when is not None and NEW_GROUP:
                 process.send_signal(CTRL_C)
             process.wait()
@@ -85,7 +89,7 @@ def _follow(
 
 
 def _copy(source: IO[str] | None, targets: Sequence[IO[str]]) -> str:
-    """Lines as they come, to all targets; returns them."""
+    """Copy lines to all targets as they arrive, and return them."""
     assert source is not None
     lines = []
     for line in source:
@@ -102,15 +106,15 @@ def _interrupt(process: subprocess.Popen, when: Callable[[], bool]) -> None:
     if process.poll() is None:
         process.send_signal(CTRL_C)
     if process.wait() != 0:
-        print(f"(stopped: exit code {process.returncode})", file=sys.stderr, flush=True)
+        print(f"(interrupted: exit code {process.returncode})", file=sys.stderr, flush=True)
 
 
 def main(steps: Callable[[], None]) -> None:
-    """Run `steps()`; a command that fails ends it with that command's exit code, Ctrl-C with 130."""
+    """Run `steps()`. Exit with the code of a command that fails, or with 130 on Ctrl-C."""
     try:
         steps()
     except StepFailed as failed:
-        print(f"{failed}; what it printed tells why", file=sys.stderr)
+        print(f"{failed}; see its output above", file=sys.stderr)
         sys.exit(failed.code if failed.code > 0 else 1)
     except KeyboardInterrupt:
         sys.exit(130)

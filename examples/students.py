@@ -1,7 +1,6 @@
-"""From photographs without labels to better students, on drawn ears: a teacher is trained, exported, and two small models
-learn with and without it.
+"""Train a teacher on drawn ears without labels, export it, and train two small models with and without it.
 
-    python examples/students.py [FOLDER] [OPTION ...] [-- OPTION OF BOTH STUDENTS ...]     (make students: FOLDER is students/)
+python examples/students.py [FOLDER] [OPTION ...] [-- OPTION OF BOTH STUDENTS ...]  # make students: FOLDER is students/
 """
 
 import argparse
@@ -11,25 +10,35 @@ from pathlib import Path
 from steps import EXAMPLES, StepFailed, enter_new_folder, main, run, step
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("folder", nargs="?", default="students", help="made anew, and holds everything")
-parser.add_argument("--people", type=int, default=190)
-parser.add_argument("--val-people", type=int, default=12, help="of these, to validate on")
-parser.add_argument("--eval-people", type=int, default=24, help="of these, to test the students on")
-parser.add_argument("--epochs", type=int, default=2, help="of the teacher; four times as many from random weights")
-parser.add_argument("--backbone", help="a timm model (default: tf_efficientnet_lite0; resnet18 from random weights)")
+parser.add_argument(
+    "folder", nargs="?", default="students", help="output folder, must not exist (default: %(default)s)"
+)
+parser.add_argument("--people", type=int, default=190, help="people to draw (default: %(default)s)")
+parser.add_argument("--val-people", type=int, default=12, help="of these, for validation (default: %(default)s)")
+parser.add_argument("--eval-people", type=int, default=24, help="of these, to test the students (default: %(default)s)")
+parser.add_argument(
+    "--epochs",
+    type=int,
+    default=2,
+    help="epochs of the teacher; four times as many from random weights (default: %(default)s)",
+)
+parser.add_argument("--backbone", help="timm model (default: tf_efficientnet_lite0; resnet18 from random weights)")
 parser.add_argument(
     "--start",
-    help="pretrained weights of the backbone (default: timm's hub, and random weights where it cannot be reached); "
-    "none: random weights",
+    help="pretrained weights of the backbone, or none: random weights (default: from timm's hub; random weights if it "
+    "cannot be reached)",
 )
-parser.add_argument("--size", type=int, default=96, help="the teacher's input side in pixels")
-parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
+parser.add_argument("--size", type=int, default=96, help="input side of the teacher in pixels (default: %(default)s)")
+parser.add_argument(
+    "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds of the students (default: 0 1 2)"
+)
 
 
 def steps() -> None:
-    words = sys.argv[1:]
-    own = words.index("--") if "--" in words else len(words)
-    args, options = parser.parse_args(words[:own]), words[own + 1 :]
+    """Run all steps in a new folder."""
+    arguments = sys.argv[1:]
+    own = arguments.index("--") if "--" in arguments else len(arguments)
+    args, student_options = parser.parse_args(arguments[:own]), arguments[own + 1 :]
     start = args.start if args.start in (None, "none") else Path(args.start).resolve()
     enter_new_folder(args.folder)
 
@@ -40,28 +49,23 @@ def steps() -> None:
     step("Train the teacher on the drawn ears, without identities and without landmarks.")
     train_teacher(args, start)
 
-    step("Hand it over.")
+    step("Export the teacher as a folder, and verify it.")
     consent = ["--consent", "drawn ears: nobody was photographed", "--license", "as this project"]
     run("earteach", "export-backbone", "outputs/teacher", "teacher", *consent)
     run("earteach", "verify", "teacher")
 
-    for name, title, drawn in (("landmarker", "landmarker", "landmarks"), ("detector", "detector", "detections")):
-        step(f"A {title}, with and without it.")
+    for name, model, drawn in (("landmarker", "landmark model", "landmarks"), ("detector", "detector", "detections")):
+        step(f"Train a {model} with and without the teacher.")
         out = ["--draw", f"{drawn}.png", "--json", f"{drawn}.json"]
         script = EXAMPLES / "students" / f"{name}.py"
-        run("python", script, "ears", "teacher", "--seeds", *args.seeds, *out, *options, tee=f"{drawn}.md")
+        run("python", script, "ears", "teacher", "--seeds", *args.seeds, *out, *student_options, tee=f"{drawn}.md")
 
 
 def train_teacher(args: argparse.Namespace, start: Path | str | None) -> None:
-    teacher = [
-        "earteach",
-        "train",
-        "--train-metadata",
-        "ears/train_teacher.npy",
-        "--val-metadata",
-        "ears/val_teacher.npy",
-    ]
-    teacher += ["--image-size", args.size, "--output-dir", "outputs", "--experiment-name", "teacher"]
+    """Train the teacher from `start`, from timm's hub (None), or from random weights ("none", or if there is no hub)."""
+    manifests = ["--train-metadata", "ears/train_teacher.npy", "--val-metadata", "ears/val_teacher.npy"]
+    output = ["--output-dir", "outputs", "--experiment-name", "teacher"]
+    teacher = ["earteach", "train", *manifests, "--image-size", args.size, *output]
     pretrained = ["--backbone", args.backbone or "tf_efficientnet_lite0", "--max-epochs", args.epochs]
     random = [
         "--backbone",
@@ -81,11 +85,9 @@ def train_teacher(args: argparse.Namespace, start: Path | str | None) -> None:
         try:
             run(*teacher, *pretrained, keep_errors=True)
         except StepFailed as failed:
-            if "timm's hub gave none" not in failed.errors:
+            if "--no-pretrained" not in failed.errors:  # the message if timm's hub cannot be reached
                 raise
-            step(
-                "NO PRETRAINED WEIGHTS: the teacher starts from random ones, and will be of little use (--start FILE)."
-            )
+            step("No pretrained weights: training from random weights, which hardly helps the students; see --start.")
             run(*teacher, *random)
 
 

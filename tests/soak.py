@@ -1,14 +1,14 @@
-"""Kill `earteach` at random moments, again and again, and look whether anything is lost.
+"""Kill `earteach` at random moments and check that nothing is lost or damaged.
 
     python tests/soak.py --kills 60                                                             # make soak
 
-One uninterrupted run, collage, export and embed are made first. Then each is started and killed (SIGKILL, SIGTERM or
-Ctrl-C, at a moment drawn from the whole of its life), gone on with, killed again, and so on until it is done. After
-every kill all files under final names must be whole; at the end the weights, metrics.csv, collage, export and
-embeddings must be those of the uninterrupted ones, to the bit, and no temporary file may be left, nor a process.
+First a run, a collage, an export and embeddings are made without interruption, as the reference. Then each command is
+started, killed (SIGKILL, SIGTERM or Ctrl-C at a random moment), continued, killed again, and so on until it finishes.
+After every kill all files under final names must be complete, and no process may remain. At the end the weights,
+metrics.csv, collage, export and embeddings must be bit-identical to the reference, and no temporary file may remain.
 
-Processes are forked from one that has imported everything: a kill costs seconds, and most of them fall into work
-instead of into `import torch`.
+Processes are forked from this one, which has imported everything: they start in milliseconds, and most kills hit the work
+instead of `import torch`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 import ear_teacher_cli.training.run  # noqa: F401  (imported before the fork)
-from ear_teacher_cli.cli.app import app
+from ear_teacher_cli.cli.app import main as earteach
 from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,67 +41,89 @@ from conftest import SMALL
 from make_sample_ears import main as make_sample_ears
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-PATIENCE = 300  # seconds until something hangs
+TIME_LIMIT = 300  # seconds after which a process counts as hanging
+EXPERIMENT = "ear_teacher"
+OUTPUTS = {  # command -> files that must be bit-identical to the reference
+    "train": ["metrics.csv"],
+    "collage": ["x.png"],
+    "export-backbone": ["x.safetensors", "x.whitening.safetensors"],
+    "embed": ["x.npy", "x.csv", "x.json"],
+}
 
 
 @dataclass
 class Tally:
-    kills: Counter = field(default_factory=Counter)  # (what, signal) -> kills
+    """Counts and faults of a soak test."""
+
+    kills: Counter = field(default_factory=Counter)  # (command, signal) -> kills
     finished: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Do it in a process (and a process group) of its own; its number."""
+@dataclass(frozen=True)
+class Command:
+    """A command under test. `arguments`: output folder -> arguments. `seconds`: its duration without interruption."""
+
+    name: str
+    arguments: Callable[[Path], list]
+    seconds: float
+    reference: Path
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process with a process group of its own, and return its process id."""
     sys.stdout.flush()
-    ready, begun = os.pipe()
-    number = os.fork()
-    if number:
-        os.close(begun)
-        os.read(ready, 1)  # until it has its group, which may be killed as a whole
+    ready, started = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(started)
+        os.read(ready, 1)  # wait until the process has its group, which may be killed as a whole
         os.close(ready)
-        return number
+        return pid
     code = 1
     try:
         os.close(ready)
         os.setsid()
-        os.close(begun)
+        os.close(started)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = work() or 0
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:  # noqa: BLE001  (the end of this process, whatever it is)
+    except BaseException:  # noqa: BLE001  (the process ends here)
         traceback.print_exc()
     finally:
         os._exit(int(code))
 
 
-def said(words: list, log: Path) -> Callable[[], None]:
-    def work() -> None:
-        with open(log, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv = ["earteach", *map(str, words)]
-        app.main()
-
-    return work
+def run_earteach(arguments: list, log: Path) -> None:
+    """Run `earteach` in this process, with stdout and stderr in a log."""
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["earteach", *map(str, arguments)]
+    earteach()
 
 
-def ended(number: int, seconds: float) -> int | None:
-    """Exit code, negative of a signal; None if it is still at work after so long."""
-    until = time.monotonic() + seconds
+def wait(pid: int, seconds: float) -> int | None:
+    """Return the exit code of a process (negative for a signal), or None if it still runs after `seconds`."""
+    end = time.monotonic() + seconds
     while True:
-        done, status = os.waitpid(number, os.WNOHANG)
+        done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
+        if time.monotonic() > end:
             return None
         time.sleep(0.005)
 
 
-def left_behind(group: int) -> list[int]:
-    """Living processes of a group."""
+def succeeds(work: Callable[[], object]) -> bool:
+    """Return whether `work` succeeds in a process of its own."""
+    return wait(fork(work), TIME_LIMIT) == 0
+
+
+def processes_of(group: int) -> list[int]:
+    """Return the ids of the processes of a group, except zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -114,8 +136,8 @@ def left_behind(group: int) -> list[int]:
     return found
 
 
-def whole(folder: Path) -> int:
-    """In a process of its own: 0 if every file under a final name is whole."""
+def read_all_files(folder: Path) -> None:
+    """Read every file under a final name. Raises an exception if one is incomplete."""
     for path in folder.rglob("*"):
         if path.is_dir() or path.name.startswith(".") or any(part.startswith(".") for part in path.parent.parts):
             continue
@@ -133,153 +155,169 @@ def whole(folder: Path) -> int:
             tomllib.loads(path.read_text())
         elif path.suffix == ".npy":
             assert len(path.read_bytes()) > 128, path
-    return 0
 
 
-def same_weights(first: Path, second: Path) -> int:
+def require_same_weights(first: Path, second: Path) -> None:
+    """Assert that the last checkpoints of two runs have equal weights."""
     a, b = (read_checkpoint(path / "checkpoints" / "last.ckpt").content["state_dict"] for path in (first, second))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    return 0
 
 
-def kill_until_done(
-    what: str, first: list, folder: Path, seconds: float, chance: random.Random, tally: Tally, most: int
-) -> bool:
-    """Start it, and go on with it, each time killed at a random moment, `most` times; then let it finish. False on a
-    fault."""
-    words, kills = first, 0
-    (folder / "log.txt").touch()  # a process may be killed before it opens it
+def kill_until_done(command: Command, folder: Path, rng: random.Random, tally: Tally, most: int) -> bool:
+    """Start a command, kill and continue it `most` times at random moments, and let it finish.
+
+    Add to `tally`. Return False on a fault.
+    """
+    log = folder / "log.txt"
+    log.touch()  # a process may be killed before it opens it
+    arguments, kills = command.arguments(folder), 0
     while True:
-        number = forked(said(words, folder / "log.txt"))
-        code = ended(number, chance.uniform(0, seconds * 0.8) if kills < most else PATIENCE)
+        pid = fork(lambda arguments=arguments: run_earteach(arguments, log))
+        code = wait(pid, rng.uniform(0, command.seconds * 0.8) if kills < most else TIME_LIMIT)
+        fault = None
         if code is None and kills == most:
-            os.killpg(number, signal.SIGKILL)
-            os.waitpid(number, 0)
-            tally.faults.append(f"{what}: hung after {kills} kills")
-            return False
-        if code is None:
-            sign = chance.choice(SIGNALS)
-            if sign is signal.SIGINT or chance.random() < 0.5:
-                os.killpg(number, sign)  # as a terminal and a scheduler do
-            else:
-                os.kill(number, sign)
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            fault = f"hung after {kills} kills"
+        elif code is None:
+            number = rng.choice(SIGNALS)
             kills += 1
-            tally.kills[what, sign.name] += 1
-            code = ended(number, PATIENCE)
-            if code not in (-sign, 128 + sign, 0):
-                tally.faults.append(f"{what}: {sign.name} ended in {code}; {(folder / 'log.txt').read_text()[-2000:]}")
-                return False
+            tally.kills[command.name, number.name] += 1
+            code = _kill(pid, number, to_group=number is signal.SIGINT or rng.random() < 0.5)
+            if code not in (-number, 128 + number, 0):
+                fault = f"exit code {code} after {number.name}; {log.read_text()[-2000:]}"
         elif code != 0:
-            tally.faults.append(f"{what}: exit {code} without a kill; {(folder / 'log.txt').read_text()[-600:]}")
-            return False
-        until = time.monotonic() + 30
-        while left_behind(number) and time.monotonic() < until:
-            time.sleep(0.1)
-        if left_behind(number):
-            tally.faults.append(f"{what}: processes are left behind")
-            return False
-        if "Traceback" in (folder / "log.txt").read_text(errors="replace"):
-            tally.faults.append(f"{what}: a traceback; {(folder / 'log.txt').read_text()[-2000:]}")
-            return False
-        if ended(forked(lambda: whole(folder)), PATIENCE) != 0:
-            tally.faults.append(f"{what}: a half-written file under a final name")
+            fault = f"exit code {code} without a kill; {log.read_text()[-600:]}"
+        fault = fault or _fault_after(pid, folder, finished=code == 0)
+        if fault:
+            tally.faults.append(f"{command.name}: {fault}")
             return False
         if code == 0:
-            tally.finished[what] += 1
-            if any(path.name.endswith(".part") or path.name.endswith(".unfinished") for path in folder.rglob("*")):
-                tally.faults.append(f"{what}: temporary files are left: {[str(p) for p in folder.rglob('.*')]}")
-                return False
+            tally.finished[command.name] += 1
             return True
-        words = to_go_on(what, first, folder)
+        arguments = arguments_to_continue(command, folder)
 
 
-def timed(words: list, log: Path) -> float:
+def _kill(pid: int, number: signal.Signals, to_group: bool) -> int | None:
+    """Send a signal to a process, or to its group as a terminal or a scheduler does. Return the exit code."""
+    if to_group:
+        os.killpg(pid, number)
+    else:
+        os.kill(pid, number)
+    return wait(pid, TIME_LIMIT)
+
+
+def _fault_after(pid: int, folder: Path, finished: bool) -> str | None:
+    """Describe what is wrong after the process of a command has ended, or return None."""
+    end = time.monotonic() + 30
+    while processes_of(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    log = (folder / "log.txt").read_text(errors="replace")
+    if processes_of(pid):
+        return "child processes remain"
+    if "Traceback" in log:
+        return f"a traceback; {log[-2000:]}"
+    if not succeeds(lambda: read_all_files(folder)):
+        return "an incomplete file under a final name"
+    temporary = [str(path) for path in folder.rglob("*") if path.name.endswith((".part", ".unfinished"))]
+    if finished and temporary:
+        return f"temporary files remain: {temporary}"
+    return None
+
+
+def measure(arguments: list, log: Path) -> float:
+    """Run a command without interruption and return its duration in seconds."""
     start = time.monotonic()
-    code = ended(forked(said(words, log)), PATIENCE)
-    assert code == 0, log.read_text(encoding="utf-8")
+    assert succeeds(lambda: run_earteach(arguments, log)), log.read_text(encoding="utf-8")
     return time.monotonic() - start
 
 
-def soak(kills: int, seed: int, folder: Path, workers: int) -> Tally:
-    """`kills` kills at least."""
-    chance, tally = random.Random(seed), Tally()
-    ears = folder / "ears"
-    words = [str(ears), "--people", "11", "--photos", "4", "--val-people", "2", "--eval-people", "3", "--seed", "1"]
-    assert ended(forked(lambda: make_sample_ears(words)), PATIENCE) == 0
-    many = folder / "many.csv"
+def make_reference(folder: Path, workers: int) -> list[Command]:
+    """Run all commands without interruption in `folder`/reference, and return them."""
+    ears, many = folder / "ears", folder / "many.csv"
+    sizes = ["--people", "11", "--photos", "4", "--val-people", "2", "--eval-people", "3", "--seed", "1"]
+    assert succeeds(lambda: make_sample_ears([str(ears), *sizes]))
     lines = (ears / "eval.csv").read_text().splitlines()
     many.write_text("\n".join([lines[0], *(lines[1:] * 40)]) + "\n")
-    run = ["train", "--train-metadata", ears / "train_teacher.npy", "--val-metadata", ears / "val_teacher.npy", *SMALL,
-           "--max-epochs", 6, "--preset", "recommended", "--ema-decay", 0.9, "--num-workers", workers,
-           "--cluster-every", 2]  # fmt: skip
     reference = folder / "reference"
-    reference.mkdir()
-    log = reference / "log.txt"
-    seconds = {"train": timed([*run, "--output-dir", reference], log)}
-    experiment = reference / "ear_teacher"
-    verbs = {
-        "collage": lambda out: ["collage", experiment, "-o", out / "x.png"],
-        "export-backbone": lambda out: ["export-backbone", experiment, out / "x.safetensors"],
-        "embed": lambda out: ["embed", many, out / "x.npy", "--root-dir", ears, "--weights", experiment, "--batch-size", 8,
-                              "--num-workers", workers],
-    }  # fmt: skip
+    run = reference / EXPERIMENT
+    train = [
+        "train",
+        "--train-metadata",
+        ears / "train_teacher.npy",
+        "--val-metadata",
+        ears / "val_teacher.npy",
+        *SMALL,
+    ]
+    train += ["--max-epochs", 6, "--preset", "recommended", "--ema-decay", 0.9, "--cluster-every", 2]
+    train += ["--num-workers", workers]
+    embed = ["--root-dir", ears, "--weights", run, "--batch-size", 8, "--num-workers", workers]
     made = reference / "made"
-    made.mkdir()
-    for verb, words_for in verbs.items():
-        seconds[verb] = timed(words_for(made), log)
+    made.mkdir(parents=True)
+    commands = {
+        "train": lambda out: [*train, "--output-dir", out],
+        "collage": lambda out: ["collage", run, "-o", out / "x.png"],
+        "export-backbone": lambda out: ["export-backbone", run, out / "x.safetensors"],
+        "embed": lambda out: ["embed", many, out / "x.npy", *embed],
+    }
+    found = []
+    for name, arguments in commands.items():
+        seconds = measure(arguments(reference if name == "train" else made), reference / "log.txt")
+        found.append(Command(name, arguments, seconds, run if name == "train" else made))
+    return found
+
+
+def soak(kills: int, seed: int, folder: Path, workers: int) -> Tally:
+    """Repeat all commands until there are at least `kills` kills or a fault."""
+    rng, tally = random.Random(seed), Tally()
+    commands = make_reference(folder, workers)
     number = 0
     while sum(tally.kills.values()) < kills and not tally.faults:
         number += 1
         place = folder / f"{number}"
-        place.mkdir()
-        starts = {"train": lambda out: [*run, "--output-dir", out], **verbs}
-        for what, start in starts.items():
-            out = place if what == "train" else place / what
-            out.mkdir(exist_ok=True)
-            most = 6 if what == "train" else 2
-            if kill_until_done(what, start(out), out, seconds[what], chance, tally, most):
-                compare(what, experiment if what == "train" else made, out, tally)
+        for command in commands:
+            out = place if command.name == "train" else place / command.name
+            out.mkdir(parents=True, exist_ok=True)
+            if kill_until_done(command, out, rng, tally, most=6 if command.name == "train" else 2):
+                compare(command, out, tally)
         shutil.rmtree(place)
         print(f"round {number}: {sum(tally.kills.values())} kills, {len(tally.faults)} faults", flush=True)
     return tally
 
 
-def compare(what: str, wanted: Path, out: Path, tally: Tally) -> None:
-    """Note what is not as the uninterrupted one made it."""
-    if what == "train":
-        found = out / "ear_teacher"
-        if ended(forked(lambda: same_weights(wanted, found)), PATIENCE) != 0:
-            tally.faults.append("train: other weights than the uninterrupted run's")
-        wanted, out, names = wanted, found, ["metrics.csv"]
-    else:
-        names = {"collage": ["x.png"], "embed": ["x.npy", "x.csv", "x.json"]}.get(
-            what, ["x.safetensors", "x.whitening.safetensors"]
-        )
-    for name in names:
-        if (wanted / name).read_bytes() != (out / name).read_bytes():
-            tally.faults.append(f"{what}: {name} is not the uninterrupted one's")
+def compare(command: Command, out: Path, tally: Tally) -> None:
+    """Add a fault for everything that differs from the reference."""
+    if command.name == "train":
+        out = out / EXPERIMENT
+        if not succeeds(lambda: require_same_weights(command.reference, out)):
+            tally.faults.append("train: the weights differ from the uninterrupted run's")
+    for name in OUTPUTS[command.name]:
+        if (command.reference / name).read_bytes() != (out / name).read_bytes():
+            tally.faults.append(f"{command.name}: {name} differs from the uninterrupted one")
 
 
-def to_go_on(what: str, first: list, out: Path) -> list:
-    """What a user types after a kill."""
-    if what == "train":
-        return ["resume", out / "ear_teacher"] if (out / "ear_teacher" / "config.toml").exists() else first
-    if what == "embed" and list(out.glob(".*.unfinished/state.json")):
+def arguments_to_continue(command: Command, out: Path) -> list:
+    """Return the arguments with which a user continues the command after a kill."""
+    first = command.arguments(out)
+    if command.name == "train":
+        return ["resume", out / EXPERIMENT] if (out / EXPERIMENT / "config.toml").exists() else first
+    if command.name == "embed" and list(out.glob(".*.unfinished/state.json")):
         return [*first, "--resume"]
     return [*first, "--overwrite"]
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the soak test and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60, help="at least so many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=60, help="kills, at least (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that load images (default: %(default)s)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         tally = soak(options.kills, options.seed, Path(folder), options.workers)
-    for what in tally.finished:
-        each = ", ".join(f"{tally.kills[what, sign.name]} {sign.name}" for sign in SIGNALS)
-        print(f"{what}: {each}; finished {tally.finished[what]} times")
+    for name in tally.finished:
+        kills = ", ".join(f"{tally.kills[name, number.name]} {number.name}" for number in SIGNALS)
+        print(f"{name}: {kills}; finished {tally.finished[name]} times")
     print(f"{sum(tally.kills.values())} kills, {len(tally.faults)} lost")
     for fault in tally.faults:
         print(f"FAULT {fault}")

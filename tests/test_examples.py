@@ -1,4 +1,4 @@
-"""The walk-through of the README runs, as it stands, on a small set."""
+"""Test the examples: the demo, the drawn ears, the benchmark."""
 
 import json
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_photographs_to_embeddings(tmp_path, monkeypatch, capfd):
+def test_the_demo_runs(tmp_path, monkeypatch, capfd):
     import demo
     import steps
 
@@ -26,7 +26,7 @@ def test_the_demo_runs_from_photographs_to_embeddings(tmp_path, monkeypatch, cap
     monkeypatch.setattr(steps, "subprocess", forked)
     demo.steps()
     out, err = capfd.readouterr()
-    assert "(stopped: exit code 130)" in err and "restored: last.ckpt: epoch 1 of 4" in err
+    assert "(interrupted: exit code 130)" in err and "restored: last.ckpt: epoch 1 of 4" in err
     folder = tmp_path / "demo"
     assert {
         "worst.png",
@@ -43,14 +43,14 @@ def test_the_demo_runs_from_photographs_to_embeddings(tmp_path, monkeypatch, cap
     assert re.search(r"^rank-1( +[-+]?\d+\.\d){3} +\[", out, re.MULTILINE)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    steps.run("earteach", "--version", tee="version.txt")  # a process as the user has it
+    steps.run("earteach", "--version", tee="version.txt")  # in a new process
     assert Path("version.txt").read_text(encoding="utf-8").startswith("earteach ")
     command = [sys.executable, ROOT / "examples" / "demo.py", "demo"]
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr == "demo: exists already; remove it, or name another folder\n"
+    assert again.returncode == 1 and again.stderr == "demo: exists already; remove it, or give another folder\n"
 
 
-def test_the_readmes_walk_through_is_the_demo():
+def test_the_demo_runs_the_commands_of_the_readme():
     readme, demo = (ROOT / "README.md").read_text(), (ROOT / "examples" / "demo.py").read_text()
     walk_through = readme.split("## Walk-through")[1].split("\n## ")[0]
     assert set(re.findall(r"^earteach (\S+)", walk_through, re.MULTILINE)) == set(
@@ -58,7 +58,7 @@ def test_the_readmes_walk_through_is_the_demo():
     )
 
 
-def test_drawn_ears_know_their_boxes_sides_and_landmarks():
+def test_drawn_ears_have_boxes_sides_and_landmarks():
     from make_sample_ears import draw_photo
 
     for photo in range(4):
@@ -88,7 +88,7 @@ def test_left_and_right_ears_face_opposite_ways():
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_and_counts_its_rounds(tmp_path, capsys, monkeypatch):
+def test_the_benchmark_runs_and_reports_every_round(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
     import bench
 

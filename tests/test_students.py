@@ -1,4 +1,4 @@
-"""The students of examples/: what they measure is right, and the way to them runs by one script."""
+"""Test the student models: their metrics and augmentation, and the script that runs the whole experiment."""
 
 import ast
 import json
@@ -15,12 +15,12 @@ ROOT = Path(__file__).parent.parent
 STUDENTS = ROOT / "examples" / "students"
 sys.path.insert(0, str(STUDENTS))
 
-import detector  # noqa: E402  (from the folder above)
+import detector  # noqa: E402  (needs the path above)
 import distillation  # noqa: E402  (the same)
 import landmarker  # noqa: E402  (the same)
 
 
-def test_students_need_nothing_but_public_packages():
+def test_students_import_only_public_packages():
     allowed = {"torch", "torchvision", "timm", "numpy", "PIL", "distillation"} | set(sys.stdlib_module_names)
     for path in STUDENTS.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -29,7 +29,7 @@ def test_students_need_nothing_but_public_packages():
             assert {name.split(".")[0] for name in names} <= allowed, (path.name, names)
 
 
-def test_sizes_are_those_of_the_readme():
+def test_the_readme_states_the_sizes_of_the_models():
     text = (STUDENTS / "README.md").read_text()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (landmarker.Landmarker(), detector.Detector())]
     assert all(f"{size:,} parameters" in text for size in sizes), sizes
@@ -51,7 +51,7 @@ def test_landmarks_follow_the_image():
     images = torch.full((16, 3, 192, 192), -1.0)
     for image, ((x, y),) in zip(images, (points * 192).tolist(), strict=True):
         image[:, round(y) - 4 : round(y) + 4, round(x) - 4 : round(x) + 4] = 1
-    moved, followed = landmarker.varied(images, points, random)
+    moved, followed = landmarker.augment(images, points, random)
     assert (followed - points).abs().max() > 0.05
     for image, point in zip(moved[:, 0], followed[:, 0] * 192, strict=True):
         rows, columns = (image > image.amin() + 0.75 * (image.amax() - image.amin())).nonzero().float().unbind(1)
@@ -63,7 +63,7 @@ def test_boxes_follow_the_image():
     boxes = torch.tensor([[40.0, 30.0, 70.0, 90.0]]).repeat(16, 1)
     images = torch.full((16, 3, 128, 128), -1.0)
     images[:, :, 30:90, 40:70] = 1
-    moved, followed = detector.varied(images, boxes, random)
+    moved, followed = detector.augment(images, boxes, random)
     assert (followed - boxes).abs().max() > 5
     for image, box in zip(moved[:, 0], followed, strict=True):
         rows, columns = (image > image.amin() + 0.75 * (image.amax() - image.amin())).nonzero().unbind(1)
@@ -79,12 +79,14 @@ def test_average_precision_by_hand():
     assert detector.average_precision([(truth[:1] + 60, sure)] * 4, truth) == 0
     narrow = torch.tensor([[10.0, 10.0, 38.9, 50.0]])  # IoU 0.7225: of ten thresholds, five are below
     assert detector.average_precision([(narrow, sure)] * 4, truth) == pytest.approx(0.5)
-    half = perfect[:2] + [(truth[:0], sure[:0])] * 2  # half of them found, none wrongly: recalls 0 to 0.5, 51 of 101
+    half = (
+        perfect[:2] + [(truth[:0], sure[:0])] * 2
+    )  # half are detected, no false positives: recall 0 to 0.5, 51 of 101 values
     assert detector.average_precision(half, truth) == pytest.approx(51 / 101)
-    twice = [(truth[:2], torch.tensor([0.9, 0.8]))] * 4  # the second of a pair is a mistake, below all that is right
+    twice = [(truth[:2], torch.tensor([0.9, 0.8]))] * 4  # the second box is a false positive, below all true positives
     assert detector.average_precision(twice, truth) == pytest.approx(1)
-    mistakes_first = [(torch.cat([truth[:1] + 60, truth[:1]]), torch.tensor([0.9, 0.8]))] * 4
-    assert detector.average_precision(mistakes_first, truth) == pytest.approx(0.5)  # four wrong, then four right
+    false_positives_first = [(torch.cat([truth[:1] + 60, truth[:1]]), torch.tensor([0.9, 0.8]))] * 4
+    assert detector.average_precision(false_positives_first, truth) == pytest.approx(0.5)  # four false, then four true
 
 
 def test_positives_are_near_the_centre_at_the_stride_of_the_size():
@@ -95,7 +97,7 @@ def test_positives_are_near_the_centre_at_the_stride_of_the_size():
     assert (cells[near[0], :2] - 32).abs().max() <= 8
 
 
-def test_landmarks_and_nme_in_shares_of_the_side(ears):
+def test_landmarks_and_nme_are_fractions_of_the_side(ears):
     rows = distillation.read_ears(ears, "train")
     pixels, points = landmarker.crops(rows[:6])
     assert pixels.shape == (6, 3, 192, 192) and points.shape == (6, 55, 2)
@@ -114,7 +116,7 @@ def folder(run, tmp_path_factory):
     return path
 
 
-def test_the_teachers_maps_are_standardised_as_the_export_says(folder, ears):
+def test_the_teachers_maps_are_standardised_with_the_exports_statistics(folder, ears):
     from ear_teacher_cli import load_backbone, normalise
 
     pixels, _ = landmarker.crops(distillation.read_ears(ears, "val"))
@@ -126,32 +128,34 @@ def test_the_teachers_maps_are_standardised_as_the_export_says(folder, ears):
     described = json.loads((folder / "features.json").read_text())["maps"]
     for stage, about, found in zip(stages, described, teacher.maps, strict=False):
         mean, variance = (torch.tensor(about[name])[:, None, None] for name in ("mean", "variance"))
-        assert torch.allclose((stage - mean) / variance.sqrt(), found.float(), atol=2e-2, rtol=1e-2)  # kept in float16
-    twin = distillation.Teacher(folder, (4, 8, 16), pixels, untrained=True)
-    for stage in twin.maps:  # of its own first images
+        assert torch.allclose(
+            (stage - mean) / variance.sqrt(), found.float(), atol=2e-2, rtol=1e-2
+        )  # stored in float16
+    untrained = distillation.Teacher(folder, (4, 8, 16), pixels, untrained=True)
+    for stage in untrained.maps:  # with statistics of its first images
         assert stage.float().mean((0, 2, 3)).abs().max() < 0.01
         assert torch.allclose(stage.float().std((0, 2, 3)), torch.ones(stage.shape[1]), atol=0.02)
 
 
 @pytest.mark.slow
-def test_distillation_brings_the_students_maps_to_the_teachers(folder, ears):
+def test_distillation_makes_the_students_maps_similar_to_the_teachers(folder, ears):
     pixels, _ = detector.photos(distillation.read_ears(ears, "train"))
     teacher = distillation.Teacher(folder, (8, 16), pixels)
     errors = []
     for steps in (1, 30):
-        student = detector.fresh(0)
+        student = detector.build(0)
         distillation.distil(student, pixels, teacher, steps, 8, seed=0)
         with torch.inference_mode():
             stages = student.eval().maps(distillation.as_input(pixels))
-        # what a best linear map leaves of the teacher's map of stride 16
+        # residual of the best linear map to the teacher's map of stride 16
         own, theirs = (s.float().permute(0, 2, 3, 1).flatten(0, 2) for s in (stages[1], teacher.maps[1]))
-        left = theirs - own @ torch.linalg.lstsq(own, theirs).solution
-        errors.append(float(left.square().mean() / theirs.square().mean()))
+        residual = theirs - own @ torch.linalg.lstsq(own, theirs).solution
+        errors.append(float(residual.square().mean() / theirs.square().mean()))
     assert errors[1] < errors[0]
 
 
 @pytest.mark.slow
-def test_the_whole_way_runs_by_one_script(tmp_path, monkeypatch):
+def test_one_script_runs_the_whole_experiment(tmp_path, monkeypatch):
     import steps
     import students
 
@@ -169,5 +173,5 @@ def test_the_whole_way_runs_by_one_script(tmp_path, monkeypatch):
         runs = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert [run["kind"] for run in runs] == ["without", "untrained", "teacher"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="out: exists already"):  # what is there stays
+    with pytest.raises(SystemExit, match="out: exists already"):  # nothing is overwritten
         students.steps()

@@ -1,11 +1,12 @@
-"""Measure how fast earteach is, beside what it is compared with and beside the limit, in turn and in one run.
+"""Measure the speed of earteach against alternatives and against upper bounds.
 
-    python bench.py                       # every part that needs no other software; about 20 minutes on two cores
-    python bench.py images cache        # some of them
+    python bench.py                       # all parts that need no further software; about 20 minutes on two cores
+    python bench.py images cache          # some of them
     python bench.py --rounds 7 --json out.json
 
-Every line is a ratio of two things timed one after the other, round by round (A B A B), or seconds or megabytes
-where it says so: its median, and the range over the rounds. Times of shared machines wander by tens of percent; ratios of neighbours in time do not.
+Each row is the ratio of two times measured one after the other in every round (A B A B), or seconds or megabytes where
+it says so: the median and the range over the rounds. Times on a shared machine vary by tens of percent; ratios of
+measurements close in time do not.
 """
 
 import argparse
@@ -24,12 +25,12 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-PARTS = ("pictures", "cache", "step", "embedding", "validation", "starting", "memory")
+PARTS = ("images", "cache", "step", "embedding", "validation", "starting", "memory")
 
 
 @dataclass
 class Line:
-    """One line of the table. `ours`, `other`: what each took or did, in words."""
+    """A row of the table. `ours`, `other`: the two measurements as text."""
 
     part: str
     what: str
@@ -45,35 +46,56 @@ class Line:
         return statistics.median(self.ratios)
 
     def as_row(self) -> str:
+        """Return the row in Markdown."""
         aim = "" if self.aim is None else f"{self.aim:g}"
         met = self.aim is None or (self.median >= self.aim) == self.more_is_better
-        found = f"{'' if met else 'not met: '}{self.median:.2f} [{min(self.ratios):.2f}, {max(self.ratios):.2f}]"
-        return f"| {self.part} | {self.what} | {self.against} | {found} | {aim} | {self.ours} | {self.other} |"
+        ratio = f"{'' if met else 'not met: '}{self.median:.2f} [{min(self.ratios):.2f}, {max(self.ratios):.2f}]"
+        return f"| {self.part} | {self.what} | {self.against} | {ratio} | {aim} | {self.ours} | {self.other} |"
 
 
-def in_turn(ways: dict[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in every round, after one that warms up. A way may return seconds that it took itself."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+@dataclass(frozen=True)
+class Work:
+    """What a set of timed functions does: `count` items of `unit`, described by `what`."""
+
+    part: str
+    what: str
+    count: int
+    unit: str
+
+    def compare(self, seconds: dict[str, list[float]], other: str, against: str, aim: float | None = None) -> Line:
+        """Return the row that compares the seconds of "ours" with those of `other`."""
+        rates = [rate(seconds[name], self.count, self.unit) for name in ("ours", other)]
+        return Line(self.part, self.what, against, speed_up(seconds, "ours", other), aim, *rates)
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time the functions in turn for `rounds` rounds after a warm-up round, and return the seconds of each.
+
+    A function that returns a float has measured its seconds itself.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
-        for name, way in ways.items():
+        for name, function in functions.items():
             start = time.perf_counter()
-            own = way()
-            seconds = time.perf_counter() - start if own is None else own
+            returned = function()
+            measured = returned if isinstance(returned, float) else time.perf_counter() - start
             if number:
-                found[name].append(seconds)
-    return found
+                seconds[name].append(measured)
+    return seconds
 
 
 def speed_up(seconds: dict[str, list[float]], ours: str, other: str) -> list[float]:
-    """How many times faster `ours` was than `other`, round by round."""
+    """Return how many times faster `ours` was than `other`, for each round."""
     return [b / a for a, b in zip(seconds[ours], seconds[other], strict=True)]
 
 
 def rate(seconds: list[float], items: int, unit: str) -> str:
+    """Return the median rate as text, e.g. "30.4 images/s"."""
     return f"{items / statistics.median(seconds):.3g} {unit}/s"
 
 
 def machine() -> str:
+    """Describe the processor, the GPU and the versions of the libraries."""
     import numpy
     import PIL
 
@@ -91,24 +113,24 @@ def machine() -> str:
     )
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Measure the parts, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that everything runs; no figures to quote"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every round's figures")
-    options = parser.parse_args(words)
+    parser.add_argument("--quick", action="store_true", help="use tiny inputs to check that the parts run")
+    parser.add_argument("--json", metavar="FILE", help="write the values of every round")
+    options = parser.parse_args(argv)
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}")
+        parser.error(f"unknown part: {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     print(f"{machine()}; {options.rounds} rounds\n", flush=True)
     print(
-        "| part | what | against | ratio [range] | aim | ours | the other |\n|---|---|---|---|---|---|---|", flush=True
+        "| part | what | against | ratio [range] | aim | earteach | the other |\n|---|---|---|---|---|---|---|",
+        flush=True,
     )
     threads, lines = torch.get_num_threads(), []
     for part in options.parts or PARTS:
-        torch.set_num_threads(threads)  # a part may have chosen another number
+        torch.set_num_threads(threads)  # another part may have changed it
         measure: Callable[..., Iterator[Line]] = importlib.import_module(f"measure_{part}").measure
         with tempfile.TemporaryDirectory() as folder:
             for line in measure(Path(folder), options.rounds, options.quick):

@@ -1,46 +1,37 @@
-"""Crops from the second epoch on, against the first, on one core, without augmentation (which is the same for both)."""
+"""Speed of cached crops from the second epoch on, compared with the first epoch, on one core.
+
+Without augmentation, which takes the same time in both.
+"""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
-from bench import Line, in_turn, rate, speed_up
-from measure_pictures import PREPROCESSING
-from photos import drawn, enlarged
+from bench import Line, Work, in_turn
+from measure_images import PREPROCESSING
+from photos import enlarged, manifest_of
 
 from ear_teacher_cli.data.crop_cache import CropCaches
 from ear_teacher_cli.data.dataset import EarDataset
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
-    count = 3 if quick else 24
-    paths, boxes = enlarged(folder, "12 MP", count)
-    names = [Path(path).name for path in paths]
-    manifest = replace(
-        drawn(folder),
-        root=Path(paths[0]).parent,
-        paths=names,
-        boxes=boxes,
-        rows=range(count),
-        identities=None,
-        sides=None,
-    )
-    for kind, words in (("ram", "in memory"), ("disk", "on disk")):
-        number = iter(range(1_000_000))
-        held: list = []
+    """Yield the rows of the table. `quick`: with tiny inputs."""
+    images = 3 if quick else 24
+    manifest = manifest_of(*enlarged(folder, "12 MP", images))
+    for kind, place in (("ram", "in memory"), ("disk", "on disk")):
+        numbers = count()
+        caches: list[CropCaches] = []
 
-        def first(kind=kind, number=number, held=held) -> None:
-            held[:] = [CropCaches(kind, folder / f"{kind}{next(number)}", 1e9, 1, [manifest], PREPROCESSING)]
-            epoch(held[0])
+        def first_epoch(kind=kind, numbers=numbers, caches=caches) -> None:
+            caches[:] = [CropCaches(kind, folder / f"{kind}{next(numbers)}", 1e9, 1, [manifest], PREPROCESSING)]
+            epoch(caches)
 
-        def epoch(caches: CropCaches) -> None:
-            dataset = EarDataset(manifest, PREPROCESSING, cache=caches.caches[0])
-            for index in range(count):
+        def epoch(caches=caches) -> None:
+            dataset = EarDataset(manifest, PREPROCESSING, cache=caches[0].caches[0])
+            for index in range(images):
                 assert "pixels" in dataset[index]
 
-        def later(held=held) -> None:
-            epoch(held[0])
-
-        seconds = in_turn({"first": first, "later": later}, rounds)
-        yield Line("cache", f"12 MP photos, {words}", "the first epoch", speed_up(seconds, "later", "first"), 20,
-                   rate(seconds["later"], count, "crops"), rate(seconds["first"], count, "crops"))  # fmt: skip
+        seconds = in_turn({"first": first_epoch, "ours": epoch}, rounds)
+        work = Work("cache", f"12 MP photos, {place}", images, "crops")
+        yield work.compare(seconds, "first", "the first epoch", 20)

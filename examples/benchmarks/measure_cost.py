@@ -1,14 +1,14 @@
-"""What training costs: time per 1,000 images and memory of a step, for several models, sizes and numbers of views.
+"""Measure time per 1,000 images and memory of training, for several models, sizes and numbers of views.
 
     python examples/benchmarks/measure_cost.py [--device cpu|cuda] [--steps 2] [--only NAME]
 
-Prints a table in Markdown. Each row is a process of its own, so that the memory is its own: it builds the model and the
-optimiser, does steps on random crops, the first of which is not counted, and reports the median of the others and the
-largest memory of the process (CPU) or of PyTorch's allocator (GPU). Loading images is not part of it.
+Prints a table in Markdown. Each row is measured in a process of its own, which builds the model and the optimiser, takes
+steps on random crops without counting the first, and reports the median of the others and the peak memory of the process
+(CPU) or of PyTorch's allocator (GPU). Loading images is not included.
 
-On a CPU the last column is computed, not measured: what a GPU would need in 16-mixed, that is 16 bytes a parameter
-(weights, gradients and AdamW's two moments in float32) and half of what autograd saves for the backward pass in float32.
-Workspaces of cuDNN and the allocator's own come on top.
+The last column is computed, not measured: the memory that 16-mixed needs on a GPU, 16 bytes per trained parameter
+(weights, gradients and AdamW's two moments in float32) plus half of what autograd saves for the backward pass in float32.
+Workspaces of cuDNN and overhead of the allocator are not included.
 """
 
 import argparse
@@ -27,10 +27,20 @@ ROWS = (
     ("convnext_atto", 128, 2, 32),
     ("tf_efficientnet_lite0", 96, 2, 64),
 )
+COLUMNS = (
+    "backbone",
+    "parameters, million",
+    "image size",
+    "views",
+    "batch size",
+    "s per 1,000 images (range)",
+    "memory, GB",
+    "GPU memory, 16-mixed, computed, GB",
+)
 
 
 def measure(backbone: str, size: int, views: int, batch: int, device: str, steps: int) -> dict[str, float]:
-    """Seconds per 1,000 images, and GB."""
+    """Return seconds per 1,000 images (`seconds`, `low`, `high`), GB (`gigabytes`, `computed`) and `parameters`."""
     import torch
 
     from ear_teacher_cli import EarTeacherLightningModule
@@ -38,37 +48,38 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     from ear_teacher_cli.model.freezing import freeze_to_stride
     from ear_teacher_cli.training.run import _one_step
 
-    once = {} if views == 2 else {"contrastive_weight": 0.0}
-    config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, pretrained=False, **once)
+    objective = {} if views == 2 else {"contrastive_weight": 0.0}  # contrastive learning needs two views
+    config = TrainConfig(
+        backbone=backbone, image_size=size, views=views, batch_size=batch, pretrained=False, **objective
+    )
     module = EarTeacherLightningModule(config).to(device).train()
     freeze_to_stride(module.model.backbone, TrainConfig.freeze_stride)  # as with pretrained weights
     optimizer = torch.optim.AdamW(module.parameters())
     prototypes = torch.randn(512, config.projection_dim, device=device).requires_grad_()
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    made = {"pixels": pixels, "index": torch.arange(batch)} | ({"view": pixels.flip(0)} if views == 2 else {})
+    batch_of_data = {"pixels": pixels, "index": torch.arange(batch)} | ({"view": pixels.flip(0)} if views == 2 else {})
     seconds, saved = [], {}
-
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _one_step(module, dict(made), prototypes)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        _one_step(module, dict(batch_of_data), prototypes)
     optimizer.zero_grad()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     for _ in range(steps + 1):
         start = time.perf_counter()
         with torch.autocast(device, torch.float16, enabled=device == "cuda"):
-            _one_step(module, dict(made), prototypes)
+            _one_step(module, dict(batch_of_data), prototypes)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else _largest_memory()
+    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else _peak_memory()
     per_thousand = [1000 * value / batch for value in seconds[1:]]
     return {
         "seconds": statistics.median(per_thousand),
@@ -80,40 +91,30 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     }
 
 
-def _largest_memory() -> float:
-    """Largest resident memory of this process in GB (Linux: kB, macOS: bytes)."""
+def _peak_memory() -> float:
+    """Return the peak resident memory of this process in GB (ru_maxrss is in kB on Linux, in bytes on macOS)."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def main() -> None:
+    """Measure every row in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--only", help="the rows of one backbone")
+    parser.add_argument("--only", help="measure the rows of this backbone only")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(*json.loads(args.row), args.device, args.steps)))
         return
-    heads = ("backbone", "parameters, million", "image size", "views", "batch size", "s per 1,000 images", "memory, GB")
-    print(f"| {' | '.join((*heads, 'GPU, 16-mixed, computed, GB'))} |")
-    print("|---" * (len(heads) + 1) + "|")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for row in ROWS:
         if args.only and row[0] != args.only:
             continue
-        words = [
-            sys.executable,
-            __file__,
-            "--device",
-            args.device,
-            "--steps",
-            str(args.steps),
-            "--row",
-            json.dumps(row),
-        ]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        arguments = ["--device", args.device, "--steps", str(args.steps), "--row", json.dumps(row)]
+        done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         backbone, size, views, batch = row
         print(

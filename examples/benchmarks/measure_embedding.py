@@ -1,23 +1,22 @@
-"""`embed` from the first image to the last, where the model is the bottleneck and where the images are.
+"""Speed of `embed`, from the first image to the last, where the model is the bottleneck and where the images are.
 
-Against the model alone on ready tensors and the decoder alone on all cores (the limits), and a loop as a user of timm
-would write it: ImageDataset, timm's transform, a DataLoader with as many workers. Against thingsvision, too, where
-THINGSVISION_PYTHON names the Python of an environment that has it (`pip install thingsvision`, "pandas<3").
+Compared with upper bounds (the model alone on preloaded tensors, the decoder alone on all cores) and with the loop that a
+user of timm would write: ImageDataset, timm's transform, a DataLoader with as many workers. If THINGSVISION_PYTHON names
+the Python of an environment with thingsvision (`pip install thingsvision`, "pandas<3"), compared with that, too.
 """
 
 import os
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import timm
 import torch
-from bench import Line, in_turn, rate, speed_up
-from measure_pictures import SIDE, _decode, _of_timm
-from photos import crops, drawn, enlarged
+from bench import Line, Work, in_turn
+from measure_images import SIDE, decode, timm_dataset
+from photos import crops, enlarged, manifest_of
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
@@ -30,81 +29,66 @@ SCRIPT = Path(__file__).with_name("of_thingsvision.py")
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
-    cores = workers = usable_cores()
-    quiet = Console(quiet=True)
-    for name, kind in (("test_convnext" if quick else "convnext_tiny", "crops"), ("test_convnext", "12 MP")):
-        count = BATCH * (2 if quick else 12 if kind == "crops" else 6)
-        paths = crops(folder, count)[0] if kind == "crops" else enlarged(folder, kind, count)[0]
-        manifest = replace(drawn(folder), root=Path(paths[0]).parent, paths=[Path(p).name for p in paths], boxes=[None] * count,
-                           rows=range(count), identities=None, sides=None)  # fmt: skip
-        torch.manual_seed(0)
-        weights = folder / f"{name}.safetensors"
-        save_file(timm.create_model(name, num_classes=0).state_dict(), weights)
-        embedder = load_embedder(str(weights), name, SIDE)
-        dataset = _of_timm(Path(paths[0]).parent)
-        assert len(dataset) == count
-        ready = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
-        plain = timm.create_model(name, num_classes=0).eval()
+    """Yield the rows of the table. `quick`: with tiny inputs."""
+    images = BATCH * (2 if quick else 12)
+    paths = crops(folder, images)[0]
+    yield from _measure_model(folder, rounds, "test_convnext" if quick else "convnext_tiny", paths, "200 px crops")
+    paths = enlarged(folder, "12 MP", BATCH * (2 if quick else 6))[0]
+    yield from _measure_model(folder, rounds, "test_convnext", paths, "12 MP photos")
 
-        def ours(manifest=manifest, embedder=embedder, count=count) -> None:
-            rows = [embedder.unit_rows(v) for _, v, _ in embed_images(embedder, manifest, BATCH, workers, 0, quiet)]
-            assert sum(map(len, rows)) == count
 
-        def forward(embedder=embedder, count=count, ready=ready) -> None:
-            for _ in range(count // BATCH):
-                embedder(ready)
+def _measure_model(folder: Path, rounds: int, model: str, paths: list[str], images: str) -> Iterator[Line]:
+    workers, count = usable_cores(), len(paths)
+    manifest = manifest_of(paths, [None] * count)
+    torch.manual_seed(0)
+    weights = folder / f"{model}.safetensors"
+    save_file(timm.create_model(model, num_classes=0).state_dict(), weights)
+    embedder = load_embedder(str(weights), model, SIDE)
+    dataset = timm_dataset(Path(paths[0]).parent)
+    assert len(dataset) == count
+    preloaded = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
+    backbone = timm.create_model(model, num_classes=0).eval()
+    console = Console(quiet=True)
 
-        def users_loop(dataset=dataset, plain=plain) -> None:
-            with torch.inference_mode():
-                for images, _ in DataLoader(dataset, BATCH, num_workers=workers):
-                    torch.nn.functional.normalize(plain(images), dim=1).numpy()
+    def ours() -> None:
+        rows = [embedder.unit_rows(v) for _, v, _ in embed_images(embedder, manifest, BATCH, workers, 0, console)]
+        assert sum(map(len, rows)) == count
 
-        def decoder(paths=paths) -> None:
-            with ProcessPoolExecutor(cores, get_context("fork")) as pool:
-                list(pool.map(_decode, paths, [None] * len(paths), chunksize=4))
+    def model_alone() -> None:
+        for _ in range(count // BATCH):
+            embedder(preloaded)
 
-        ways = {"ours": ours, "user": users_loop, "limit": forward if kind == "crops" else decoder}
-        rival = os.environ.get("THINGSVISION_PYTHON")
-        if rival:
-            words = [rival, SCRIPT, dataset.reader.root, name, BATCH, SIDE]
-            process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            versions = process.stdout.readline().strip()
+    def timm_loop() -> None:
+        with torch.inference_mode():
+            for batch, _ in DataLoader(dataset, BATCH, num_workers=workers):
+                torch.nn.functional.normalize(backbone(batch), dim=1).numpy()
 
-            def thingsvision(process=process) -> float:
-                process.stdin.write("again\n")
-                process.stdin.flush()
-                return float(process.stdout.readline())
+    def decoder_alone() -> None:
+        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+            list(pool.map(decode, paths, chunksize=4))
 
-            ways["thingsvision"] = thingsvision
-        seconds = in_turn(ways, rounds)
-        if rival:
-            process.communicate(timeout=60)
-        what = f"{name}, {'200 px crops' if kind == 'crops' else kind + ' photos'}, {workers} workers"
-        limit, aim = (
-            ("the model alone on ready tensors", 0.95)
-            if kind == "crops"
-            else ("Pillow's decoder alone, all cores", 0.9)
-        )
-        mine = rate(seconds["ours"], count, "pictures")
-        yield Line(
-            "embedding",
-            what,
-            limit,
-            speed_up(seconds, "ours", "limit"),
-            aim,
-            mine,
-            rate(seconds["limit"], count, "pictures"),
-        )
-        theirs = f"a loop with timm {timm.__version__} and DataLoader"
-        yield Line(
-            "embedding",
-            what,
-            theirs,
-            speed_up(seconds, "ours", "user"),
-            1.0,
-            mine,
-            rate(seconds["user"], count, "pictures"),
-        )
-        if rival:
-            faster = speed_up(seconds, "ours", "thingsvision")
-            yield Line("embedding", what, versions, faster, 1.0, mine, rate(seconds["thingsvision"], count, "pictures"))
+    model_is_bottleneck = images == "200 px crops"
+    functions = {"ours": ours, "timm": timm_loop, "bound": model_alone if model_is_bottleneck else decoder_alone}
+    process = None
+    if python := os.environ.get("THINGSVISION_PYTHON"):
+        command = [python, SCRIPT, dataset.reader.root, model, BATCH, SIDE]
+        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        versions = process.stdout.readline().strip()
+        functions["thingsvision"] = lambda: _run_thingsvision(process)
+    seconds = in_turn(functions, rounds)
+    work = Work("embedding", f"{model}, {images}, {workers} workers", count, "images")
+    if model_is_bottleneck:
+        yield work.compare(seconds, "bound", "the model alone on preloaded tensors", 0.95)
+    else:
+        yield work.compare(seconds, "bound", "Pillow's decoder alone, all cores", 0.9)
+    yield work.compare(seconds, "timm", f"a loop with timm {timm.__version__} and DataLoader", 1.0)
+    if process:
+        process.communicate(timeout=60)
+        yield work.compare(seconds, "thingsvision", versions, 1.0)
+
+
+def _run_thingsvision(process: subprocess.Popen) -> float:
+    """Let of_thingsvision.py embed the folder once, and return its seconds."""
+    process.stdin.write("again\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())

@@ -1,6 +1,7 @@
-"""How the memory of `embed` grows with its rows: everything but the images and the model, which are made up.
+"""Growth of the memory of `embed` with the number of rows, without images and model, whose results are constants.
 
-Peak of a process of its own that embeds 10,000 rows, and of one that embeds 1,000,000 of the same few files.
+Measured as the difference in peak memory of two processes, one that embeds 10,000 rows and one that embeds 1,000,000, both
+of the same few files.
 """
 
 import subprocess
@@ -14,22 +15,23 @@ from photos import drawn
 SCRIPT = """
 import sys
 import numpy as np, torch
-from ear_teacher_cli.embedding import writer as verb
+from ear_teacher_cli.embedding import writer
 from ear_teacher_cli.console import Console
 
-def made_up(embedder, manifest, batch_size, workers, timeout, console, start):
+def constant_embeddings(embedder, manifest, batch_size, workers, timeout, console, start):
     for first in range(start, len(manifest), batch_size):
         rows = list(range(first, min(first + batch_size, len(manifest))))
         yield rows, torch.ones(len(rows), 64), []
 
-verb.embed_images = made_up
-verb.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))
-# not getrusage: its peak is that of the process that started this one, too
+writer.embed_images = constant_embeddings
+writer.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))
+# not getrusage, whose peak includes that of the parent process
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     import timm
     from safetensors.torch import save_file
 
@@ -46,11 +48,12 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
                 lines = [f"{p},{','.join(map(str, b))}\n" for p, b in zip(manifest.paths, manifest.boxes, strict=True)]
                 file.writelines(lines[i % len(lines)] for i in range(rows))
             out = folder / f"{rows}.npy"
-            words = [sys.executable, "-c", SCRIPT, source, out, weights]
-            done = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True)
+            command = [sys.executable, "-c", SCRIPT, source, out, weights]
+            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
             peaks[rows] = float(done.stdout)
             for path in folder.glob(f"{rows}.*"):
                 path.unlink()
         ratios.append(peaks[many] - peaks[few])
-    yield Line("memory", f"embed, {many:,} rows", f"MB more than {few:,}", ratios, 300, f"{peaks[many]:.0f} MB", f"{peaks[few]:.0f} MB",
-               more_is_better=False)  # fmt: skip
+    megabytes = [f"{peaks[rows]:.0f} MB" for rows in (many, few)]
+    against = f"MB more than for {few:,}"
+    yield Line("memory", f"embed, {many:,} rows", against, ratios, 300, *megabytes, more_is_better=False)

@@ -1,4 +1,4 @@
-"""Seconds of CPU before anything is done: of help, and of the libraries that a verb waits for."""
+"""CPU seconds of starting up: of `--help`, and of the imports of a command compared with those of its libraries."""
 
 import os
 import resource
@@ -9,48 +9,53 @@ from pathlib import Path
 
 from bench import Line, in_turn
 
-# Bytecode may be kept, as anybody's Python does: the first round compiles it.
+# Python caches bytecode, as in normal use: the warm-up round compiles it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 HELP = (["--help"], ["validate-data", "--help"], ["train", "--help"])
-MODULES = {
-    "train": "ear_teacher_cli.training.run",
-    "embed": "ear_teacher_cli.embedding.writer",
-    "evaluate": "ear_teacher_cli.quality.evaluate",
-    "validate_data": "ear_teacher_cli.data.audit",
+# command -> (its module, libraries that it cannot do without)
+IMPORTS = {
+    "train": ("ear_teacher_cli.training.run", "pytorch_lightning, timm"),
+    "embed": ("ear_teacher_cli.embedding.writer", "torch, timm"),
+    "evaluate": ("ear_teacher_cli.quality.evaluate", "numpy, PIL.Image"),
+    "validate-data": ("ear_teacher_cli.data.audit", "numpy, PIL.Image"),
 }
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     earteach = [sys.executable, "-m", "ear_teacher_cli"]
-    for words in HELP:
-        seconds = in_turn(
-            {
-                "ours": cpu_of([*earteach, *words]),
-                "python": cpu_of([sys.executable, "-c", "import rich.console, typer"]),
-            },
-            rounds,
-        )
-        yield Line("starting", f"earteach {' '.join(words)}", "seconds of CPU", seconds["ours"], 0.3, f"{min(seconds['ours']):.2f} s",
-                   f"{min(seconds['python']):.2f} s for typer and rich", more_is_better=False)  # fmt: skip
-    for verb in list(MODULES)[: 1 if quick else None]:
-        libraries = {"train": "pytorch_lightning, timm", "embed": "torch, timm"}.get(verb, "numpy, PIL.Image")
-        ways = {name: cpu_of([sys.executable, "-c", f"import {what}"]) for name, what in
-                (("ours", MODULES[verb]), ("libraries", libraries))}  # fmt: skip
-        seconds = in_turn(ways, min(rounds, 3))
+    for arguments in HELP:
+        functions = {
+            "ours": cpu_seconds_of([*earteach, *arguments]),
+            "libraries": cpu_seconds_of([sys.executable, "-c", "import rich.console, typer"]),
+        }
+        seconds = in_turn(functions, rounds)
+        ours, libraries = (f"{min(seconds[name]):.2f} s" for name in ("ours", "libraries"))
+        what, libraries = f"earteach {' '.join(arguments)}", f"{libraries} for typer and rich"
+        yield Line("starting", what, "seconds of CPU", seconds["ours"], 0.3, ours, libraries, more_is_better=False)
+    for command, (module, imported) in list(IMPORTS.items())[: 1 if quick else None]:
+        functions = {
+            "ours": cpu_seconds_of([sys.executable, "-c", f"import {module}"]),
+            "libraries": cpu_seconds_of([sys.executable, "-c", f"import {imported}"]),
+        }
+        seconds = in_turn(functions, min(rounds, 3))
         ratios = [a / b for a, b in zip(seconds["ours"], seconds["libraries"], strict=True)]
-        yield Line("starting", f"all that {verb.replace('_', '-')} imports", f"import {libraries}", ratios, None,
-                   f"{min(seconds['ours']):.2f} s", f"{min(seconds['libraries']):.2f} s", more_is_better=False)  # fmt: skip
+        ours, libraries = (f"{min(seconds[name]):.2f} s" for name in ("ours", "libraries"))
+        what, against = f"all imports of {command}", f"import {imported}"
+        yield Line("starting", what, against, ratios, None, ours, libraries, more_is_better=False)
 
 
-def cpu_of(command: list[str]) -> Callable[[], float]:
+def cpu_seconds_of(command: list[str]) -> Callable[[], float]:
+    """Return a function that runs the command and returns its CPU seconds."""
+
     def run() -> float:
-        before = _children()
+        before = _cpu_seconds_of_children()
         subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
-        return _children() - before
+        return _cpu_seconds_of_children() - before
 
     return run
 
 
-def _children() -> float:
+def _cpu_seconds_of_children() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

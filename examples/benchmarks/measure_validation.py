@@ -1,4 +1,4 @@
-"""`validate-data`: all cores against the decoder alone, and long manifests: is the work linear in their rows?"""
+"""Speed of `validate-data`: compared with the decoder alone on all cores, and growth of its time with the rows."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from bench import Line, in_turn, rate, speed_up
+from bench import Line, Work, in_turn
 from photos import enlarged
 
 from ear_teacher_cli.data.audit import _duplicate_rows
@@ -20,28 +20,20 @@ from ear_teacher_cli.platform import usable_cores
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
+    """Yield the rows of the table. `quick`: with tiny inputs."""
     cores = usable_cores()
     count = 128 if quick else 384
     paths, boxes = enlarged(folder, "2 MP", count)
-    listed = Path(paths[0]).parent / "list.csv"
-    with open(listed, "w", encoding="utf-8") as file:
+    manifest = Path(paths[0]).parent / "list.csv"
+    with open(manifest, "w", encoding="utf-8") as file:
         file.write("image_path,x1,y1,x2,y2\n")
         file.writelines(f"{Path(p).name},{','.join(map(str, box))}\n" for p, box in zip(paths, boxes, strict=True))
     pool = ProcessPoolExecutor(cores, get_context("spawn"))
 
     def ours() -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "ear_teacher_cli",
-            "validate-data",
-            listed,
-            "--num-workers",
-            cores,
-            "--json",
-            "-",
-        ]
-        done = subprocess.run(list(map(str, command)), capture_output=True, check=True)
+        arguments = [manifest, "--num-workers", cores, "--json", "-"]
+        command = [sys.executable, "-m", "ear_teacher_cli", "validate-data", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, check=True)
         assert json.loads(done.stdout)["pictures"] == count
 
     def decoder() -> None:
@@ -49,8 +41,8 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
 
     with pool:
         seconds = in_turn({"ours": ours, "decoder": decoder}, rounds)
-    yield Line("validation", f"2 MP photos, {cores} cores, the whole command", "decoding alone, workers started",
-               speed_up(seconds, "ours", "decoder"), 0.9, rate(seconds["ours"], count, "photos"), rate(seconds["decoder"], count, "photos"))  # fmt: skip
+    work = Work("validation", f"2 MP photos, {cores} cores, the whole command", count, "photos")
+    yield work.compare(seconds, "decoder", "decoding alone, workers running", 0.9)
     few, many = (1_000, 10_000) if quick else (100_000, 1_000_000)
     files = {rows: _long_manifest(folder / f"{rows}.csv", rows) for rows in (few, many)}
     hashes = {rows: np.random.default_rng(0).integers(0, 2**63, (rows, 2)).tolist() for rows in (few, many)}
@@ -61,11 +53,12 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     def near(rows: int) -> None:
         list(near_pairs(a << 64 | b for a, b in hashes[rows]))
 
-    for what, job in (("reading a CSV, double rows", read), ("near duplicates of as many hashes", near)):
+    for what, job in (("reading a CSV with duplicate rows", read), ("near duplicates among as many hashes", near)):
         seconds = in_turn({"few": lambda j=job: j(few), "many": lambda j=job: j(many)}, min(rounds, 2))
         ratios = [b / a / (many / few) for a, b in zip(seconds["few"], seconds["many"], strict=True)]
-        yield Line("validation", f"{what}, {many:,} rows", f"{many // few} x the time of {few:,}", ratios, 1.5,
-                   f"{min(seconds['many']):.1f} s", f"{min(seconds['few']):.2f} s", more_is_better=False)  # fmt: skip
+        what, against = f"{what}, {many:,} rows", f"{many // few} x the time of {few:,}"
+        times = f"{min(seconds['many']):.1f} s", f"{min(seconds['few']):.2f} s"
+        yield Line("validation", what, against, ratios, 1.5, *times, more_is_better=False)
 
 
 def _decode(path: str) -> None:

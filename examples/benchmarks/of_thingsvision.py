@@ -1,8 +1,8 @@
-"""Embed a folder with thingsvision, as its README shows, once for each line on stdin; prints the seconds of each.
+"""Embed a folder with thingsvision as its README shows, once for each line on stdin, and print the seconds of each.
 
     python of_thingsvision.py FOLDER MODEL BATCH SIDE
 
-Run by measure_embedding.py with the Python of an environment of thingsvision's own, as it wants an older torch.
+measure_embedding.py runs it with the Python of a separate environment, because thingsvision needs an older torch.
 """
 
 import sys
@@ -17,14 +17,15 @@ from timm.data import create_transform
 
 
 def main(folder: str, model: str, batch: int, side: int) -> None:
-    answers = sys.stdout
-    with redirect_stdout(sys.stderr):  # it talks
+    """Print the versions, then the seconds of embedding the folder for each line on stdin."""
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):  # thingsvision prints messages
         extractor = thingsvision.get_extractor(model_name=model, source="timm", device="cpu", pretrained=False)
-        # its own would be of the size in the model's configuration, not of the one that is asked for
+        # its own transform would have the input size of the model's configuration
         transforms = create_transform((3, side, side), is_training=False, crop_pct=1.0, interpolation="bicubic")
         layer = next(name for name in ("head.flatten", "global_pool") if name in extractor.get_module_names())
     versions = f"thingsvision {version('thingsvision')}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    print(versions, file=answers, flush=True)
+    print(versions, file=stdout, flush=True)
     for _ in sys.stdin:
         with redirect_stdout(sys.stderr):
             start = time.perf_counter()
@@ -33,7 +34,7 @@ def main(folder: str, model: str, batch: int, side: int) -> None:
             rows = extractor.extract_features(batches, module_name=layer, flatten_acts=True, output_type="ndarray")
             seconds = time.perf_counter() - start
             assert len(rows) == len(dataset) > 0
-        print(seconds, file=answers, flush=True)
+        print(seconds, file=stdout, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Large photos to measure with: drawn ears, enlarged, with the grain that makes a JPEG of a camera's size."""
+"""Images to measure with: drawn ears, enlarged, with grain that gives a JPEG the file size of a camera's."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +14,36 @@ SIZES = {"12 MP": (4000, 3000), "2 MP": (1632, 1224)}
 
 
 def drawn(folder: Path, people: int = 12) -> Manifest:
-    """`people` x 8 drawn photos of 480 x 360 with boxes, all in the validation manifest but the training's few."""
+    """Draw ears in `folder`/ears, unless they exist, and return the training manifest: `people` x 8 photos with boxes."""
     if not (folder / "ears").exists():
-        words = ["--people", str(people + 2), "--val-people", "1", "--eval-people", "1"]
-        make_sample_ears([str(folder / "ears"), *words])
+        arguments = ["--people", str(people + 2), "--val-people", "1", "--eval-people", "1"]
+        make_sample_ears([str(folder / "ears"), *arguments])
     return read_manifest(folder / "ears" / "train_teacher.npy", folder / "ears")
 
 
+def manifest_of(paths: list[str], boxes: Sequence[Box | None]) -> Manifest:
+    """Return a manifest of images in one folder, without identities."""
+    folder = Path(paths[0]).parent
+    return replace(
+        drawn(folder.parent),
+        root=folder,
+        paths=[Path(path).name for path in paths],
+        boxes=boxes,
+        rows=range(len(paths)),
+        identities=None,
+        sides=None,
+    )
+
+
 def enlarged(folder: Path, size: str, count: int, suffix: str = ".jpg") -> tuple[list[str], list[Box]]:
-    """`count` photos of `size`, at quality 90 (a 12-megapixel one takes about 4 MB), and the ears' boxes in them."""
+    """Return the paths of `count` photos of `size` and the ears' boxes.
+
+    JPEG files have quality 90, which makes about 4 MB of 12 megapixels.
+    """
     manifest, (width, height) = drawn(folder), SIZES[size]
-    draw = np.random.default_rng(0)
-    grain = draw.normal(0, 6, (height, width, 1))
-    coarse = Image.fromarray(draw.normal(128, 20, (height // 4, width // 4)).clip(0, 255).astype(np.uint8))
+    random = np.random.default_rng(0)
+    grain = random.normal(0, 6, (height, width, 1))
+    coarse = Image.fromarray(random.normal(128, 20, (height // 4, width // 4)).clip(0, 255).astype(np.uint8))
     grain += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float64)[..., None] - 128
     target = folder / f"{size.replace(' ', '')}{suffix.replace('.', '-')}"
     target.mkdir(exist_ok=True)
@@ -44,7 +63,7 @@ def enlarged(folder: Path, size: str, count: int, suffix: str = ".jpg") -> tuple
 
 
 def crops(folder: Path, count: int, suffix: str = ".jpg") -> tuple[list[str], list[None]]:
-    """`count` cropped ears of about 200 x 200, whole images without boxes."""
+    """Return the paths of `count` crops of ears of about 200 x 200 px, and no boxes."""
     manifest = drawn(folder)
     target = folder / f"crops{suffix.replace('.', '-')}"
     target.mkdir(exist_ok=True)

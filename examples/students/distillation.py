@@ -1,7 +1,6 @@
-"""What both students share: the export as timm opens it, its standardised maps, the loss, the blocks they are built of,
-and the comparison.
+"""Code that both students share: standardised maps of the export, distillation, blocks, and the comparison.
 
-Only public packages and the exported folder are used here (torch, timm, numpy, Pillow), as a student's trainer would.
+Uses only public packages (torch, timm, numpy, Pillow) and the exported folder, not earteach.
 
 B images, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
 """
@@ -13,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,18 @@ FILL = (124, 116, 104)  # around images that are not square
 
 
 class Teacher:
-    """What an exported folder's maps are at some strides, for all of `pixels`, uint8 N,3,S,S.
+    """Feature maps of an exported folder at some strides, for all of `pixels`, uint8 N,3,S,S.
 
-    `maps`: for each stride float16 N,C,S/stride,S/stride, standardised per channel with the export's own mean and
-    variance. `untrained`: the control, the same architecture with random weights, standardised with its own.
+    `maps`: for each stride float16 N,C,S/stride,S/stride, standardised per channel with mean and variance of the export.
+    `untrained`: use random weights of the same architecture (control), standardised with statistics of their own maps.
     """
 
     def __init__(self, folder: str | Path, strides: tuple[int, ...], pixels: torch.Tensor, untrained: bool = False):
         folder = Path(folder)
         about = json.loads((folder / "features.json").read_text())["maps"]
-        places = [[stage["stride"] for stage in about].index(stride) for stride in strides]
-        self.channels = [about[place]["channels"] for place in places]
-        logging.getLogger("timm").setLevel(logging.ERROR)  # it tells of a head that the maps do not need
+        stages = [[stage["stride"] for stage in about].index(stride) for stride in strides]
+        self.channels = [about[stage]["channels"] for stage in stages]
+        logging.getLogger("timm").setLevel(logging.ERROR)  # it warns about the missing classifier
         if untrained:
             torch.manual_seed(0)
             name = json.loads((folder / "config.json").read_text())["architecture"]
@@ -48,47 +48,49 @@ class Teacher:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
         preprocess = json.loads((folder / "preprocess.json").read_text())
         mean, std = (torch.tensor(preprocess[name])[:, None, None] * 255 for name in ("mean", "std"))
-        found: list[list[torch.Tensor]] = [[] for _ in places]
-        statistics = [(torch.tensor(about[p]["mean"]), torch.tensor(about[p]["variance"]).sqrt()) for p in places]
+        found: list[list[torch.Tensor]] = [[] for _ in stages]
+        statistics = [(torch.tensor(about[s]["mean"]), torch.tensor(about[s]["variance"]).sqrt()) for s in stages]
         with torch.inference_mode():
             for start in range(0, len(pixels), 32):
-                stages = model((pixels[start : start + 32] - mean) / std)
-                stages = [stages[place] for place in places]
+                maps = model((pixels[start : start + 32] - mean) / std)
+                maps = [maps[stage] for stage in stages]
                 if untrained and start == 0:
-                    statistics = [(stage.mean((0, 2, 3)), stage.std((0, 2, 3))) for stage in stages]
-                for kept, stage, (centre, spread) in zip(found, stages, statistics, strict=True):
-                    least = 0.01 * spread.median()  # a channel that never varied there may do so here
-                    kept.append(((stage - centre[:, None, None]) / spread.clamp_min(least)[:, None, None]).half())
-        self.maps = [torch.cat(kept) for kept in found]
+                    statistics = [(each.mean((0, 2, 3)), each.std((0, 2, 3))) for each in maps]
+                for batches, each, (centre, deviation) in zip(found, maps, statistics, strict=True):
+                    least = 0.01 * deviation.median()  # a channel that was constant in the export may vary here
+                    standardised = (each - centre[:, None, None]) / deviation.clamp_min(least)[:, None, None]
+                    batches.append(standardised.half())
+        self.maps = [torch.cat(batches) for batches in found]
 
 
 def distil(
     student: nn.Module, pixels: torch.Tensor, teacher: Teacher, steps: int, batch: int, seed: int, rate: float = 2e-3
 ) -> None:
-    """Teach `student.maps(images)` the teacher's maps of unlabelled images, uint8 N,3,S,S.
+    """Train `student.maps(images)` to match the teacher's maps of unlabelled images, uint8 N,3,S,S.
 
-    A 1 x 1 convolution brings each map to the teacher's channels; the loss is smooth L1 plus 1 - cosine along channels.
+    A 1 x 1 convolution projects each map to the teacher's channels. The loss is smooth L1 plus 1 - cosine over channels.
     """
     random = torch.Generator().manual_seed(seed)
     widths = [stage.shape[1] for stage in student.maps(as_input(pixels[:1]))]
     torch.manual_seed(seed)
-    bridges = nn.ModuleList(nn.Conv2d(own, theirs, 1) for own, theirs in zip(widths, teacher.channels, strict=True))
-    optimiser = torch.optim.AdamW([*student.parameters(), *bridges.parameters()], lr=rate, weight_decay=1e-4)
+    projections = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, teacher.channels, strict=True))
+    optimiser = torch.optim.AdamW([*student.parameters(), *projections.parameters()], lr=rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     student.train()
     for _ in range(steps):
         chosen = torch.randint(len(pixels), (batch,), generator=random)
         loss = torch.zeros(())
-        for stage, bridge, theirs in zip(student.maps(as_input(pixels[chosen])), bridges, teacher.maps, strict=True):
-            theirs, own = theirs[chosen].float(), bridge(stage)
-            loss = loss + F.smooth_l1_loss(own, theirs) + 1 - F.cosine_similarity(own, theirs, dim=1).mean()
+        maps = student.maps(as_input(pixels[chosen]))
+        for own, projection, of_teacher in zip(maps, projections, teacher.maps, strict=True):
+            target, output = of_teacher[chosen].float(), projection(own)
+            loss = loss + F.smooth_l1_loss(output, target) + 1 - F.cosine_similarity(output, target, dim=1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
 
 
-def learn(
+def fine_tune(
     student: nn.Module,
     train: tuple[torch.Tensor, torch.Tensor],
     count: int,
@@ -98,9 +100,9 @@ def learn(
     seed: int,
     rate: float = 2e-3,
 ) -> nn.Module:
-    """From the labels of the first `count` training images in the seed's order.
+    """Train on the labels of the first `count` training images in an order fixed by `seed`, and return the student.
 
-    loss(student, pixels, labels, random) varies the images, asks the student and compares.
+    loss(student, pixels, labels, random) augments the images and returns the loss.
     """
     random = torch.Generator().manual_seed(seed)
     labelled = torch.randperm(len(train[0]), generator=random)[:count]
@@ -118,12 +120,12 @@ def learn(
 
 
 def as_input(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 B,3,S,S -> float32 in [-1, 1], the students' input."""
+    """Convert uint8 B,3,S,S to float32 in [-1, 1], the students' input."""
     return (pixels / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
 class Block(nn.Module):
-    """BlazeFace's (Bazarevsky et al. 2019, fig. 1): depthwise 5 x 5, pointwise 1 x 1, and the input added."""
+    """BlazeFace block (Bazarevsky et al. 2019, fig. 1): depthwise 5 x 5, pointwise 1 x 1, residual connection."""
 
     def __init__(self, narrow: int, wide: int, stride: int = 1):
         super().__init__()
@@ -132,15 +134,15 @@ class Block(nn.Module):
             nn.Conv2d(narrow, wide, 1, bias=False),
             nn.BatchNorm2d(wide),
         )
-        self.stride, self.more = stride, wide - narrow
+        self.stride, self.added_channels = stride, wide - narrow
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        kept = F.max_pool2d(images, 2) if self.stride == 2 else images
-        return F.relu(self.deep(images) + F.pad(kept, (0, 0, 0, 0, 0, self.more)))
+        skip = F.max_pool2d(images, 2) if self.stride == 2 else images
+        return F.relu(self.deep(images) + F.pad(skip, (0, 0, 0, 0, 0, self.added_channels)))
 
 
 class Trunk(nn.Module):
-    """Maps at strides 4, 8, 16 and 32 of an image B,3,S,S."""
+    """Convolutional trunk: images B,3,S,S -> maps of strides 4, 8, 16 and 32."""
 
     def __init__(self, widths: tuple[int, int, int, int], depths: tuple[int, int, int, int]):
         super().__init__()
@@ -160,16 +162,16 @@ class Trunk(nn.Module):
 
 
 def read_ears(folder: str | Path, split: str) -> list[dict]:
-    """Rows of ears.jsonl (make_sample_ears.py) of one split: image_path, bbox, identity, landmarks."""
+    """Return the rows of one split of ears.jsonl (make_sample_ears.py), with the path of the image as `file`."""
     with open(Path(folder) / "ears.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [row | {"file": Path(folder) / row["image_path"]} for row in rows if row["split"] == split]
 
 
 def square(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[np.ndarray, float, np.ndarray]:
-    """The region (x1, y1, x2, y2) of an image, padded to a square: (uint8 side,side,3, scale, offset).
+    """Cut the region (x1, y1, x2, y2) of an image, pad it to a square, and return (uint8 side,side,3; scale; offset).
 
-    A point p of the image is at p * scale + offset, in pixels of the square.
+    A point p of the image is at p * scale + offset in the square, in pixels.
     """
     x1, y1, x2, y2 = region
     scale = side / max(x2 - x1, y2 - y1)
@@ -180,85 +182,101 @@ def square(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[np
     return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
 
 
-def compare(
-    words: str,
-    strides: tuple[int, ...],
-    *,
-    load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]],
-    fresh: Callable[[int], nn.Module],
-    loss: Callable[..., torch.Tensor],
-    predict: Callable[[nn.Module, torch.Tensor], Any],
-    score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float],
-    draw: Callable[..., None],
-    steps: int,
-    what: str,
-    unit: str,
-) -> int:
-    """The command line of a student's script: for every seed the student without a teacher, with an untrained twin of
-    it, and with it, each from few and from many labels. Prints the table. `words`: the script's own docstring.
+@dataclass(frozen=True)
+class Task:
+    """A student's task. `what`: name of the labelled images. `unit`: name of the metric.
 
-    load(rows) -> images and labels; fresh(seed) -> a student; loss as `learn` wants it; predict(student, images) ->
-    anything that score(predicted, test) and draw(test, {kind: predicted}, count, path) understand.
+    load(rows) -> images and labels; build(seed) -> a student; `loss` as in `fine_tune`; predict(student, images) ->
+    predictions for score(predicted, test) and draw(test, {kind: predicted}, count, path). `strides`: of the maps that
+    distillation uses. `steps`: default number of steps of training on labels.
     """
-    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("ears", help="folder of make_sample_ears.py")
-    add("teacher", help="folder of earteach export-backbone")
-    add("--labelled", type=int, nargs="+", default=[50, 200, 1000], help=f"labelled {what} (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
-    add(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
-    )
-    add("--steps", type=int, default=steps, help="of learning from labels (default: %(default)s)")
-    add("--distil-steps", type=int, default=200, help="of learning the maps, of twice as many (default: %(default)s)")
-    add("--batch", type=int, default=16, help="(default: %(default)s)")
-    add("--draw", metavar="FILE.png", help=f"what is true and what was found on test {what}")
-    add("--json", metavar="FILE", help="every run's figure")
+
+    what: str
+    unit: str
+    strides: tuple[int, ...]
+    steps: int
+    load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]]
+    build: Callable[[int], nn.Module]
+    loss: Callable[..., torch.Tensor]
+    predict: Callable[[nn.Module, torch.Tensor], Any]
+    score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float]
+    draw: Callable[..., None]
+
+
+def compare(task: Task, description: str) -> int:
+    """Run a student's script: parse its command line, train all kinds of students, and print the table.
+
+    For every seed and number of labels the student is trained without a teacher, with an untrained copy of it, and with
+    it. `description`: docstring of the script.
+    """
+    parser = _parser(task, description)
     options = parser.parse_args()
-    start = time.time()
-    train, test = (load(read_ears(options.ears, split)) for split in ("train", "eval"))
+    what, unit, start = task.what, task.unit, time.time()
+    train, test = (task.load(read_ears(options.ears, split)) for split in ("train", "eval"))
     if max(options.labelled) > len(train[0]):
-        parser.error(f"--labelled: there are {len(train[0])} training {what}; draw more people, or ask for fewer")
+        parser.error(
+            f"--labelled: there are {len(train[0])} training {what}; draw more people, or give a smaller number"
+        )
     kinds = [kind for kind in KINDS if kind in options.kinds]
     teachers = {
-        kind: Teacher(options.teacher, strides, train[0], kind == "untrained") for kind in kinds if kind != "without"
+        kind: Teacher(options.teacher, task.strides, train[0], kind == "untrained")
+        for kind in kinds
+        if kind != "without"
     }
     found, shown = {}, {}
     for seed in options.seeds:
         for kind in kinds:
-            student = fresh(seed)
+            student = task.build(seed)
             if kind in teachers:
                 distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
             for count in options.labelled:
-                learner = learn(copy.deepcopy(student), train, count, loss, options.steps, options.batch, seed)
-                shown[count, kind] = predict(learner, test[0])
-                found.setdefault((count, kind), []).append(score(shown[count, kind], test))
+                trained = fine_tune(copy.deepcopy(student), train, count, task.loss, options.steps, options.batch, seed)
+                shown[count, kind] = task.predict(trained, test[0])
+                found.setdefault((count, kind), []).append(task.score(shown[count, kind], test))
                 print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.2f}", file=sys.stderr)
-    size = sum(p.numel() for p in fresh(0).parameters())
+    size = sum(p.numel() for p in task.build(0).parameters())
     print(f"{size:,} parameters; {len(test[0])} test {what}; seeds {options.seeds}; {time.time() - start:.0f} s\n")
     print(table(found, options.labelled, kinds, what, unit))
     if options.draw:
         first = options.labelled[0]
-        draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
+        task.draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
     if options.json:
         runs = [{"labelled": count, "kind": kind, unit: values} for (count, kind), values in found.items()]
         Path(options.json).write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
+def _parser(task: Task, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("ears", help="output folder of make_sample_ears.py")
+    add("teacher", help="folder of earteach export-backbone")
+    counts = f"numbers of labelled {task.what} {default}"
+    add("--labelled", type=int, nargs="+", default=[50, 200, 1000], metavar="COUNT", help=counts)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help=f"random seeds {default}")
+    kinds = f"one or more of {', '.join(KINDS)} (default: all)"
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds)
+    add("--steps", type=int, default=task.steps, help=f"steps of training on labels {default}")
+    add("--distil-steps", type=int, default=200, help=f"steps of distillation {default}")
+    add("--batch", type=int, default=16, help=f"batch size; distillation uses twice as many images {default}")
+    add("--draw", metavar="FILE.png", help=f"draw true and predicted labels on test {task.what}")
+    add("--json", metavar="FILE", help="write the metric of every run")
+    return parser
+
+
 def table(found: dict[tuple[int, str], list[float]], counts: list[int], kinds: list[str], what: str, unit: str) -> str:
-    """Markdown: mean and standard deviation over seeds, and for each kind of teacher what every seed gained by it."""
+    """Return a Markdown table: mean and standard deviation over seeds, and the difference from the first kind per seed."""
     base, *others = kinds
-    heads = [f"labelled {what}", f"{base}, {unit}", *(f"{kind}, {unit} (difference of each seed)" for kind in others)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    columns = [f"labelled {what}", f"{base}, {unit}", *(f"{kind}, {unit} (difference of each seed)" for kind in others)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for count in counts:
-        cells = [str(count), _mean_and_spread(found[count, base])]
+        cells = [str(count), _mean_and_deviation(found[count, base])]
         for kind in others:
             gains = [b - a for a, b in zip(found[count, base], found[count, kind], strict=True)]
-            cells.append(f"{_mean_and_spread(found[count, kind])} ({', '.join(f'{gain:+.2f}' for gain in gains)})")
+            cells.append(f"{_mean_and_deviation(found[count, kind])} ({', '.join(f'{gain:+.2f}' for gain in gains)})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def _mean_and_deviation(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"

@@ -1,16 +1,16 @@
-"""A small ear landmarker, with and without a teacher: 55 points from a crop of 192 px.
+"""Train a small landmark model, 55 points in a crop of 192 px, with and without a teacher.
 
     python landmarker.py EARS TEACHER --draw landmarks.png
 
-EARS: what make_sample_ears.py drew. TEACHER: a folder of `earteach export-backbone`. The student has 0.24 million
-parameters in blocks in the manner of BlazeFace, and a heat map per point on 24 x 24 cells (coordinates regressed at
-once, as FaceMesh does, came to 3.5 % in 480 steps where these came to 3.0 % in 240; 50 labelled ears, one seed). With
-the teacher, it first learns the teacher's maps of strides 4, 8 and 16 on all training ears without their landmarks; then
-both learn from few labelled ears, the same ears in the same order from the same seed. The control has an untrained twin
-of the teacher: what it gains owes nothing to what the teacher learned.
+EARS: output folder of make_sample_ears.py. TEACHER: a folder of `earteach export-backbone`. The student has 0.24 million
+parameters in blocks similar to BlazeFace, and predicts a heat map per point on 24 x 24 cells. (Direct regression of the
+coordinates, as in FaceMesh, reached 3.5 % in 480 steps, heat maps 3.0 % in 240; 50 labelled ears, one seed.) With the
+teacher, it is first distilled from the teacher's maps of strides 4, 8 and 16 on all training ears without their landmarks.
+Then all students train on the same few labelled ears in the same order. The control is distilled from a randomly
+initialised copy of the teacher: its gain cannot come from what the teacher learned.
 
-The figure is the normalised mean error: mean distance between found and true points in per cent of the crop's side, on
-ears of people whom neither student nor teacher saw.
+The metric is the normalised mean error: mean distance between predicted and true points in % of the crop's side, on ears
+of people on whom neither student nor teacher was trained.
 """
 
 import sys
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Trunk, as_input, compare, square
+from distillation import Block, Task, Trunk, as_input, compare, square
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -29,10 +29,10 @@ PARTS = (20, 15, 15, 5)
 
 
 class Landmarker(nn.Module):
-    """B,3,192,192 -> B,55,2: x and y in shares of the side.
+    """Predict points B,55,2 (x, y as fractions of the side) from crops B,3,192,192.
 
-    Maps of strides 32, 16 and 8 are added up to 24 x 24 cells; a heat map per point, and the expected place under its
-    softmax (integral regression, Sun et al. 2018, eq. 3), give the point.
+    Maps of strides 32, 16 and 8 are upsampled and added on 24 x 24 cells. Each point is the expected position under the
+    softmax of its heat map (integral regression, Sun et al. 2018, eq. 3).
     """
 
     def __init__(self):
@@ -42,79 +42,77 @@ class Landmarker(nn.Module):
         self.heat = nn.Sequential(Block(64, 64), nn.Conv2d(64, POINTS, 1))
 
     def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return the maps of STRIDES, for distillation."""
         return self.trunk(images)[:3]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         fine, middle, coarse = (side(stage) for side, stage in zip(self.sides, self.trunk(images)[1:], strict=True))
         heat = self.heat(fine + F.interpolate(middle + F.interpolate(coarse, scale_factor=2), scale_factor=2))
-        share = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])  # B,55,24,24
-        places = (torch.arange(heat.shape[-1]) + 0.5) / heat.shape[-1]
-        return torch.stack([(share.sum(2) * places).sum(-1), (share.sum(3) * places).sum(-1)], -1)
-
-
-def main() -> int:
-    return compare(
-        __doc__, STRIDES, load=crops, fresh=fresh, loss=loss, predict=predict, steps=200, what="ears", unit="NME %",
-        score=lambda predicted, test: 100 * nme(predicted, test[1]), draw=draw,
-    )  # fmt: skip
+        probability = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])  # B,55,24,24
+        centres = (torch.arange(heat.shape[-1]) + 0.5) / heat.shape[-1]
+        return torch.stack([(probability.sum(2) * centres).sum(-1), (probability.sum(3) * centres).sum(-1)], -1)
 
 
 def crops(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(uint8 N,3,192,192; landmarks N,55,2 in shares of the side): the box with a tenth of room around it."""
+    """Cut the boxes with a margin of a tenth: (uint8 N,3,192,192; landmarks N,55,2 as fractions of the side)."""
     pixels, points = [], []
     for row in rows:
         with Image.open(row["file"]) as file:
             image = file.convert("RGB")
         box = np.array(row["bbox"]).reshape(2, 2)
-        room = 0.1 * (box[1] - box[0])
-        region = np.concatenate([np.maximum(box[0] - room, 0), np.minimum(box[1] + room, image.size)])
+        margin = 0.1 * (box[1] - box[0])
+        region = np.concatenate([np.maximum(box[0] - margin, 0), np.minimum(box[1] + margin, image.size)])
         crop, scale, offset = square(image, tuple(region.tolist()), SIDE)
         pixels.append(torch.from_numpy(crop.transpose(2, 0, 1).copy()))
         points.append(torch.tensor((np.array(row["landmarks"]) * scale + offset) / SIDE, dtype=torch.float32))
     return torch.stack(pixels), torch.stack(points)
 
 
-def fresh(seed: int) -> Landmarker:
+def build(seed: int) -> Landmarker:
+    """Return a student with random weights."""
     torch.manual_seed(seed)
     return Landmarker().to(memory_format=torch.channels_last)
 
 
 def loss(student: Landmarker, pixels: torch.Tensor, points: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    images, points = varied(as_input(pixels), points, random)
+    """Return the smooth L1 loss of augmented crops."""
+    images, points = augment(as_input(pixels), points, random)
     return F.smooth_l1_loss(student(images), points, beta=0.01)
 
 
-def varied(images: torch.Tensor, points: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turned by up to 15 degrees, 0.85 to 1.15 times as large, shifted by up to 5 %, lighter or darker; points follow."""
+def augment(images: torch.Tensor, points: torch.Tensor, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate by up to 15 degrees, scale by 0.85 to 1.15, shift by up to 5 %, change brightness and contrast.
 
-    def between(low: float, high: float, *shape: int) -> torch.Tensor:
+    The points are transformed alike.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(images), *shape, generator=random)
 
-    angle, scale, shift = between(-0.26, 0.26), between(0.85, 1.15), between(-0.1, 0.1, 2)  # the side is 2 long
-    turn = (
-        torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(1, (2, 2))
-        / scale[:, None, None]
-    )
-    grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], -1), list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, align_corners=False) * between(0.8, 1.2, 1, 1, 1) + between(-0.2, 0.2, 1, 1, 1)
-    # grid_sample says where each output pixel comes from; points go the other way
-    points = torch.linalg.solve(turn, (2 * points - 1 - shift[:, None]).transpose(1, 2)).transpose(1, 2)
+    angle, scale, shift = uniform(-0.26, 0.26), uniform(0.85, 1.15), uniform(-0.1, 0.1, 2)  # the side is 2 long
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(1, (2, 2))
+    linear = rotation / scale[:, None, None]
+    grid = F.affine_grid(torch.cat([linear, shift[:, :, None]], -1), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False) * uniform(0.8, 1.2, 1, 1, 1) + uniform(-0.2, 0.2, 1, 1, 1)
+    # grid_sample maps output pixels to input pixels; points need the inverse
+    points = torch.linalg.solve(linear, (2 * points - 1 - shift[:, None]).transpose(1, 2)).transpose(1, 2)
     return images.to(memory_format=torch.channels_last), (points + 1) / 2
 
 
 @torch.inference_mode()
 def predict(student: Landmarker, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the points N,55,2 of crops N,3,192,192."""
     student.eval()
     return torch.cat([student(as_input(batch)) for batch in pixels.split(32)])
 
 
-def nme(found: torch.Tensor, true: torch.Tensor) -> float:
-    """Mean distance in shares of the crop's side."""
-    return float((found - true).norm(dim=-1).mean())
+def nme(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    """Return the mean distance as a fraction of the crop's side."""
+    return float((predicted - true).norm(dim=-1).mean())
 
 
 def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, columns: int = 6) -> None:
-    """Test ears, evenly chosen: a row of the truth and a row for every kind of student."""
+    """Write an image of evenly spaced test ears: a row with the true points, and a row for each kind of student."""
     places = np.linspace(0, len(test[0]) - 1, columns).round().astype(int)
     rows = {"true": test[1], **predicted}
     page = Image.new("RGB", (130 + columns * (SIDE + 6), 8 + len(rows) * (SIDE + 6)), (250, 250, 248))
@@ -135,5 +133,18 @@ def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, colum
     page.save(path)
 
 
+TASK = Task(
+    what="ears",
+    unit="NME %",
+    strides=STRIDES,
+    steps=200,
+    load=crops,
+    build=build,
+    loss=loss,
+    predict=predict,
+    score=lambda predicted, test: 100 * nme(predicted, test[1]),
+    draw=draw,
+)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare(TASK, __doc__))

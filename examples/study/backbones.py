@@ -1,4 +1,4 @@
-"""Backbones of the study: how each starts, and how it is kept."""
+"""Build the initial backbone of a row of the study, and save a trained one."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from ear_teacher_cli.model.teacher import build_backbone, embedding_size
 from ear_teacher_cli.model.weights import load_pretrained
 
 
-def start_of(config: TrainConfig) -> nn.Module:
-    """The backbone every row starts from: pretrained as the configuration says, else seeded random weights."""
+def initial_backbone(config: TrainConfig) -> nn.Module:
+    """Return the backbone before training: pretrained if the configuration asks for it, else with seeded random weights."""
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, config.image_size)
     if config.pretrained:
@@ -23,7 +23,7 @@ def start_of(config: TrainConfig) -> nn.Module:
 
 
 def save_teacher(backbone: nn.Module, config: TrainConfig, path: Path) -> None:
-    """Write a backbone as `earteach export-backbone` does, so that `earteach embed --weights` reads it."""
+    """Write a backbone in the format of `earteach export-backbone`, so that `earteach embed --weights` reads it."""
     preprocessing = preprocessing_for(config)
     dim = embedding_size(backbone.cpu(), config.image_size)
     state = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}

@@ -1,8 +1,8 @@
-"""What a round of pseudo-classes costs on many images: time and memory of k-means on made-up embeddings.
+"""Measure time and memory of k-means, which computes the pseudo-classes, on synthetic embeddings.
 
     python kmeans_scale.py 1000000 768 512
 
-The embeddings are unit vectors about 10,000 hidden centres, as clusters of ears would be.
+Arguments: number of images, dimension, number of classes. The embeddings are unit vectors around 10,000 random centres.
 """
 
 import resource
@@ -18,13 +18,14 @@ CENTRES, SPREAD, CHUNK = 10_000, 0.7, 16_384
 
 
 def main(images: int, size: int, classes: int) -> None:
-    draw = torch.Generator().manual_seed(0)
-    centres = F.normalize(torch.randn(CENTRES, size, generator=draw), dim=1)
+    """Cluster synthetic embeddings and print time and memory."""
+    random = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(CENTRES, size, generator=random), dim=1)
     rows = torch.empty(images, size)
     for part in rows.split(CHUNK):
-        own = centres[torch.randint(0, CENTRES, (len(part),), generator=draw)]
-        noise = torch.randn(len(part), size, generator=draw) / size**0.5
-        part.copy_(F.normalize(own + SPREAD * noise, dim=1))
+        chosen = centres[torch.randint(0, CENTRES, (len(part),), generator=random)]
+        noise = torch.randn(len(part), size, generator=random) / size**0.5
+        part.copy_(F.normalize(chosen + SPREAD * noise, dim=1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     labels = kmeans(rows, classes, seed=0)
@@ -33,7 +34,7 @@ def main(images: int, size: int, classes: int) -> None:
     state = figures(labels, classes)
     print(
         f"{images} x {size}, {classes} classes: {seconds:.0f} s on {torch.get_num_threads()} threads, "
-        f"{extra / 2**10:.0f} MB beyond the {rows.numel() * 4 / 2**20:.0f} MB of embeddings; in use {state['in_use']:.3f}, "
+        f"{extra / 2**10:.0f} MB in addition to the {rows.numel() * 4 / 2**20:.0f} MB of embeddings; in use {state['in_use']:.3f}, "
         f"entropy {state['entropy']:.3f}, largest {state['largest']:.4f}"
     )
 

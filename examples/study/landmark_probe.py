@@ -1,14 +1,14 @@
-"""A landmark probe: how well do frozen feature maps know where the parts of an ear are?
+"""Measure how precisely landmarks of an ear can be located from frozen feature maps.
 
     python landmark_probe.py teacher.safetensors drawn/ears.jsonl --draw points.png
 
-The backbone is frozen. Its maps of strides 4 to 32 are brought to one grid of stride 8, standardised per channel,
-and a 1 x 1 convolution turns them into a heat map per landmark; a soft-argmax (the expected place under a softmax:
-integral regression, Sun et al. 2018; Nibali et al. 2018) reads the coordinates. The figure is the normalised mean error
-(NME): mean distance between found and true points, divided by the side of the crop. People in training and test are
-disjoint. The ears are those that make_sample_ears.py draws, with 55 landmarks each.
+The feature maps of strides 4 to 32 are resampled to one grid of stride 8 and standardised per channel. A 1 x 1
+convolution, the only trained layer, maps them to a heat map per landmark, and a soft-argmax (expected position under the
+softmax; integral regression, Sun et al. 2018, Nibali et al. 2018) gives the coordinates. The metric is the normalised
+mean error (NME): mean distance between predicted and true points, divided by the crop's side. Training and test ears are
+of different people. The ears are drawn by make_sample_ears.py, with 55 landmarks each.
 
-N ears, K landmarks, C channels, G cells along a side of the grid. Coordinates are x, y in shares of the crop's side.
+N ears, K landmarks, C channels, G cells along a side of the grid. Coordinates are x, y as fractions of the crop's side.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from ear_teacher_cli.model.feature_maps import map_model
 STRIDES = (4, 8, 16, 32)
 GRID_STRIDE = 8
 TRAIN_EARS, TEST_EARS = 240, 120
-STEPS, BATCH, RATE = 300, 32, 1e-2
-SMOOTH_L1_BETA = 0.02  # errors beyond 2 % of the side count linearly
+STEPS, BATCH, LEARNING_RATE = 300, 32, 1e-2
+SMOOTH_L1_BETA = 0.02  # the loss is linear in errors above 2 % of the side
 
 
 @dataclass(frozen=True)
 class Ears:
-    """`pixels` uint8 N,3,H,W; `points` float32 N,K,2; `right`: bool N, whether it is a right ear."""
+    """`pixels` uint8 N,3,H,W; `points` float32 N,K,2; `right`: bool N, true for right ears."""
 
     pixels: torch.Tensor
     points: torch.Tensor
@@ -47,28 +47,33 @@ class Ears:
 
 @dataclass(frozen=True)
 class Probe:
+    """The result of a probe."""
+
     nme: float
-    constant_nme: float  # of the mean landmarks of the ear's side, whatever the image
+    constant_nme: float  # of the mean landmarks of the ear's side, independent of the image
     test: Ears
     predicted: torch.Tensor  # N,K,2
 
 
 def probe(weights: str | Path | Embedder, landmarks: str | Path, seed: int = 0) -> Probe:
-    """Train and test the probe on the maps of any weights that `load_embedder` reads. The same seed, the same result."""
+    """Train and test the probe on weights that `load_embedder` reads. Deterministic for a given seed."""
     embedder = weights if isinstance(weights, Embedder) else load_embedder(str(weights))
     train, test = read_ears(landmarks, embedder.preprocessing)
     maps = map_model(embedder.backbone, embedder.architecture, embedder.preprocessing.image_size)
-    known, unknown = cached_maps(maps, train.pixels, embedder), cached_maps(maps, test.pixels, embedder)
-    spread, mean = torch.std_mean(known.float(), dim=(0, 2, 3), keepdim=True)  # 1,C,1,1
-    known, unknown = ((m.float() - mean) / spread.clamp_min(1e-6) for m in (known, unknown))
-    head = _train_head(known, train.points, seed)
+    train_maps, test_maps = (cached_maps(maps, ears.pixels, embedder) for ears in (train, test))
+    std, mean = torch.std_mean(train_maps.float(), dim=(0, 2, 3), keepdim=True)  # 1,C,1,1
+    train_maps, test_maps = ((m.float() - mean) / std.clamp_min(1e-6) for m in (train_maps, test_maps))
+    head = _train_head(train_maps, train.points, seed)
     with torch.inference_mode():
-        predicted = soft_argmax(head(unknown))
+        predicted = soft_argmax(head(test_maps))
     return Probe(nme(predicted, test.points), nme(_mean_points(train, test), test.points), test, predicted)
 
 
 def read_ears(path: str | Path, preprocessing: Preprocessing) -> tuple[Ears, Ears]:
-    """(training ears, test ears) of a .jsonl list with `landmarks`; the last third of the people, by name, is the test."""
+    """Read a .jsonl manifest with `landmarks` and return (training ears, test ears).
+
+    The last third of the people, sorted by name, are the test set. Raises ManifestError if rows lack data.
+    """
     manifest = read_manifest(path)
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.strip()]
@@ -79,19 +84,20 @@ def read_ears(path: str | Path, preprocessing: Preprocessing) -> tuple[Ears, Ear
     people = sorted(set(manifest.identities))
     if len(people) < 3:
         raise ManifestError(
-            f"{path}: holds {len(people)} people; the probe needs at least 3, some of them to be tested on"
+            f"{path}: has {len(people)} people; the probe needs at least 3, to test on other people than it was trained on"
         )
-    tested = set(people[-(len(people) // 3) :])
-    chosen = [i for i, who in enumerate(manifest.identities) if who not in tested]
-    held_out = [i for i, who in enumerate(manifest.identities) if who in tested]
-    return tuple(
-        _cut_ears(manifest, lines, _spread_over(indices, most), preprocessing)
-        for indices, most in ((chosen, TRAIN_EARS), (held_out, TEST_EARS))
+    test_people = set(people[-(len(people) // 3) :])
+    train = [i for i, person in enumerate(manifest.identities) if person not in test_people]
+    test = [i for i, person in enumerate(manifest.identities) if person in test_people]
+    train_ears, test_ears = (
+        _cut_ears(manifest, lines, _evenly_spaced(indices, most), preprocessing)
+        for indices, most in ((train, TRAIN_EARS), (test, TEST_EARS))
     )
+    return train_ears, test_ears
 
 
-def _spread_over(indices: list[int], most: int) -> list[int]:
-    """At most `most` of them, evenly, so that all people stay."""
+def _evenly_spaced(indices: list[int], most: int) -> list[int]:
+    """Return at most `most` of the indices, evenly spaced, so that all people remain."""
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)]
 
 
@@ -109,7 +115,10 @@ def _cut_ears(manifest, lines, indices, preprocessing: Preprocessing) -> Ears:
 
 @torch.inference_mode()
 def cached_maps(maps: torch.nn.Module, pixels: torch.Tensor, embedder: Embedder) -> torch.Tensor:
-    """uint8 N,3,H,W -> float16 N,C,G,G: maps of STRIDES at stride 8, finer ones averaged, coarser ones interpolated."""
+    """Return the maps of STRIDES at stride 8, float16 N,C,G,G, of uint8 N,3,H,W.
+
+    Finer maps are averaged, coarser ones interpolated bilinearly.
+    """
     device = next(embedder.backbone.parameters()).device
     maps.to(device)
     grid = embedder.preprocessing.image_size // GRID_STRIDE
@@ -128,25 +137,25 @@ def _to_grid(stage: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 def soft_argmax(heat: torch.Tensor) -> torch.Tensor:
-    """B,K,G,G logits -> B,K,2: the expected x, y of the cells' centres under their softmax (Sun et al. 2018, eq. 3)."""
-    share = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])
-    places = (torch.arange(heat.shape[-1], device=heat.device) + 0.5) / heat.shape[-1]
-    return torch.stack([(share.sum(2) * places).sum(-1), (share.sum(3) * places).sum(-1)], dim=-1)
+    """Return the expected x, y of the cells' centres under the softmax (Sun et al. 2018, eq. 3): B,K,G,G -> B,K,2."""
+    probability = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])
+    centres = (torch.arange(heat.shape[-1], device=heat.device) + 0.5) / heat.shape[-1]
+    return torch.stack([(probability.sum(2) * centres).sum(-1), (probability.sum(3) * centres).sum(-1)], dim=-1)
 
 
-def nme(found: torch.Tensor, true: torch.Tensor) -> float:
-    """N,K,2 twice -> mean distance in shares of the crop's side."""
-    return float((found - true).norm(dim=-1).mean())
+def nme(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    """Return the mean distance of N,K,2 points as a fraction of the crop's side."""
+    return float((predicted - true).norm(dim=-1).mean())
 
 
 def _train_head(maps: torch.Tensor, points: torch.Tensor, seed: int) -> torch.nn.Conv2d:
-    """The 1 x 1 convolution, trained for STEPS steps with Adam and a cosine. maps N,C,G,G; points N,K,2."""
+    """Train the 1 x 1 convolution with Adam and cosine decay on maps N,C,G,G and points N,K,2."""
     generator = torch.Generator().manual_seed(seed)
     head = torch.nn.Conv2d(maps.shape[1], points.shape[1], 1)
     with torch.no_grad():
         head.weight.normal_(0, 0.01, generator=generator)
         head.bias.zero_()
-    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
+    optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         batch = torch.randint(len(maps), (min(BATCH, len(maps)),), generator=generator)
@@ -159,7 +168,7 @@ def _train_head(maps: torch.Tensor, points: torch.Tensor, seed: int) -> torch.nn
 
 
 def _mean_points(train: Ears, test: Ears) -> torch.Tensor:
-    """N,K,2: the mean training landmarks of each test ear's side (of all, where a side was not seen)."""
+    """Return the mean training landmarks of each test ear's side, N,K,2; of both sides if training had no such side."""
     means = [
         train.points[train.right == side].mean(0) if (train.right == side).any() else train.points.mean(0)
         for side in (False, True)
@@ -168,7 +177,7 @@ def _mean_points(train: Ears, test: Ears) -> torch.Tensor:
 
 
 def draw(result: Probe, path: str | Path, count: int = 8, zoom: int = 3) -> None:
-    """Write `count` test ears with true points (green) and found ones (red)."""
+    """Write an image of `count` test ears with true points (green) and predicted ones (red)."""
     count = min(count, len(result.predicted))
     tiles = []
     for i in np.linspace(0, len(result.predicted) - 1, count).round().astype(int).tolist():
@@ -186,13 +195,14 @@ def draw(result: Probe, path: str | Path, count: int = 8, zoom: int = 3) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Landmark probe on the frozen maps of a backbone.")
-    parser.add_argument("weights", help="an export, a checkpoint, a run, or a plain state dict with --backbone")
+    """Run the probe and return the exit code."""
+    parser = argparse.ArgumentParser(description="Landmark probe on frozen feature maps of a backbone.")
+    parser.add_argument("weights", help="an export, a checkpoint, a run folder, or a plain state dict with --backbone")
     parser.add_argument("landmarks", help="ears.jsonl of make_sample_ears.py")
-    parser.add_argument("--backbone", help="timm name, for a plain state dict")
-    parser.add_argument("--image-size", type=int, help="side of the crops in pixels, for a plain state dict")
+    parser.add_argument("--backbone", help="timm model of a plain state dict")
+    parser.add_argument("--image-size", type=int, help="side of the crops in pixels for a plain state dict")
     parser.add_argument("--seed", type=int, default=0, help="seed of the probe (default: %(default)s)")
-    parser.add_argument("--draw", metavar="FILE.png", help="draw found and true points of a few test ears")
+    parser.add_argument("--draw", metavar="FILE.png", help="draw predicted and true points of a few test ears")
     options = parser.parse_args(argv)
     try:
         result = probe(

@@ -1,7 +1,9 @@
-"""One run of the study, done in a process of its own: train it, then measure it.
+"""Do one run of the study in a process of its own: train it, then measure it.
 
-A job is a folder with `job.json` (see study.py). `train` leaves `teacher.safetensors`, `measure` leaves
-the figures (`figures.json`), and of each list what the paired differences need (`NAME.npz`).
+    python measure.py FOLDER
+
+FOLDER contains the `job.json` that study.py wrote. `train` writes `teacher.safetensors` and `cost.json`, `measure` writes
+`metrics.json` and, for each evaluation manifest, the bootstrap that the paired differences need (`NAME.npz`).
 
 N images, D embedding.
 """
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from backbones import save_teacher, start_of
+from backbones import initial_backbone, save_teacher
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,11 +39,11 @@ from ear_teacher_cli.training.module import EarTeacherLightningModule
 
 GREY_SIDE = 32
 RESAMPLES = 2000
-METRICS = {"rank1": "rank-1", "eer": "EER"}  # ours -> core.metrics' names
+METRICS = {"rank1": "rank-1", "eer": "EER"}  # key in metrics.json -> name in identity_metrics
 
 
 def train(folder: Path) -> None:
-    """Make `teacher.safetensors` as the job says; `cost.json` has the seconds and the memory of its training."""
+    """Write `teacher.safetensors` as the job describes, and time and memory of its training to `cost.json`."""
     job = read_job(folder)
     teacher, start = folder / "teacher.safetensors", time.perf_counter()
     if job["kind"] == "earteach":
@@ -50,36 +52,38 @@ def train(folder: Path) -> None:
         from rivals import train_rival
 
         train_rival(job["row"], config_of(job), teacher)
-    else:  # nothing to learn
-        save_teacher(start_of(config_of(job)), config_of(job), teacher)
+    else:  # not trained
+        save_teacher(initial_backbone(config_of(job)), config_of(job), teacher)
     cost = {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds(), "peak_memory_mb": peak_memory_mb()}
     (folder / "cost.json").write_text(json.dumps(cost))
     if job["kind"] == "earteach":
-        # The last checkpoint, not the best: all rows are measured after the same number of steps.
+        # the last checkpoint instead of the best: all rows are measured after the same number of steps
         export_backbone(folder / "run" / "checkpoints" / "last.ckpt", teacher)
         shutil.rmtree(folder / "run" / "checkpoints")
 
 
 def measure(folder: Path) -> None:
-    """Write what `teacher.safetensors` is worth to `figures.json`."""
+    """Measure `teacher.safetensors` and write `metrics.json`."""
     job = read_job(folder)
     torch.manual_seed(job["seed"])
     if job["kind"] == "step0":
-        figures = {"difference": step_zero_difference(config_of(job), folder / "teacher.safetensors", job)}
+        metrics = {"difference": step_zero_difference(config_of(job), folder / "teacher.safetensors", job)}
     else:
         model = Images.of(job, folder)
-        learned = model.rows(spread_over(read_manifest(job["train"], job["root_dir"]), job["whiten_on"]))[0]
-        mapping = whitening.fit(learned)
-        lists = {name: _measure_list(folder, name, path, model, mapping, job) for name, path in job["lists"].items()}
-        figures = {"lists": lists}
-        if job["landmarks"] and model.embedder and job["kind"] in ("earteach", "lightly", "start"):
+        training = evenly_spaced(read_manifest(job["train"], job["root_dir"]), job["whiten_on"])
+        mapping = whitening.fit(model.rows(training)[0])
+        lists = {
+            name: _measure_manifest(folder, name, path, model, mapping, job) for name, path in job["lists"].items()
+        }
+        metrics = {"lists": lists}
+        if job["landmarks"] and model.embedder and job["kind"] in ("earteach", "lightly", "initial"):
             from landmark_probe import probe
 
             result = probe(model.embedder, job["landmarks"], job["seed"])
-            figures |= {"nme": result.nme, "constant_nme": result.constant_nme}
+            metrics |= {"nme": result.nme, "constant_nme": result.constant_nme}
         if job["kind"] == "earteach":
-            figures["psnr"] = _last_psnr(folder / "run" / "metrics.csv")
-    (folder / "figures.json").write_text(json.dumps(figures))
+            metrics["psnr"] = _last_psnr(folder / "run" / "metrics.csv")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
 def read_job(folder: Path) -> dict[str, Any]:
@@ -92,34 +96,36 @@ def config_of(job: dict[str, Any]) -> TrainConfig:
 
 
 def cpu_seconds() -> float:
-    """Seconds of all cores, of this process and of those that loaded its images, imports included: what a run costs
-    even where it had to share the machine."""
+    """Return CPU seconds of all cores, of this process and its image loaders, including imports.
+
+    Unlike wall-clock time they are comparable on a shared machine.
+    """
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held (Linux counts in KiB, macOS in bytes)."""
+    """Return the peak resident memory of this process in MB (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def words_of(options: dict[str, Any]) -> list[str]:
-    """TrainConfig fields as words of `earteach train`."""
-    words = []
+def arguments_of(options: dict[str, Any]) -> list[str]:
+    """Convert TrainConfig fields to command-line arguments of `earteach train`."""
+    arguments = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            words += [f"--{flag}", str(value)]
-    return words
+            arguments += [f"--{flag}", str(value)]
+    return arguments
 
 
 def _earteach_train(folder: Path, options: dict[str, Any]) -> None:
     from ear_teacher_cli.cli.app import main
 
-    sys.argv = ["earteach", "train", *words_of(options), "--output-dir", str(folder), "--experiment-name", "run"]
+    sys.argv = ["earteach", "train", *arguments_of(options), "--output-dir", str(folder), "--experiment-name", "run"]
     try:
         main()
     except SystemExit as stop:
@@ -129,7 +135,10 @@ def _earteach_train(folder: Path, options: dict[str, Any]) -> None:
 
 @dataclass
 class Images:
-    """Images -> rows: by a backbone, or, without one, by their grey pixels. `masked`: without the ear."""
+    """Embed images with a backbone, or describe them by their grey pixels if there is none.
+
+    `masked`: paint the ear over first.
+    """
 
     preprocessing: Preprocessing
     embedder: Embedder | None
@@ -138,6 +147,7 @@ class Images:
 
     @staticmethod
     def of(job: dict[str, Any], folder: Path) -> "Images":
+        """Return what the job measures."""
         config = config_of(job)
         workers = min(config.num_workers, usable_cores())
         if job["kind"] == "grey":
@@ -147,7 +157,7 @@ class Images:
         return Images(embedder.preprocessing, embedder, job["kind"] == "masked", workers)
 
     def rows(self, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
-        """(float32 N,D of unit length, their indices in the manifest); unreadable images are left out."""
+        """Return (float32 N,D of unit length, their indices in the manifest), without unreadable images."""
         crops = Crops(manifest, self.preprocessing, self.masked)
         found, indices = [], []
         for batch in DataLoader(crops, batch_size=32, num_workers=self.num_workers, collate_fn=collate):
@@ -155,12 +165,12 @@ class Images:
                 found.append(self.embedder(batch["pixels"]) if self.embedder else _grey(batch["pixels"]))
                 indices += batch["index"].tolist()
         if not indices:
-            raise ManifestError(f"{manifest.source}: not one image could be read; run earteach validate-data")
+            raise ManifestError(f"{manifest.source}: no image could be read; run earteach validate-data")
         return torch.nn.functional.normalize(torch.cat(found), dim=1).numpy(), indices
 
 
 class Crops(Dataset):
-    """EarDataset's clean crops, `masked`: with the ear painted over, so that only what is around it remains."""
+    """Clean crops as EarDataset cuts them. `masked`: with the ear painted over, so that only its surroundings remain."""
 
     def __init__(self, manifest: Manifest, preprocessing: Preprocessing, masked: bool):
         self.manifest, self.preprocessing, self.masked = manifest, preprocessing, masked
@@ -183,34 +193,37 @@ class Crops(Dataset):
 
 
 def mask_ear(crop: Image.Image, size: tuple[int, int], box, preprocessing: Preprocessing) -> None:
-    """Fill the ellipse inscribed in the ear's box (of the image, where there is none) with the mean colour, in place."""
+    """Fill the ellipse inscribed in the ear's box (without a box: in the image) with the mean colour, in place."""
     corners = np.reshape(box or (0, 0, *size), (2, 2))
     (x1, y1), (x2, y2) = points_in_crop(corners, size, box, preprocessing)
     ImageDraw.Draw(crop).ellipse((x1, y1, x2, y2), fill=preprocessing.fill)
 
 
 def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 B,3,H,W -> float B,H*W: luminance (ITU-R BT.601)."""
+    """Return the luminance (ITU-R BT.601) of uint8 B,3,H,W as float32 B,H*W."""
     return (pixels.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1).flatten(1)
 
 
-def spread_over(manifest: Manifest, most: int) -> Manifest:
-    """At most `most` rows of a manifest, evenly."""
+def evenly_spaced(manifest: Manifest, most: int) -> Manifest:
+    """Return at most `most` rows of a manifest, evenly spaced."""
     return manifest.subset(np.linspace(0, len(manifest) - 1, min(most, len(manifest))).round().astype(int).tolist())
 
 
 def ears_of(manifest: Manifest, indices: list[int]) -> tuple[list[str], list[str] | None]:
-    """(person, side) of the rows; no sides where one is unknown. Raises ManifestError if a row names nobody."""
+    """Return (people, sides) of the rows; None for the sides if one is unknown.
+
+    Raises ManifestError if a row has no identity.
+    """
     if manifest.identities is None or not all(manifest.identities[i] for i in indices):
         raise ManifestError(f"{manifest.source}: has no identities; fill in the column identity")
     sides = [manifest.side(i) for i in indices]
     return [manifest.identities[i] for i in indices], None if None in sides else sides
 
 
-def _measure_list(
+def _measure_manifest(
     folder: Path, name: str, path: str, model: Images, mapping: whitening.Whitening, job: dict[str, Any]
 ) -> dict[str, Any]:
-    """Figures of a list; `NAME.npz` keeps the images' rows in the list, and each figure under the bootstrap."""
+    """Return the metrics of an evaluation manifest; write its rows and the bootstrap of each metric to `NAME.npz`."""
     manifest = read_manifest(path)
     rows, indices = model.rows(manifest)
     people, sides = ears_of(manifest, indices)
@@ -218,15 +231,15 @@ def _measure_list(
         people, sides = np.random.default_rng(job["seed"]).permutation(people).tolist(), None
     order = pairs.arrange(people, sides)
     drawn = identity_metrics.resamples(order.groups, RESAMPLES, 0)
-    figures, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
-    for way, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
+    found, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
+    for treatment, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
         measured = identity_metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
-        figures[way] = {key: measured.figure(word).value for key, word in METRICS.items()}
-        draws |= {f"{way}_{key}": measured.draws[word] for key, word in METRICS.items()}
+        found[treatment] = {key: measured.figure(name).value for key, name in METRICS.items()}
+        draws |= {f"{treatment}_{key}": measured.draws[name] for key, name in METRICS.items()}
     np.savez(folder / f"{name}.npz", **draws)
     counts = np.unique(order.ear, return_counts=True)[1]
     chance = float((counts * (counts - 1)).sum() / (len(rows) * max(1, len(rows) - 1)))
-    return {**figures, "pictures": len(rows), "people": order.people, "ears": len(counts), "chance": chance}
+    return {**found, "pictures": len(rows), "people": order.people, "ears": len(counts), "chance": chance}
 
 
 def _last_psnr(metrics: Path) -> float:
@@ -236,20 +249,23 @@ def _last_psnr(metrics: Path) -> float:
 
 @torch.inference_mode()
 def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]) -> float:
-    """Largest difference between the embeddings of a run before its first step and those of the untouched backbone,
-    over 64 images of the first list."""
+    """Return the largest difference between embeddings of a run before its first step and of the pretrained baseline.
+
+    Measured on 64 images of the first evaluation manifest.
+    """
     module = EarTeacherLightningModule(config)
     module.load_pretrained()
     module.eval()
     embedder = load_embedder(str(teacher))
     embedder.backbone.cpu()
-    manifest = spread_over(read_manifest(next(iter(job["lists"].values()))), 64)
+    manifest = evenly_spaced(read_manifest(next(iter(job["lists"].values()))), 64)
     crops = Crops(manifest, embedder.preprocessing, masked=False)
     pixels = collate([crops[i] for i in range(len(crops))])["pixels"]
     return float((module(pixels) - embedder(pixels)).abs().max())
 
 
 def main(folder: str) -> int:
+    """Train and measure the run in `folder`, and return the exit code."""
     try:
         train(Path(folder))
         measure(Path(folder))

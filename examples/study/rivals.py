@@ -1,5 +1,7 @@
-"""SimCLR, SimSiam and DINO with the losses and heads of the package `lightly`, everything else as in `earteach train`:
-data set, augmentation, start, what is frozen, AdamW, learning rate, batch and steps.
+"""Train SimCLR, SimSiam and DINO with the losses and heads of the package `lightly`.
+
+Everything else is as in `earteach train`: data set, augmentation, initial weights, frozen layers, AdamW, learning rate,
+batch size and number of steps.
 
 B images, D embedding.
 """
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbones import save_teacher, start_of
+from backbones import initial_backbone, save_teacher
 from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import (
     DINOProjectionHead,
@@ -27,11 +29,12 @@ from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.dataset import derive_seed
 from ear_teacher_cli.data.preprocessing import normalise
 from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics, parameter_groups
+from ear_teacher_cli.model.teacher import embedding_size
 from ear_teacher_cli.training.optimisation import rate_at
 
 
 class SimCLR(nn.Module):
-    """Chen et al. 2020; temperature 0.2, better than lightly's 0.5 in short runs from a pretrained start."""
+    """Chen et al. 2020; temperature 0.2, which gave better results than lightly's 0.5 in short runs from pretrained weights."""
 
     def __init__(self, backbone: nn.Module, dim: int, steps: int):
         super().__init__()
@@ -39,12 +42,12 @@ class SimCLR(nn.Module):
         self.loss = NTXentLoss(temperature=0.2)
 
     def forward(self, first: torch.Tensor, second: torch.Tensor, step: int) -> torch.Tensor:
-        """Two views, normalised B,3,H,W -> loss."""
+        """Return the loss of two normalised views B,3,H,W."""
         return self.loss(self.head(self.backbone(first)), self.head(self.backbone(second)))
 
 
 class SimSiam(nn.Module):
-    """Chen and He 2021, with the sizes of the paper."""
+    """Chen and He 2021, with the layer sizes of the paper."""
 
     def __init__(self, backbone: nn.Module, dim: int, steps: int):
         super().__init__()
@@ -61,10 +64,10 @@ class SimSiam(nn.Module):
 
 
 class DINO(nn.Module):
-    """Caron et al. 2021 on two views (no small crops: they would lose helix or lobe).
+    """Caron et al. 2021 on two views, without small crops, which would cut off the helix or lobule.
 
-    1024 prototypes instead of 65,536, for thousands of images instead of a million. The backbone kept is the
-    momentum teacher's, as in the paper.
+    1024 prototypes instead of 65,536, for thousands of images instead of a million. The resulting backbone is that of
+    the momentum teacher, as in the paper.
     """
 
     def __init__(self, backbone: nn.Module, dim: int, steps: int):
@@ -83,26 +86,29 @@ class DINO(nn.Module):
         update_momentum(self.student, self.backbone, momentum)
         update_momentum(self.student_head, self.head, momentum)
         with torch.no_grad():
-            taught = [self.head(self.backbone(view)) for view in (first, second)]
-        learned = [self.student_head(self.student(view)) for view in (first, second)]
-        return self.loss(taught, learned, teacher_temp=0.04)
+            targets = [self.head(self.backbone(view)) for view in (first, second)]
+        predictions = [self.student_head(self.student(view)) for view in (first, second)]
+        return self.loss(targets, predictions, teacher_temp=0.04)
 
 
 RIVALS = {"simclr": SimCLR, "simsiam": SimSiam, "dino": DINO}
 
 
 def train_rival(name: str, config: TrainConfig, out: Path) -> list[float]:
-    """Train a rival as `config` says (its losses are not used) and write its backbone to `out`; the loss of each step."""
+    """Train one of RIVALS with the options of `config`, except its objective, and write its backbone to `out`.
+
+    Return the loss of each step.
+    """
     data = EarDataModule(config)
     data.setup()
     loader = data.train_dataloader()
     steps = len(loader) * config.max_epochs
-    backbone = start_of(config)
+    backbone = initial_backbone(config)
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     freeze_to_stride(backbone, config.kept_stride)
-    started = [parameter.detach().to(device, copy=True) for parameter in backbone.parameters()]
-    model = RIVALS[name](backbone, _dim(backbone, config), steps).to(device)
+    initial = [parameter.detach().to(device, copy=True) for parameter in backbone.parameters()]
+    model = RIVALS[name](backbone, embedding_size(backbone, config.image_size), steps).to(device)
     groups = parameter_groups(model, backbone, config)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     warmup = int(steps * config.warmup / config.max_epochs)
@@ -114,14 +120,14 @@ def train_rival(name: str, config: TrainConfig, out: Path) -> list[float]:
         for module in (backbone, model.backbone):
             keep_statistics(module, config.keeps_statistics)
         for batch in loader:
-            if len(batch["index"]) < 2:  # too few readable images for batch statistics, as in earteach's own steps
+            if len(batch["index"]) < 2:  # too few readable images for batch statistics, as in earteach
                 continue
             losses.append(_step(model, batch, data.train_set.preprocessing, optimizer, len(losses), device, config))
             schedule.step()
         print(f"epoch {epoch + 1}/{config.max_epochs}: {name} loss {losses[-1]:.4f}", flush=True)
     with torch.no_grad():
-        for learned, start in zip(model.backbone.parameters(), started, strict=True):
-            learned.lerp_(start, config.kept_share)
+        for trained, start in zip(model.backbone.parameters(), initial, strict=True):
+            trained.lerp_(start, config.kept_share)
     save_teacher(model.backbone, config, out)
     return losses
 
@@ -135,16 +141,10 @@ def _step(
     device: torch.device,
     config: TrainConfig,
 ) -> float:
-    torch.manual_seed(derive_seed(config.seed, step))  # stochastic depth, as in earteach's own steps
+    torch.manual_seed(derive_seed(config.seed, step))  # of stochastic depth, as in earteach
     views = [normalise(batch[name].to(device), preprocessing) for name in ("pixels", "view")]
     loss = model(*views, step)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.item()
-
-
-def _dim(backbone: nn.Module, config: TrainConfig) -> int:
-    from ear_teacher_cli.model.teacher import embedding_size
-
-    return embedding_size(backbone, config.image_size)
