@@ -305,7 +305,7 @@ def test_coco_of_several_categories_and_images_without_annotation(tmp_path):
         ("a.txt", "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n", "has 9 numbers"),
         ("a.txt", "0 40 50 20 30\n", "not from 0 to 1"),
         ("a.pts", "version: 1\nn_points: 3\n{\n1 2\n3 4\n}\n", "3 lines of x y"),
-        ("a.pts", "1 2\n3 4\n", "is no .pts file"),
+        ("a.pts", "1 2\n3 4\n", "is not a .pts file"),
     ],
 )
 def test_annotations_that_are_not_understood_are_refused(tmp_path, name, text, words):
@@ -460,7 +460,7 @@ def test_an_order_that_contradicts_the_names_is_refused(tmp_path, header, row):
 
 def test_sizes_that_the_list_states_are_those_of_the_files(tmp_path):
     image(tmp_path)
-    with pytest.raises(ManifestError, match="is 960 x 720, but the file is 480 x 360"):
+    with pytest.raises(ManifestError, match="as 960 x 720, but the file is 480 x 360"):
         read_manifest(table(tmp_path, "filename,width,height,xmin,ymin,xmax,ymax", [("a.png", 960, 720, 9, 9, 90, 99)]))
     for width, height in ((480, 360), (0, 0), (81, 90)):  # right, a placeholder, the box's own
         rows = [("a.png", width, height, 9, 9, 90, 99)]
@@ -480,7 +480,7 @@ def test_sizes_that_the_list_states_are_those_of_the_files(tmp_path):
 def test_coco_files_that_were_joined_without_new_ids_are_refused(tmp_path):
     content = {"images": [{"id": 0, "file_name": "a.png"}, {"id": 0, "file_name": "b.png"}], "annotations": []}
     (tmp_path / "list.json").write_text(json.dumps(content))
-    with pytest.raises(ManifestError, match="the image id 0 is that of two images"):
+    with pytest.raises(ManifestError, match="two images have the id 0"):
         read_manifest(tmp_path / "list.json")
 
 
@@ -531,4 +531,4 @@ def test_of_a_long_csv_nothing_is_kept_that_is_not_asked_for(tmp_path, monkeypat
     lines_of = csv_table._Lines
     monkeypatch.setattr(csv_table, "_Lines", lambda *words: kept.append(lines_of(*words)) or kept[-1])
     read_manifest(table(tmp_path, "image,x1,y1,x2,y2", [("a.png", 1, 2, 30, 40)] * 100))
-    assert kept and kept[-1].taken() == ""
+    assert kept and kept[-1].take() == ""

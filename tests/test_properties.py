@@ -120,13 +120,13 @@ def alone(script: str, *words) -> str:
 
 @pytest.mark.slow
 def test_a_short_run_of_the_fuzzer_finds_nothing():
-    said = alone("fuzz.py", "--manifests", 1500, "--pictures", 600, "--weights", 40, "--embeddings", 600, "--seed", 1)
+    said = alone("fuzz.py", "--manifests", 1500, "--images", 600, "--weights", 40, "--embeddings", 600, "--seed", 1)
     assert said.count(", 0 FAULT") == 4
 
 
 def test_the_fuzzer_does_find_what_is_there(capfd, monkeypatch):
-    monkeypatch.setitem(fuzz.KINDS, "pictures", (fuzz.image_corpus, fuzz.changed, lambda path: 1 / 0))
-    assert fuzz.main(["--pictures", "2"]) == 1
+    monkeypatch.setitem(fuzz.KINDS, "images", (fuzz.image_corpus, fuzz.changed, lambda path: 1 / 0))
+    assert fuzz.main(["--images", "2"]) == 1
     assert capfd.readouterr().out.count("ZeroDivisionError: ") == 2
 
 
