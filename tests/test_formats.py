@@ -13,9 +13,10 @@ from ear_teacher_cli.config import BOX_FORMATS, Reading
 from ear_teacher_cli.data import boxes
 from ear_teacher_cli.data.boxes import from_corners, to_corners
 from ear_teacher_cli.data.crop import image_size
-from ear_teacher_cli.data.formats import csv_table
+from ear_teacher_cli.data.formats import FORMATS, Format, csv_table
 from ear_teacher_cli.data.formats.columns import find_columns
-from ear_teacher_cli.data.manifest import Manifest, keep_rows, read_manifest
+from ear_teacher_cli.data.formats.rows import Rows, four_numbers
+from ear_teacher_cli.data.manifest import Manifest, keep_rows, read_manifest, write_manifest
 from ear_teacher_cli.errors import ManifestError
 
 
@@ -374,6 +375,43 @@ def test_of_several_boxes_of_a_row_one_is_dropped(tmp_path):
     keep_rows(read_manifest(source), [0, 2, 3], tmp_path / "clean.npy")
     content = np.load(tmp_path / "clean.npy", allow_pickle=True).item()  # noqa: TID251  (what users of the original package call)
     assert content["bboxes"] == [[three[0], three[2]], three[:1]] and content["image_paths"] == ["a.png", "a.png"]
+
+
+def test_a_format_is_a_module_and_a_line_in_the_table(tmp_path, monkeypatch, earteach):
+    """A toy format, `path x1 y1 x2 y2` per line, is read by every command once it is in the table."""
+
+    def read(path: Path, name: str, identity_column: str | None) -> Rows:
+        rows = Rows(order="xyxy", units="pixels", named_by="toy lines")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            file, *numbers = line.split()
+            rows.add(number, file, four_numbers(numbers, name, number))
+        return rows
+
+    def keep(source: Path, out: Path, kept, identity_column: str | None) -> None:
+        lines = source.read_text(encoding="utf-8").splitlines()
+        out.write_text("".join(f"{lines[row]}\n" for row, _ in kept), encoding="utf-8")
+
+    def write(path: Path, rows) -> None:
+        lines = [f"{name} {' '.join(f'{value:g}' for value in box)}\n" for name, box, _, _ in rows]
+        path.write_text("".join(lines), encoding="utf-8")
+
+    for name in ("a.png", "b.png"):
+        image(tmp_path, name)
+    source = tmp_path / "list.toy"
+    source.write_text("a.png 10 20 90 140\nb.png 15 25 95 145\nb.png 9 9 5 5\n", encoding="utf-8")
+    assert "not a manifest" in earteach("validate-data", source).out.decode()
+    monkeypatch.setitem(FORMATS, ".toy", Format(read, keep, write))
+    manifest = read_manifest(source)
+    assert list(manifest.paths) == ["a.png", "b.png", "b.png"] and manifest.boxes[0] == (10, 20, 90, 140)
+    assert manifest.how == "x1,y1,x2,y2 by toy lines"
+    write_manifest(manifest, tmp_path / "copy.toy")
+    assert (tmp_path / "copy.toy").read_text() == source.read_text()
+    said = earteach("validate-data", source, "--write-clean", tmp_path / "clean.toy")
+    assert b"box-empty: 1" in said.out and len(read_manifest(tmp_path / "clean.toy")) == 2
+    with pytest.raises(ManifestError, match=r"no such file.*\.toy"):
+        read_manifest(tmp_path / "nowhere.toy")
+    unread = "3 files that may be a list of ears were not read (clean.toy, copy.toy, list.toy)"
+    assert any(unread in warning for warning in read_manifest(tmp_path).warnings)
 
 
 def test_orders_are_undone_and_named_everywhere():

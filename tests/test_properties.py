@@ -30,7 +30,7 @@ NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30
 
 @SHARED
 @given(size=SIZE, box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), buffer=st.floats(0, 2), pad=st.booleans())
-def test_a_crop_is_the_box_with_its_buffer_or_a_image_error(size, box, buffer, pad):
+def test_a_crop_is_the_box_with_its_buffer_or_an_image_error(size, box, buffer, pad):
     preprocessing = Preprocessing(32, buffer, pad, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     image = Image.new("RGB", size, (200, 10, 10))
     try:
