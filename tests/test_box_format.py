@@ -1,4 +1,4 @@
-"""Which order a list's boxes are in: right, or refused, and never wrong."""
+"""The order of a list's boxes is determined rightly, or refused, and never wrongly."""
 
 import re
 
@@ -172,7 +172,7 @@ def as_sizes(corners) -> np.ndarray:
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def test_the_decision_is_said_with_its_numbers(tmp_path, earteach):
+def test_the_decision_is_printed_with_its_numbers(tmp_path, earteach):
     corners, _ = photos(tmp_path)
     source = save(tmp_path / "list.npy", as_sizes(corners))
     said = earteach("validate-data", source)
@@ -185,7 +185,7 @@ def test_the_decision_is_said_with_its_numbers(tmp_path, earteach):
     )
 
 
-def test_boxes_read_as_the_user_says_and_doubted(tmp_path, earteach):
+def test_boxes_are_read_as_the_user_says_with_a_warning_if_unlikely(tmp_path, earteach):
     corners, _ = photos(tmp_path)
     source = save(tmp_path / "list.npy", as_sizes(corners))
     said = earteach("validate-data", source, "--box-format", "xyxy")
@@ -195,7 +195,7 @@ def test_boxes_read_as_the_user_says_and_doubted(tmp_path, earteach):
     assert earteach("validate-data", source, "--box-format", "yxyx").code == 2
 
 
-def test_a_list_that_names_its_order_is_believed_and_doubted(tmp_path):
+def test_a_list_that_names_its_order_is_read_so_with_a_warning_if_unlikely(tmp_path):
     corners, _ = photos(tmp_path)
     source = save(tmp_path / "list.npy", as_sizes(corners), box_format="xyxy")
     manifest = read_manifest(source)
@@ -227,7 +227,7 @@ def test_shares_of_the_image_are_pixels_of_it(tmp_path):
     manifest = read_manifest(save(tmp_path / "list.npy", shares), reading=Reading(box_format="xyxy"))
     assert np.allclose(list(manifest.boxes), corners) and manifest.box_format == "xyxy relative"
     assert "as shares of the image" in manifest.how
-    with pytest.raises(ManifestError, match="give --box-format"):  # x,y,width,height or centres: nobody can tell
+    with pytest.raises(ManifestError, match="give --box-format"):  # x,y,width,height or centres: both are possible
         read_manifest(save(tmp_path / "list.npy", as_sizes(shares)))
     pixels = read_manifest(save(tmp_path / "list.npy", shares), reading=Reading("xyxy", "pixels"))
     assert np.allclose(list(pixels.boxes), shares)
@@ -252,7 +252,7 @@ def test_of_many_images_a_sample_is_opened(tmp_path, monkeypatch):
 
 
 def test_boxes_that_would_be_wider_than_high_are_not_taken(tmp_path):
-    """y1,x1,y2,x2, which no column and no option says."""
+    """y1,x1,y2,x2, which no column and no option can name."""
     corners, _ = photos(tmp_path)
     with pytest.raises(ManifestError, match="give --box-format"):
         read_manifest(save(tmp_path / "list.npy", corners[:, [1, 0, 3, 2]]))

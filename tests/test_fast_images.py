@@ -205,7 +205,7 @@ def test_other_preprocessing_boxes_or_images_are_another_cache(ears, tmp_path):
     assert len(set(paths)) == 4 and CropCaches("disk", tmp_path, 1e9, 1, [manifest], PLAIN).caches[0].name == paths[0]
 
 
-def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_path, image):
+def test_the_limit_holds_and_unused_old_caches_make_room(ears, tmp_path, image):
     folder = tmp_path / "crops"
     full = cache_of(folder, ears)
     count = full.caches[0].capacity

@@ -442,7 +442,7 @@ def image(folder, name="a.png", size=(480, 360)) -> str:
         ("two", {"image": "a.png", "bbox": [1, 2, 30, 40], "identity": ["x", "y"]}, "is not one text per ear"),
     ],
 )
-def test_a_box_under_a_name_that_nobody_knows_is_refused(tmp_path, name, row, words):
+def test_a_box_under_an_unknown_name_is_refused(tmp_path, name, row, words):
     image(tmp_path)
     with pytest.raises(ManifestError, match=words):
         read_manifest(lines(tmp_path, [row]))

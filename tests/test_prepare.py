@@ -74,7 +74,7 @@ def raw(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tangled(raw) -> Path:
-    """The same with copies, near duplicates, damage, and lists that nobody reads."""
+    """The same with copies, near duplicates, damage, and lists that are not read."""
     (raw / "more").mkdir()
     shutil.copy(raw / "roboflow/train/1.png", raw / "more/copy.png")
     shutil.copy(raw / "crops/p1/left.png", raw / "more/again.png")
@@ -323,7 +323,7 @@ def test_a_list_of_images_elsewhere_names_its_root(raw, tmp_path_factory, monkey
     assert earteach("validate-data", "data/val_teacher.npy", "--root-dir", folder).code == 0
 
 
-def test_folders_that_cannot_be_read_are_said(raw, earteach, monkeypatch):
+def test_folders_that_cannot_be_read_are_warned_of(raw, earteach, monkeypatch):
     def refusing(real, refused):
         def call(path="."):
             if os.fspath(path) == refused:
