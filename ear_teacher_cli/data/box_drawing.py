@@ -25,10 +25,11 @@ _COLOURS = {"xyxy": (214, 40, 40), "xywh": (0, 140, 70), "cxcywh": (30, 80, 200)
 def draw_readings(
     where: str, rows: Sequence[tuple[str | None, Box]], orders: Sequence[str], most: int = 10
 ) -> str | None:
-    """Draw up to `most` photos, each with its box read in each of `orders`; return the file, None if none could be drawn.
+    """Draw up to `most` photos, each with its box read in each of `orders`; return the file, None if none could be
+    drawn.
 
-    `rows`: (path, the box's numbers in pixels as the list `where` gives them). The file lies in the folder for temporary
-    files, one for each list.
+    `rows`: (path, the box's numbers in pixels as the list `where` gives them). The file lies in the folder for
+    temporary files, one for each list.
     """
     shown: list[BoxedPhoto] = []
     seen: set[str] = set()

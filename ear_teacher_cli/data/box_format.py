@@ -55,7 +55,8 @@ class Judgement:
 
 
 def impossible(numbers: np.ndarray, sizes: np.ndarray, order: str, margin: float = _MARGIN) -> np.ndarray:
-    """Return bool [N]: which boxes [N, 4], read in `order`, are inverted or leave images of `sizes` [N, 2] (NaN: unknown)."""
+    """Return bool [N]: which boxes [N, 4], read in `order`, are inverted or leave images of `sizes` [N, 2] (NaN:
+    unknown)."""
     corners = to_corners(numbers, order)
     with np.errstate(invalid="ignore"):
         inverted = ~((corners[:, 2:] > corners[:, :2]).all(axis=1))

@@ -69,7 +69,8 @@ def to_corners(numbers: np.ndarray, order: str) -> np.ndarray:
 
 
 def units_of(numbers: np.ndarray) -> str:
-    """Return the units of boxes [N, 4]: "relative" if they are shares of an image, "pixels" if not, "" if they are mixed."""
+    """Return the units of boxes [N, 4]: "relative" if they are shares of an image, "pixels" if not, "" if they are
+    mixed."""
     largest = np.abs(numbers[np.isfinite(numbers).all(axis=1)]).max(axis=1, initial=0.0)
     largest = largest[largest > 0]  # zeros stand for no box
     small = (largest <= _LARGEST_SHARE).mean() if len(largest) else 0.0

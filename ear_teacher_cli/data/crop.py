@@ -1,7 +1,8 @@
 """Open an image and cut an ear out of it: the only module that does. Imports no torch.
 
 An image is turned upright by its EXIF orientation, as OpenCV's imread does: boxes are in pixels of the upright image.
-`read_image` decodes all of it (PIL's `verify` accepts a JPEG that is cut in half), `load_crop` only what the crop needs.
+`read_image` decodes all of it (PIL's `verify` accepts a JPEG that is cut in half), `load_crop` only what the crop
+needs.
 """
 
 import io
@@ -240,9 +241,9 @@ def _placement(
 def load_crop(image: ImageSource, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
     """Cut an ear out of an image: uint8 3,S,S, RGB, with S = `preprocessing.image_size`. Raises ImageError.
 
-    `image`: a path; a PIL image of any mode, which is turned by its EXIF orientation like a file; or an array uint8 H,W,3,
-    RGB and upright. `box`: x1, y1, x2, y2 in pixels of the upright image; None: the whole image. Right ears are not
-    mirrored, whatever `preprocessing.mirror` is: flip their crops (`crop[:, :, ::-1]`).
+    `image`: a path; a PIL image of any mode, which is turned by its EXIF orientation like a file; or an array uint8
+    H,W,3, RGB and upright. `box`: x1, y1, x2, y2 in pixels of the upright image; None: the whole image. Right ears are
+    not mirrored, whatever `preprocessing.mirror` is: flip their crops (`crop[:, :, ::-1]`).
 
     A JPEG, given by its path or opened by Pillow, is decoded only as far as the crop needs. If the crop is less than a
     third of its size in the image, it differs slightly from that of the whole image (see jpeg.SPARE); else it is equal.
@@ -282,7 +283,8 @@ def _undecoded(image: Image.Image) -> bytes | None:
     None for anything else, or if the image was changed since (`draft`, its EXIF). Raises ImageError.
     """
     file = getattr(image, "fp", None)
-    if image.format not in ("JPEG", "MPO") or file is None or not image.tile or image.tell():  # type: ignore[attr-defined]
+    undecoded = bool(getattr(image, "tile", None)) and image.tell() == 0
+    if image.format not in ("JPEG", "MPO") or file is None or not undecoded:
         return None
     with _decoding():
         place = file.tell()

@@ -2,9 +2,9 @@
 
 Each crop has a fixed record in the file: a stamp of its image (size, times of change, inode), a checksum, the pixels. A
 record is written in one call, where the system can, and used only if stamp and checksum match: several processes may
-fill one file at once, and a killed one leaves at worst a record that is written again. Crops are returned byte for byte,
-so that training gives the same result with and without a cache. The file's name is a hash of everything that its crops
-depend on.
+fill one file at once, and a killed one leaves at worst a record that is written again. Crops are returned byte for
+byte, so that training gives the same result with and without a cache. The file's name is a hash of everything that its
+crops depend on.
 """
 
 import errno
@@ -51,7 +51,8 @@ class CropCache:
             self._bytes.close()
 
     def crop(self, row: int, image: str, cut: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the crop of `row` from the file `image`: the cached one, else that of `cut()`, which is then cached."""
+        """Return the crop of `row` from the file `image`: the cached one, else that of `cut()`, which is then
+        cached."""
         stamp = _stamp(image)  # before the image is read: if it changes meanwhile, the stamp is outdated
         stored = self._open() if stamp and row < self.capacity else None
         if stored is None or stamp is None:
@@ -111,8 +112,8 @@ class CropCaches:
     ):
         """Open the caches. Raises nothing: if there is too little room, fewer crops are cached, or none.
 
-        `kind`: one of config.CACHES. `limit`: bytes of all caches in memory or in `folder`. `copies`: number of processes
-        on this machine, each of which has its own caches in memory.
+        `kind`: one of config.CACHES. `limit`: bytes of all caches in memory or in `folder`. `copies`: number of
+        processes on this machine, each of which has its own caches in memory.
         """
         self.caches: list[CropCache | None] = [None] * len(manifests)
         self._memory: list[platform.SharedMemory] = []

@@ -42,11 +42,12 @@ def read_val_manifest(config: TrainConfig) -> Manifest:
 
 
 def _read(path: str, config: TrainConfig, name: str) -> Manifest:
-    """Read the list of the option `name`. Raises ManifestError; if the default list is missing, it says how to make it."""
+    """Read the list of the option `name`. Raises ManifestError; if the default list is missing, it says how to make
+    it."""
     if path == getattr(TrainConfig, name) and not os.path.exists(path):
         raise ManifestError(
-            f"{path}: no such file or folder; make it with `earteach prepare RAW data/preprocessed`, or name your list with "
-            f"--{name.replace('_', '-')}"
+            f"{path}: no such file or folder; make it with `earteach prepare RAW data/preprocessed`, or name your list "
+            f"with --{name.replace('_', '-')}"
         )
     return read_manifest(path, config.root_dir, config.reading)
 
@@ -250,8 +251,8 @@ def _require_sides(manifest: Manifest, policy: str) -> None:
     unknown = [i for i in range(len(manifest)) if manifest.side(i) is None]
     if unknown:
         raise ManifestError(
-            f"{manifest.where(unknown[0])}: has no side, like {len(unknown) - 1} other rows, but --side-policy {policy} "
-            "needs one; fill in the column (left or right), or leave --side-policy at as-is"
+            f"{manifest.where(unknown[0])}: has no side, like {len(unknown) - 1} other rows, but --side-policy "
+            f"{policy} needs one; fill in the column (left or right), or leave --side-policy at as-is"
         )
 
 
@@ -261,8 +262,8 @@ def _refuse_overlap(train: Manifest, val: Manifest) -> None:
     shared = [i for i, image in enumerate(_normalised_paths(val)) if image in training_images]
     if shared:
         raise ManifestError(
-            f"{val.where(shared[0])}: is also in the training list, like {len(shared) - 1} other of {len(val)} rows; remove "
-            "them (earteach prepare splits without leaks), or add --allow-overlap"
+            f"{val.where(shared[0])}: is also in the training list, like {len(shared) - 1} other of {len(val)} rows; "
+            "remove them (earteach prepare splits without leaks), or add --allow-overlap"
         )
 
 

@@ -1,8 +1,8 @@
 """Dataset of ears as tensors, its sampler, and the collation of batches.
 
 All randomness is a function of (seed, epoch, image): no state is saved, the number of workers does not matter, and
-resuming is exact. An image that cannot be read is never replaced: the dataset returns the reason, and `collate` leaves it
-out of the batch.
+resuming is exact. An image that cannot be read is never replaced: the dataset returns the reason, and `collate` leaves
+it out of the batch.
 """
 
 import sys
@@ -32,7 +32,8 @@ class Draw(NamedTuple):
 
 
 class UnreadableImage(NamedTuple):
-    """An image that cannot be read, or a box that cannot be cut: its row, and `reason` and `detail` of the ImageError."""
+    """An image that cannot be read, or a box that cannot be cut: its row, and `reason` and `detail` of the
+    ImageError."""
 
     index: int  # type: ignore[assignment]  # as in Draw
     reason: str
@@ -91,8 +92,8 @@ class EarDataset(Dataset):
 def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
     """Return {'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of UnreadableImage}.
 
-    B may be 0; then there are no pixels. In a worker the tensors are moved to shared memory here: torch would do it in a
-    thread whose errors (usually no room) are lost, and the parent would wait for the batch.
+    B may be 0; then there are no pixels. In a worker the tensors are moved to shared memory here: torch would do it in
+    a thread whose errors (usually no room) are lost, and the parent would wait for the batch.
     """
     readable = [item for item in items if not isinstance(item, UnreadableImage)]
     batch: Batch = {"bad": [item for item in items if isinstance(item, UnreadableImage)]}
@@ -110,8 +111,8 @@ def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
 def leave_stopping_to_the_parent(worker: int) -> None:
     """Ignore stop signals in a worker (worker_init_fn of a DataLoader).
 
-    A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes: if workers ended, the parent could not finish its
-    step and save. Workers end when their parent does.
+    A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes: if workers ended, the parent could not finish
+    its step and save. Workers end when their parent does.
     """
     ignore_stop_signals()
     sys.excepthook = _print_unless_parent_ended

@@ -1,8 +1,8 @@
 """Find ears to drop, copies to merge, and images that must stay on one side of a split.
 
-Copies are files of the same bytes (sha256). Near duplicates are crops with similar perceptual hashes, one of them perhaps
-mirrored, and whole images of two sources with similar hashes: an export of the same photos, encoded again, with other
-boxes. Images that Roboflow made of one photo are recognised by their names (`NAME.rf.HASH.jpg`).
+Copies are files of the same bytes (sha256). Near duplicates are crops with similar perceptual hashes, one of them
+perhaps mirrored, and whole images of two sources with similar hashes: an export of the same photos, encoded again, with
+other boxes. Images that Roboflow made of one photo are recognised by their names (`NAME.rf.HASH.jpg`).
 """
 
 import posixpath
@@ -181,7 +181,8 @@ class _Identities:
                 self._sides[same] = self._sides[same] or self._sides[index]
 
     def _counterpart(self, index: int, kept: list[int]) -> int | None:
-        """Return the same ear on the kept image: that with the same box, or the only one if one of the two has no box."""
+        """Return the same ear on the kept image: that with the same box, or the only one if one of the two has no
+        box."""
         boxes = self._found.ears.boxes
         box = boxes[index]
         if len(kept) == 1 and (box is None or boxes[kept[0]] is None):

@@ -78,8 +78,8 @@ def _merge_parts(ears: list[FolderEar], source: Path) -> tuple[list[FolderEar], 
             merged = joined(kept, by_part[part])
             if merged is None:
                 raise ManifestError(
-                    f"{printable(source / path)}: has other boxes in {printable(first)} than in {printable(part)}; remove it "
-                    "from one of them"
+                    f"{printable(source / path)}: has other boxes in {printable(first)} than in {printable(part)}; "
+                    "remove it from one of them"
                 )
             kept = merged
             images[first, part] += 1

@@ -1,7 +1,7 @@
 """Cut ears out of images that Python code passes, one or many, from disk or memory.
 
-The command line reads lists (manifest.py) and leaves out unreadable images. Here the caller expects a row for each image:
-the first that cannot be used raises an error that names its position, counted from 0.
+The command line reads lists (manifest.py) and leaves out unreadable images. Here the caller expects a row for each
+image: the first that cannot be used raises an error that names its position, counted from 0.
 """
 
 import os
@@ -29,9 +29,10 @@ def crops_given(
 ) -> Iterator[np.ndarray]:
     """Yield the crop uint8 3,S,S of each image, in order, as `embed` cuts it. Iterators are read one image at a time.
 
-    `images`: one that `load_crop` reads, or many. `boxes`: four numbers for one image; for many, a box or None for each.
-    `sides`: likewise 'left', 'right' or None; right ears are mirrored if `preprocessing.mirror`. Raises ImageError for an
-    unusable image or box, EarTeachError if the numbers of images, boxes and sides differ, or if there are no images.
+    `images`: one that `load_crop` reads, or many. `boxes`: four numbers for one image; for many, a box or None for
+    each. `sides`: likewise 'left', 'right' or None; right ears are mirrored if `preprocessing.mirror`. Raises
+    ImageError for an unusable image or box, EarTeachError if the numbers of images, boxes and sides differ, or if there
+    are no images.
     """
     one = _is_one(images)
     if one:
@@ -73,7 +74,8 @@ def _crops(
 
 
 def _crop(image: ImageSource, box: Any, side: Any, preprocessing: Preprocessing, place: int) -> np.ndarray:
-    """Return the crop of the image at position `place`, mirrored if required. Raises ImageError, naming the position."""
+    """Return the crop of the image at position `place`, mirrored if required. Raises ImageError, naming the
+    position."""
     known_side = side_of(side) if isinstance(side, str) else None
     if side is not None and known_side is None:
         raise EarTeachError(f"image {place}: side {printable(repr(side))[:40]} is unknown; give left, right or None")

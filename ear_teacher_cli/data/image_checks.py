@@ -97,7 +97,8 @@ def photos_of(manifest: Manifest, number: int = 0, order_of: Callable[[int], str
 
 
 def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, CropStats]]]:
-    """Decode a photo and cut out its ears; return ((index, reason, detail) of each problem, (index, stats) of each crop)."""
+    """Decode a photo and cut out its ears; return ((index, reason, detail) of each problem, (index, stats) of each
+    crop)."""
     if photo.error is not None:
         return [(index, *photo.error) for index, _ in photo.ears], []
     assert photo.path is not None

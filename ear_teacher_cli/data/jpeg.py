@@ -18,8 +18,8 @@ Box = tuple[float, float, float, float]
 SPARE = 1.5
 _MARGIN = 4  # pixels of the crop around its region that the resampling filter reads (Lanczos: 3)
 _END_OF_IMAGE = b"\xff\xd9"
-# EXIF orientation -> transposition that turns the stored image upright (PIL's exif_transpose also rewrites the EXIF, and
-# fails on malformed ones).
+# EXIF orientation -> transposition that turns the stored image upright (PIL's exif_transpose also rewrites the EXIF,
+# and fails on malformed ones).
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,7 +35,8 @@ _INVERSE = {6: 8, 8: 6}  # the others are their own inverse
 
 @dataclass(frozen=True)
 class Part:
-    """An upright part of an image, perhaps at reduced resolution, and where the requested region lies in it (pixels)."""
+    """An upright part of an image, perhaps at reduced resolution, and where the requested region lies in it
+    (pixels)."""
 
     image: Image.Image
     region: Box
@@ -101,7 +102,8 @@ class _RowsDecoded(Exception):
 
 
 class _Feed(io.BytesIO):
-    """A file that stops its decoder, by an exception, once a row of the image is decoded; rows are decoded from the top."""
+    """A file that stops its decoder, by an exception, once a row of the image is decoded; rows are decoded from the
+    top."""
 
     _image: Image.Image | None = None
     _row = 0

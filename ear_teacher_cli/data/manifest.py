@@ -61,7 +61,8 @@ class Manifest:
         return side_of(self.sides[index]) if self.sides else None
 
     def ear(self, index: int) -> tuple[str, str | None] | None:
-        """Return (identity, side or None), or None if the row has no identity. A person's two ears differ in the side."""
+        """Return (identity, side or None), or None if the row has no identity. A person's two ears differ in the
+        side."""
         identity = self.identities[index] if self.identities else ""
         return (str(identity), self.side(index)) if identity else None
 
@@ -154,8 +155,8 @@ def read_manifest(source: str | Path, root_dir: str | Path | None = None, readin
     boxed = int(rows.boxes.given.sum())
     if 0 < boxed < len(manifest):
         rows.warnings.append(
-            f"{where}: {len(manifest) - boxed} of {len(manifest)} rows have no box and are read as whole images; remove "
-            "them if they are photos"
+            f"{where}: {len(manifest) - boxed} of {len(manifest)} rows have no box and are read as whole images; "
+            "remove them if they are photos"
         )
     return _with_boxes(manifest, [corners], corners.boxes, rows.warnings)
 
@@ -235,8 +236,8 @@ def read_input(source: str, root_dir: str | None = None, reading: Reading | None
         return images_manifest([source], source)
     if suffix not in FORMATS and Path(source).is_file():
         raise ManifestError(
-            f"{printable(source)}: is neither an image nor a manifest by its suffix; give a folder, an image, a manifest, "
-            "or - for paths on stdin"
+            f"{printable(source)}: is neither an image nor a manifest by its suffix; give a folder, an image, a "
+            "manifest, or - for paths on stdin"
         )
     return read_manifest(source, root_dir, reading)
 

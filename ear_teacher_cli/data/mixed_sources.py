@@ -66,8 +66,8 @@ def read_mixed(raw: str, root_dir: str | None, reading: Reading) -> Mixed:
     read = read_ears(source, reading, sizes_of)
     if read.found.naming:
         raise ManifestError(
-            f"{printable(source / read.found.naming[0])}: is a list that names people on images here, and is not read; name "
-            "the list itself instead of the folder, rename it (a .csv to *_annotations.csv), or move it elsewhere"
+            f"{printable(source / read.found.naming[0])}: is a list that names people on images here, and is not read; "
+            "name the list itself instead of the folder, rename it (a .csv to *_annotations.csv), or move it elsewhere"
         )
     how = {part: corners.how for part, corners in read.corners.items()}
     orders = {part: corners.order for part, corners in read.corners.items()}

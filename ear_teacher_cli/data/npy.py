@@ -1,8 +1,8 @@
 """Read `.npy` files, also the original package's pickled dicts, without running code.
 
 A pickle is a program. This reader lets it build numpy arrays, numpy scalars and plain Python values, and refuses every
-other global by name. Stand-ins replace numpy's own reconstruction and can only build what a plain saved array needs. The
-result is a value or a ManifestError.
+other global by name. Stand-ins replace numpy's own reconstruction and can only build what a plain saved array needs.
+The result is a value or a ManifestError.
 """
 
 import io
@@ -204,8 +204,9 @@ def _plain_dtype(kind: _Dtype) -> np.dtype:
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Check a pickle's opcodes without running it: arguments must be complete, and indices of the memo at most the length
-    of the pickle. Python's unpickler allocates first: five bytes can request tens of gigabytes. Raises ValueError."""
+    """Check a pickle's opcodes without running it: arguments must be complete, and indices of the memo at most the
+    length of the pickle. Python's unpickler allocates first: five bytes can request tens of gigabytes. Raises
+    ValueError."""
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("PUT", "LONG_BINPUT"):
             assert argument is not None
@@ -216,8 +217,9 @@ def _check_opcodes(data: bytes) -> None:
 class _Unwrapper:
     """Replaces every stand-in in a value by its array.
 
-    A pickle may refer to one list a thousand times, and that list to another: a few bytes that unfold into more than any
-    memory. In an ordinary file each value takes at least one byte, so at most `budget` (bytes of the file) are unwrapped.
+    A pickle may refer to one list a thousand times, and that list to another: a few bytes that unfold into more than
+    any memory. In an ordinary file each value takes at least one byte, so at most `budget` (bytes of the file) are
+    unwrapped.
     """
 
     def __init__(self, budget: int):

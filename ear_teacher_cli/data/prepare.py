@@ -1,11 +1,12 @@
 """`earteach prepare`: turn a folder of mixed sources into a training and a validation list. Imports no torch.
 
-Each image is decoded once. Ears that cannot be used are dropped with a reason, files of the same content are merged, and
-whatever belongs together (a person, a photo, near duplicates) stays on one side of the split. Lists and report depend
-only on the inputs, the seed and the options. Images are neither copied nor changed.
+Each image is decoded once. Ears that cannot be used are dropped with a reason, files of the same content are merged,
+and whatever belongs together (a person, a photo, near duplicates) stays on one side of the split. Lists and report
+depend only on the inputs, the seed and the options. Images are neither copied nor changed.
 
 Paths in the lists start from the working directory if RAW lies below it: commands that run there find the images.
-Otherwise they start from RAW (or, if RAW is a list, from where its paths start), and `--root-dir` must name that folder.
+Otherwise they start from RAW (or, if RAW is a list, from where its paths start), and `--root-dir` must name that
+folder.
 
 The steps are in mixed_sources.py (read), duplicates.py (drop, merge, link) and split.py (divide); prepare_report.py
 makes what is printed and prepare.json.

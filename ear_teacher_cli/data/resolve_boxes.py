@@ -105,8 +105,8 @@ def _units(rows: Rows, numbers: np.ndarray, reading: Reading, where: str) -> str
     if not units:
         small = int((np.abs(numbers).max(axis=1) <= 1.1).sum())
         raise ManifestError(
-            f"{where}: {small} of {len(numbers)} boxes have no number above 1.1, like shares of an image, but the others "
-            "have; write all in pixels, or give --box-units pixels or relative"
+            f"{where}: {small} of {len(numbers)} boxes have no number above 1.1, like shares of an image, but the "
+            "others have; write all in pixels, or give --box-units pixels or relative"
         )
     return units
 
@@ -127,8 +127,8 @@ def _check_sizes(rows: Rows, sample: _Sample, where: str) -> None:
     listed, found = ("{:g} x {:g}".format(*size) for size in (stated[first], sample.sizes[first]))
     raise ManifestError(
         f"{where}: gives {printable(rows.paths[sample.rows[first]])} as {listed}, but the file is {found}, and "
-        f"{int(other.sum()) - 1} others differ, too: the images were resized or turned after they were annotated. Use the "
-        "original images, or, if the boxes fit these, remove width and height from the list"
+        f"{int(other.sum()) - 1} others differ, too: the images were resized or turned after they were annotated. Use "
+        "the original images, or, if the boxes fit these, remove width and height from the list"
     )
 
 
@@ -141,8 +141,8 @@ def _order(
         order, how = rows.order, f"{BOX_FORMATS[rows.order]} by {rows.named_by}"
         if reading.box_format not in (AUTO, order):
             warnings.append(
-                f"{where}: its boxes are {how}; --box-format {reading.box_format} applies only to lists that do not name "
-                "their order, and was not used"
+                f"{where}: its boxes are {how}; --box-format {reading.box_format} applies only to lists that do not "
+                "name their order, and was not used"
             )
     elif reading.box_format != AUTO:
         order, how = reading.box_format, f"{BOX_FORMATS[reading.box_format]} by --box-format"
@@ -171,8 +171,8 @@ def _order_by_numbers(sample: _Sample, orders: tuple[str, ...], where: str, warn
         return judged.order, how + _centres_note(sample, judged.order, orders)
     if np.isnan(sample.sizes).all() and "xyxy" in orders:
         warnings.append(
-            f"{where}: none of its images could be opened, so its boxes could not be checked and are read as corners; check "
-            "--root-dir"
+            f"{where}: none of its images could be opened, so its boxes could not be checked and are read as corners; "
+            "check --root-dir"
         )
         return "xyxy", BOX_FORMATS["xyxy"]
     offered = offered if "cxcywh" in offered else (*offered, "cxcywh")
@@ -203,7 +203,8 @@ class ImageSizes:
     """Sizes of the images of a list in pixels, read from their headers, each once."""
 
     def __init__(self, paths: Sequence[str], locate: Callable[[int], str]):
-        """`paths`: per row. `locate(row)`: the absolute path of a row's image; raises ImageError if it leaves the root."""
+        """`paths`: per row. `locate(row)`: the absolute path of a row's image; raises ImageError if it leaves the
+        root."""
         self._paths, self._locate = paths, locate
         self._numbers: dict[str, int] = {}
         self._sizes: dict[str, tuple[float, float]] = {}

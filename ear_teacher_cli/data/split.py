@@ -1,8 +1,8 @@
 """Split ears into training and validation, with each group on one side.
 
-`Links` forms the groups: whatever is linked, directly or through others, is one group. `choose_validation` chooses groups
-so that every source contributes the requested share of its ears, and so do all sources together. Both depend only on
-names and the seed, not on the order in which files are found.
+`Links` forms the groups: whatever is linked, directly or through others, is one group. `choose_validation` chooses
+groups so that every source contributes the requested share of its ears, and so do all sources together. Both depend
+only on names and the seed, not on the order in which files are found.
 """
 
 import hashlib
@@ -55,9 +55,9 @@ def choose_validation(groups: Sequence[Group], share: float, seed: int) -> set[i
     """Return the positions of the groups for validation: about `share` of the ears of every source, and of all.
 
     Groups are visited in an order given by the seed and their names. In a first pass a group is chosen if that brings
-    the sources closer to the share. In a second pass a group is also chosen if that brings the total closer by more than
-    it moves the sources away; this matters if sources are too small to be divided (a source per person). With two or
-    more groups, neither side is empty.
+    the sources closer to the share. In a second pass a group is also chosen if that brings the total closer by more
+    than it moves the sources away; this matters if sources are too small to be divided (a source per person). With two
+    or more groups, neither side is empty.
     """
     order = sorted(range(len(groups)), key=lambda place: _sort_key(seed, groups[place].name))
     balance = _Balance(groups, share)

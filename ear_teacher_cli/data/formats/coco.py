@@ -29,7 +29,8 @@ def read(path: Path, where: str, identity_column: str | None) -> Rows:
             image_id = annotation["image_id"]
             if str(image_id) not in names:
                 raise ManifestError(
-                    f"{where} annotation {number}: its image_id {printable(image_id)[:40]} is not in 'images'; correct it"
+                    f"{where} annotation {number}: its image_id {printable(image_id)[:40]} is not in 'images'; correct "
+                    "it"
                 )
             name = path_text(names[str(image_id)], where, number)
             box = _box(annotation, where, number)

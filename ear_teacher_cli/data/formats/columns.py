@@ -225,8 +225,9 @@ def _warnings(unused: Mapping[str, str], where: str, has_box: bool, has_identity
     wrong = [unused[key] for key in keys if _looks_like_a_box(unused[key])]
     if wrong and not (has_box and all(compare(name) in ("w", "h", "width", "height") for name in wrong)):
         raise ManifestError(
-            f"{where}: cannot read {names_of(wrong)}, named like {'another box' if has_box else 'part of a box'}; a box "
-            "needs four columns (x1, y1, x2, y2; x, y, width, height; ...; see the page formats): rename or remove them"
+            f"{where}: cannot read {names_of(wrong)}, named like {'another box' if has_box else 'part of a box'}; a "
+            "box needs four columns (x1, y1, x2, y2; x, y, width, height; ...; see the page formats): rename or "
+            "remove them"
         )
     warnings = []
     possible = [unused[key] for key in keys if key in map(compare, MAYBE_IDENTITY)]
@@ -289,8 +290,8 @@ def _refuse_hidden_box(columns: Columns, row: Mapping[str, Any], where: str, num
         value = _value(row.get(name))
         if _is_box(value):
             raise ManifestError(
-                f"{where} row {number}: {printable(name)} holds what may be a box ({printable(value)[:60]}); name it bbox "
-                "if it is one, or remove it"
+                f"{where} row {number}: {printable(name)} holds what may be a box ({printable(value)[:60]}); name it "
+                "bbox if it is one, or remove it"
             )
         if isinstance(value, int | float) and not isinstance(value, bool):
             numeric.append(name)
@@ -298,8 +299,8 @@ def _refuse_hidden_box(columns: Columns, row: Mapping[str, Any], where: str, num
     series = Counter(compare(name).rstrip("0123456789") for name in numeric)  # b1, b2, b3, b4
     if len(numeric) >= 4 and (len(along) >= 2 or 4 in series.values()):
         raise ManifestError(
-            f"{where} row {number}: {names_of(numeric)} may be a box; use names of columns that the page formats lists, or "
-            "remove them"
+            f"{where} row {number}: {names_of(numeric)} may be a box; use names of columns that the page formats "
+            "lists, or remove them"
         )
 
 

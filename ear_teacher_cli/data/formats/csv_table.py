@@ -30,7 +30,8 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
             text = f"{name}{identity}{side}"
             if printable(text) != text:
                 raise ManifestError(
-                    f"row {number} ({printable(name)}): has control characters, which CSV cannot hold; write .npy or .jsonl"
+                    f"row {number} ({printable(name)}): has control characters, which CSV cannot hold; write .npy or "
+                    ".jsonl"
                 )
             no_formula = name if escape_csv(name) == name else f"./{name}"  # the same path for the reader
             writer.writerow([no_formula, *(box or ("",) * 4), escape_csv(identity), escape_csv(side)])

@@ -1,9 +1,9 @@
 """Read a folder: every image below it, with the boxes of the annotations that lie there.
 
-These are COCO (any `.json` with `images` and `annotations`), `_annotations.csv` and `*_annotations.csv`, `.pts` landmarks
-and `.txt` labels of YOLO. In a folder with an annotated image, images without annotation are photos without a marked ear
-and are left out; in a folder without any, images are crops of ears. Any other list with boxes of images below the folder
-is an error: without its boxes, whole photos would be taken as crops.
+These are COCO (any `.json` with `images` and `annotations`), `_annotations.csv` and `*_annotations.csv`, `.pts`
+landmarks and `.txt` labels of YOLO. In a folder with an annotated image, images without annotation are photos without a
+marked ear and are left out; in a folder without any, images are crops of ears. Any other list with boxes of images
+below the folder is an error: without its boxes, whole photos would be taken as crops.
 """
 
 import posixpath
@@ -125,8 +125,8 @@ def _read_labels(found: Found) -> None:
     for image, of_image in of_images.items():
         if not of_image.boxes and image in marked:
             raise ManifestError(
-                f"{printable(tree.root / image)}: its YOLO labels mark no ear, but another annotation does; remove one of "
-                "them"
+                f"{printable(tree.root / image)}: its YOLO labels mark no ear, but another annotation does; remove one "
+                "of them"
             )
         for box in of_image.boxes:
             labels.add(0, image, box)
@@ -156,8 +156,9 @@ def _find_unread(found: Found, identity_column: str | None) -> None:
         if listing and of_images_here:
             if listing.has_boxes:
                 raise ManifestError(
-                    f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); rename "
-                    "it (a .csv to NAME_annotations.csv), move it elsewhere, or name the list itself instead of the folder"
+                    f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); "
+                    "rename it (a .csv to NAME_annotations.csv), move it elsewhere, or name the list itself instead "
+                    "of the folder"
                 )
             found.naming.append(path)
         may_be_list = lists.stem_of(path) in images if suffix == ".json" else not lists.is_numbers(full)
@@ -179,7 +180,8 @@ def _warnings(found: Found, unmarked: int, whole: Rows) -> list[str]:
     where, warnings = printable(found.tree.root), []
     if unmarked > len(whole.paths):
         warnings.append(
-            f"{where}: {unmarked - len(whole.paths)} images have no annotation, in folders with annotations, and are left out"
+            f"{where}: {unmarked - len(whole.paths)} images have no annotation, in folders with annotations, and are "
+            "left out"
         )
     if whole.paths and found.annotated:
         folders = Counter(posixpath.dirname(path) or "." for path in whole.paths)
@@ -192,7 +194,8 @@ def _warnings(found: Found, unmarked: int, whole: Rows) -> list[str]:
     if found.unread:
         count = len(found.unread)
         warnings.append(
-            f"{where}: {count} file{'s' * (count > 1)} that may be a list of ears {'were' if count > 1 else 'was'} not read "
+            f"{where}: {count} file{'s' * (count > 1)} that may be a list of ears {'were' if count > 1 else 'was'} not "
+            "read "
             f"({_first_few(found.unread)}); {_READ}: if it marks ears, export it in one of these formats, or name the "
             "list itself"
         )

@@ -114,8 +114,8 @@ def _select(value: Any, by_row: dict[int, list[int]], depth: int | None) -> Any:
 
 
 def _select_positions(entry: Any, positions: list[int], depth: int) -> Any:
-    """Return the ears at `positions` of a row's entry; one of fewer than `depth` dimensions belongs to the whole row and
-    is returned unchanged."""
+    """Return the ears at `positions` of a row's entry; one of fewer than `depth` dimensions belongs to the whole row
+    and is returned unchanged."""
     if not isinstance(entry, np.ndarray | list | tuple) or _depth(entry) < depth or len(entry) <= len(positions):
         return entry
     chosen = [entry[position] for position in positions]

@@ -31,7 +31,8 @@ def read_boxes(path: Path, where: str) -> list[Box]:
         raise ManifestError(f"{where}: is not a .pts file; it needs n_points: N, and N lines of x y between braces")
     if text.count("{") != len(blocks):
         raise ManifestError(
-            f"{where}: has {text.count('{')} opening braces, but {len(blocks)} blocks with n_points and a closing brace; "
+            f"{where}: has "
+            f"{text.count('{')} opening braces, but {len(blocks)} blocks with n_points and a closing brace; "
             "write n_points: N before each ear's points"
         )
     return [box_around(_points(count, lines, where)) for count, lines in blocks]

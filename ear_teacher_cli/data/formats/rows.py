@@ -123,7 +123,8 @@ def boxes_of(entry: Any, where: str, row: int) -> list[Box | None]:
 def points_of(entry: Any, where: str, row: int) -> np.ndarray:
     """Return the keypoints [P, 2] of one ear, from P x 2, P x 3 (x, y, visibility) or a flat list of the latter (COCO).
 
-    Points that are not visible (visibility 0) or not finite are left out. Raises ManifestError if the others span no box.
+    Points that are not visible (visibility 0) or not finite are left out. Raises ManifestError if the others span no
+    box.
     """
     try:
         points = np.asarray(entry, dtype=np.float64)
@@ -144,7 +145,8 @@ def points_of(entry: Any, where: str, row: int) -> np.ndarray:
 
 
 def order_named(value: Any, where: str) -> str | None:
-    """Return the order that a list's own `box_format` names, None if it is empty. Raises ManifestError if it is unknown."""
+    """Return the order that a list's own `box_format` names, None if it is empty. Raises ManifestError if it is
+    unknown."""
     if value is None or label(value).strip() == "":
         return None
     order = label(value).strip().casefold()

@@ -1,4 +1,5 @@
-"""List the files below a folder, and find the images that a list means. Paths start from the folder and have slashes."""
+"""List the files below a folder, and find the images that a list means. Paths start from the folder and have
+slashes."""
 
 import os
 import posixpath
@@ -126,20 +127,21 @@ def locate(tree: Tree, listing: str, names: Collection[str]) -> dict[str, str]:
     for name, images in best.items():
         if len(images) > 1:
             raise ManifestError(
-                f"{where}: {printable(name)} can be {printable(images[0])} or {printable(images[1])}; let its paths start "
-                "from the folder that it is in"
+                f"{where}: {printable(name)} can be {printable(images[0])} or {printable(images[1])}; let its paths "
+                "start from the folder that it is in"
             )
         other = owner.setdefault(images[0], name)
         if posixpath.normpath(other) != posixpath.normpath(name):
             raise ManifestError(
-                f"{where}: {printable(other)} and {printable(name)} both lead to {printable(images[0])}; let its paths start "
-                "from the folder that it is in"
+                f"{where}: {printable(other)} and {printable(name)} both lead to {printable(images[0])}; let its paths "
+                "start from the folder that it is in"
             )
     return {name: images[0] for name, images in best.items()}
 
 
 def _attempts(tree: Tree, below: str) -> Iterator[Callable[[str], list[str]]]:
-    """Yield functions from a name to the images that it can mean, the most reliable first. `below`: folder of the list."""
+    """Yield functions from a name to the images that it can mean, the most reliable first. `below`: folder of the
+    list."""
     folders = [below]
     while folders[-1]:
         folders.append(posixpath.dirname(folders[-1]))

@@ -105,8 +105,8 @@ def find_labels(tree: Tree) -> dict[str, list[str]]:
         other = next((image for image in images if posixpath.dirname(image) != posixpath.dirname(images[0])), None)
         if other:
             raise ManifestError(
-                f"{printable(tree.root / path)}: can belong to {printable(images[0])} or {printable(other)}; put labels "
-                "beside their images, or into labels/ if the images are in images/"
+                f"{printable(tree.root / path)}: can belong to {printable(images[0])} or {printable(other)}; put "
+                "labels beside their images, or into labels/ if the images are in images/"
             )
         for image in images:
             found[image].append(path)
@@ -171,8 +171,8 @@ def _unmatched_warnings(tree: Tree, known: dict[str, Labels]) -> list[str]:
     if not unmatched:
         return []
     return [
-        f"{printable(tree.root)}: {len(unmatched)} labels match no image ({printable(unmatched[0])}); put them beside their "
-        "images, or into labels/ if the images are in images/"
+        f"{printable(tree.root)}: {len(unmatched)} labels match no image ({printable(unmatched[0])}); put them beside "
+        "their images, or into labels/ if the images are in images/"
     ]
 
 
@@ -197,7 +197,8 @@ def _class_warnings(tree: Tree, classes: dict[str, list[str]]) -> list[str]:
         found = ", ".join(f"{count} {printable(names.get(name, name))}" for name, count in counted.most_common(5))
         where = printable(tree.root / (posixpath.dirname(path) if path else ""))
         warnings.append(
-            f"{where}: YOLO labels of {len(counted)} classes are all read as ears ({found}); remove those that are not ears"
+            f"{where}: YOLO labels of {len(counted)} classes are all read as ears ({found}); remove those that are not "
+            "ears"
         )
     return warnings
 
@@ -214,7 +215,8 @@ def _names_file(folder: str, files: dict[str, str]) -> str:
 
 
 def _class_names(path: Path) -> dict[str, str]:
-    """Return number -> name from `classes.txt` (one name per line) or simple `names:` in a YAML file; else an empty dict."""
+    """Return number -> name from `classes.txt` (one name per line) or simple `names:` in a YAML file; else an empty
+    dict."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
