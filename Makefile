@@ -53,8 +53,8 @@ soak: $(READY)
 	python tests/soak.py --kills 60
 
 fuzz: $(READY)
-	python tests/fuzz.py --manifests 100000 --pictures 50000 --weights 2000 --embeddings 50000
-	python -m pytest tests/test_properties.py tests/test_fast_pictures.py tests/test_identity_metrics.py --hypothesis-profile searching
+	python tests/fuzz.py --manifests 100000 --images 50000 --weights 2000 --embeddings 50000
+	python -m pytest tests/test_properties.py tests/test_fast_images.py tests/test_identity_metrics.py --hypothesis-profile searching
 
 bench: $(READY)
 	if [ -x $(VENV)/bin/uv ]; then $(UV) install -q -e ".[bench]" -c .ci/constraints.txt; else $(VENV)/bin/pip install -q -e ".[bench]" -c .ci/constraints.txt; fi

@@ -243,7 +243,7 @@ def try_embeddings(path: Path) -> None:
 
 KINDS: dict[str, tuple[Callable, Callable, Callable]] = {
     "manifests": (manifest_corpus, changed, try_manifest),
-    "pictures": (image_corpus, changed, try_image),
+    "images": (image_corpus, changed, try_image),
     "weights": (weights_corpus, mutated_weights, try_weights),
     "embeddings": (embeddings_corpus, changed, try_embeddings),
 }

@@ -1,4 +1,4 @@
-"""Which order a list's boxes are in: right, or refused, and never wrong."""
+"""The order of a list's boxes is determined rightly, or refused, and never wrongly."""
 
 import re
 
@@ -172,30 +172,30 @@ def as_sizes(corners) -> np.ndarray:
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def test_the_decision_is_said_with_its_numbers(tmp_path, earteach):
+def test_the_decision_is_printed_with_its_numbers(tmp_path, earteach):
     corners, _ = photos(tmp_path)
     source = save(tmp_path / "list.npy", as_sizes(corners))
     said = earteach("validate-data", source)
     assert said.code == 0, said.out
     assert re.search(
         r"list.npy: 40 with boxes \(x,y,width,height by their numbers \(as x1,y1,x2,y2 \d+ of 40 boxes are impossible; "
-        r"as x,y,width,height 0 of 40 boxes are impossible\); not told apart from centres in pixels, "
-        r"which are --box-format cxcywh\), 0 whole images, 0 identities",
+        r"as x,y,width,height 0 of 40 boxes are impossible\); if they are centres in pixels, "
+        r"give --box-format cxcywh\), 0 whole images, 0 identities",
         said.err,
     )
 
 
-def test_boxes_read_as_the_user_says_and_doubted(tmp_path, earteach):
+def test_boxes_are_read_as_the_user_says_with_a_warning_if_unlikely(tmp_path, earteach):
     corners, _ = photos(tmp_path)
     source = save(tmp_path / "list.npy", as_sizes(corners))
     said = earteach("validate-data", source, "--box-format", "xyxy")
     assert said.code == 1 and "as x,y,width,height 0 of 40 boxes are impossible; is that order right?" in said.err
-    assert b"(as x,y,width,height it would be in order)" in said.out
+    assert b"(as x,y,width,height it would be valid)" in said.out
     assert earteach("validate-data", source, "--box-format", "xywh").code == 0
     assert earteach("validate-data", source, "--box-format", "yxyx").code == 2
 
 
-def test_a_list_that_names_its_order_is_believed_and_doubted(tmp_path):
+def test_a_list_that_names_its_order_is_read_so_with_a_warning_if_unlikely(tmp_path):
     corners, _ = photos(tmp_path)
     source = save(tmp_path / "list.npy", as_sizes(corners), box_format="xyxy")
     manifest = read_manifest(source)
@@ -204,7 +204,7 @@ def test_a_list_that_names_its_order_is_believed_and_doubted(tmp_path):
     assert np.allclose(list(named.boxes), corners) and "was not used" in named.warnings[0]
 
 
-def test_what_cannot_be_told_is_refused_with_a_image(tmp_path, monkeypatch, earteach):
+def test_an_order_that_cannot_be_determined_is_refused_with_an_image(tmp_path, monkeypatch, earteach):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     draw = np.random.default_rng(0)
     numbers = np.round(np.array([60, 40, 120, 150]) + draw.integers(-9, 9, (8, 4)))
@@ -227,16 +227,16 @@ def test_shares_of_the_image_are_pixels_of_it(tmp_path):
     manifest = read_manifest(save(tmp_path / "list.npy", shares), reading=Reading(box_format="xyxy"))
     assert np.allclose(list(manifest.boxes), corners) and manifest.box_format == "xyxy relative"
     assert "as shares of the image" in manifest.how
-    with pytest.raises(ManifestError, match="give --box-format"):  # x,y,width,height or centres: nobody can tell
+    with pytest.raises(ManifestError, match="give --box-format"):  # x,y,width,height or centres: both are possible
         read_manifest(save(tmp_path / "list.npy", as_sizes(shares)))
     pixels = read_manifest(save(tmp_path / "list.npy", shares), reading=Reading("xyxy", "pixels"))
     assert np.allclose(list(pixels.boxes), shares)
 
 
-def test_no_image_there_is_said(tmp_path):
+def test_images_that_cannot_be_opened_are_warned_of(tmp_path):
     numbers = np.round(np.array([60, 40, 120, 150]) + np.random.default_rng(0).integers(-9, 9, (8, 4)))
     manifest = read_manifest(save(tmp_path / "list.npy", numbers))
-    assert "not one of its images could be opened" in manifest.warnings[0]
+    assert "none of its images could be opened" in manifest.warnings[0]
 
 
 def test_of_many_images_a_sample_is_opened(tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_of_many_images_a_sample_is_opened(tmp_path, monkeypatch):
 
 
 def test_boxes_that_would_be_wider_than_high_are_not_taken(tmp_path):
-    """y1,x1,y2,x2, which no column and no option says."""
+    """y1,x1,y2,x2, which no column and no option can name."""
     corners, _ = photos(tmp_path)
     with pytest.raises(ManifestError, match="give --box-format"):
         read_manifest(save(tmp_path / "list.npy", corners[:, [1, 0, 3, 2]]))

@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ear_teacher_cli.config import AUGMENTATIONS
 from ear_teacher_cli.data.crop import buffered_box, check_box, check_box_inside, cut, load_crop, read_image
 from ear_teacher_cli.data.preprocessing import Preprocessing
 from ear_teacher_cli.errors import ImageError
 
 PLAIN = Preprocessing(64, 0.10, True, "bilinear", (0.5, 0.25, 0.0), (0.5, 0.5, 0.5))
+
+
+def test_policies_of_augmentation_are_those_of_the_command_line():
+    from ear_teacher_cli.data.augment import POLICIES
+
+    assert tuple(POLICIES) == AUGMENTATIONS
 
 
 def test_buffer_is_a_tenth_of_each_side():
@@ -139,7 +146,7 @@ def test_unusual_modes_become_rgb(tmp_path, mode, colour, expected):
 
 
 @pytest.mark.parametrize("box", [(-0.9, 10, -0.1, 50), (200.2, 10, 200.9, 50), (-40, 0, 30, 50), (150, 0, 260, 50)])
-def test_a_box_off_the_edge_is_a_image_error_never_a_strip(box):
+def test_a_box_off_the_edge_is_an_image_error_never_a_strip(box):
     with pytest.raises(ImageError) as caught:
         cut(Image.new("RGB", (200, 100)), box, PLAIN)
     assert caught.value.reason in ("box-outside", "box-tiny")
@@ -160,7 +167,7 @@ def test_a_malformed_exif_does_not_cost_the_image(tmp_path):
         assert read_image(str(tmp_path / "y.jpg")).image.size in ((40, 20), (20, 40))
 
 
-def test_no_program_is_started_for_a_image(tmp_path):
+def test_no_program_is_started_for_an_image(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(ImageError) as caught:
         read_image(str(tmp_path / "x.jpg"))

@@ -195,7 +195,7 @@ def test_a_folder_images_comes_first_and_open_labels_are_refused(tmp_path):
     found = mixed(tmp_path)
     assert [box is None for box in found.ears.boxes] == [False] * 4 + [True] * 4
     (tmp_path / "images").rename(tmp_path / "photos")
-    with pytest.raises(ManifestError, match="labels/0.txt: can be of masks/0.png or photos/0.png"):
+    with pytest.raises(ManifestError, match="labels/0.txt: can belong to masks/0.png or photos/0.png"):
         mixed(tmp_path)
 
 
@@ -262,7 +262,7 @@ def test_landmarks_of_several_ears_and_names_in_capitals(tmp_path):
     assert found.ears.paths == ["a.png", "a.png", "b.png"] and found.unread == ["c.pts"]
     assert found.ears.boxes[1] == pytest.approx((46, 13, 94, 97))
     (tmp_path / "a.PTS").write_text("version: 1\n" + block.format(10, 40) + "{\n50 20\n90 90\n}\n")
-    with pytest.raises(ManifestError, match=r"a.PTS: has 2 opening braces, but 1 with n_points"):
+    with pytest.raises(ManifestError, match=r"a.PTS: has 2 opening braces, but 1 blocks with n_points"):
         read_manifest(tmp_path)
 
 
@@ -343,7 +343,7 @@ def test_root_dir_says_where_the_paths_of_a_list_start(tmp_path, monkeypatch, ea
     assert sorted(path for manifest in both(Path("data")) for path in manifest.paths) == [
         f"far/away/{n}" for n in NAMES
     ]
-    assert "--root-dir is for lists" in earteach("prepare", "far", "other", "--root-dir", "far").err
+    assert "--root-dir applies to lists" in earteach("prepare", "far", "other", "--root-dir", "far").err
 
 
 def test_ctrl_c_is_ignored_by_processes_from_their_start(tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ from ear_teacher_cli.config import BOX_FORMATS, Reading
 from ear_teacher_cli.data import boxes
 from ear_teacher_cli.data.boxes import from_corners, to_corners
 from ear_teacher_cli.data.crop import image_size
-from ear_teacher_cli.data.formats import csv_table
+from ear_teacher_cli.data.formats import FORMATS, Format, csv_table
 from ear_teacher_cli.data.formats.columns import find_columns
-from ear_teacher_cli.data.manifest import Manifest, keep_rows, read_manifest
+from ear_teacher_cli.data.formats.rows import Rows, four_numbers
+from ear_teacher_cli.data.manifest import Manifest, keep_rows, read_manifest, write_manifest
 from ear_teacher_cli.errors import ManifestError
 
 
@@ -305,7 +306,7 @@ def test_coco_of_several_categories_and_images_without_annotation(tmp_path):
         ("a.txt", "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n", "has 9 numbers"),
         ("a.txt", "0 40 50 20 30\n", "not from 0 to 1"),
         ("a.pts", "version: 1\nn_points: 3\n{\n1 2\n3 4\n}\n", "3 lines of x y"),
-        ("a.pts", "1 2\n3 4\n", "is no .pts file"),
+        ("a.pts", "1 2\n3 4\n", "is not a .pts file"),
     ],
 )
 def test_annotations_that_are_not_understood_are_refused(tmp_path, name, text, words):
@@ -376,6 +377,43 @@ def test_of_several_boxes_of_a_row_one_is_dropped(tmp_path):
     assert content["bboxes"] == [[three[0], three[2]], three[:1]] and content["image_paths"] == ["a.png", "a.png"]
 
 
+def test_a_format_is_a_module_and_a_line_in_the_table(tmp_path, monkeypatch, earteach):
+    """A toy format, `path x1 y1 x2 y2` per line, is read by every command once it is in the table."""
+
+    def read(path: Path, name: str, identity_column: str | None) -> Rows:
+        rows = Rows(order="xyxy", units="pixels", named_by="toy lines")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            file, *numbers = line.split()
+            rows.add(number, file, four_numbers(numbers, name, number))
+        return rows
+
+    def keep(source: Path, out: Path, kept, identity_column: str | None) -> None:
+        lines = source.read_text(encoding="utf-8").splitlines()
+        out.write_text("".join(f"{lines[row]}\n" for row, _ in kept), encoding="utf-8")
+
+    def write(path: Path, rows) -> None:
+        lines = [f"{name} {' '.join(f'{value:g}' for value in box)}\n" for name, box, _, _ in rows]
+        path.write_text("".join(lines), encoding="utf-8")
+
+    for name in ("a.png", "b.png"):
+        image(tmp_path, name)
+    source = tmp_path / "list.toy"
+    source.write_text("a.png 10 20 90 140\nb.png 15 25 95 145\nb.png 9 9 5 5\n", encoding="utf-8")
+    assert "not a manifest" in earteach("validate-data", source).out.decode()
+    monkeypatch.setitem(FORMATS, ".toy", Format(read, keep, write))
+    manifest = read_manifest(source)
+    assert list(manifest.paths) == ["a.png", "b.png", "b.png"] and manifest.boxes[0] == (10, 20, 90, 140)
+    assert manifest.how == "x1,y1,x2,y2 by toy lines"
+    write_manifest(manifest, tmp_path / "copy.toy")
+    assert (tmp_path / "copy.toy").read_text() == source.read_text()
+    said = earteach("validate-data", source, "--write-clean", tmp_path / "clean.toy")
+    assert b"box-empty: 1" in said.out and len(read_manifest(tmp_path / "clean.toy")) == 2
+    with pytest.raises(ManifestError, match=r"no such file.*\.toy"):
+        read_manifest(tmp_path / "nowhere.toy")
+    unread = "3 files that may be a list of ears were not read (clean.toy, copy.toy, list.toy)"
+    assert any(unread in warning for warning in read_manifest(tmp_path).warnings)
+
+
 def test_orders_are_undone_and_named_everywhere():
     assert BOX_FORMATS[1:] == tuple(boxes.BOX_FORMATS)
     box = (3.0, 4.0, 30.0, 50.0)
@@ -404,7 +442,7 @@ def image(folder, name="a.png", size=(480, 360)) -> str:
         ("two", {"image": "a.png", "bbox": [1, 2, 30, 40], "identity": ["x", "y"]}, "is not one text per ear"),
     ],
 )
-def test_a_box_under_a_name_that_nobody_knows_is_refused(tmp_path, name, row, words):
+def test_a_box_under_an_unknown_name_is_refused(tmp_path, name, row, words):
     image(tmp_path)
     with pytest.raises(ManifestError, match=words):
         read_manifest(lines(tmp_path, [row]))
@@ -460,7 +498,7 @@ def test_an_order_that_contradicts_the_names_is_refused(tmp_path, header, row):
 
 def test_sizes_that_the_list_states_are_those_of_the_files(tmp_path):
     image(tmp_path)
-    with pytest.raises(ManifestError, match="is 960 x 720, but the file is 480 x 360"):
+    with pytest.raises(ManifestError, match="as 960 x 720, but the file is 480 x 360"):
         read_manifest(table(tmp_path, "filename,width,height,xmin,ymin,xmax,ymax", [("a.png", 960, 720, 9, 9, 90, 99)]))
     for width, height in ((480, 360), (0, 0), (81, 90)):  # right, a placeholder, the box's own
         rows = [("a.png", width, height, 9, 9, 90, 99)]
@@ -480,7 +518,7 @@ def test_sizes_that_the_list_states_are_those_of_the_files(tmp_path):
 def test_coco_files_that_were_joined_without_new_ids_are_refused(tmp_path):
     content = {"images": [{"id": 0, "file_name": "a.png"}, {"id": 0, "file_name": "b.png"}], "annotations": []}
     (tmp_path / "list.json").write_text(json.dumps(content))
-    with pytest.raises(ManifestError, match="the image id 0 is that of two images"):
+    with pytest.raises(ManifestError, match="two images have the id 0"):
         read_manifest(tmp_path / "list.json")
 
 
@@ -531,4 +569,4 @@ def test_of_a_long_csv_nothing_is_kept_that_is_not_asked_for(tmp_path, monkeypat
     lines_of = csv_table._Lines
     monkeypatch.setattr(csv_table, "_Lines", lambda *words: kept.append(lines_of(*words)) or kept[-1])
     read_manifest(table(tmp_path, "image,x1,y1,x2,y2", [("a.png", 1, 2, 30, 40)] * 100))
-    assert kept and kept[-1].taken() == ""
+    assert kept and kept[-1].take() == ""

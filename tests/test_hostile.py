@@ -189,7 +189,7 @@ def test_safetensors_that_lie_are_refused(kind, tmp_path, earteach, ears):
 def test_a_fifo_or_a_device_is_no_manifest_and_waits_for_nobody(tmp_path, name, earteach):
     os.mkfifo(tmp_path / name)
     said = earteach("validate-data", tmp_path / name)
-    assert said.code == 1 and "no regular file" in (said.err + said.out.decode())
+    assert said.code == 1 and "not a regular file" in (said.err + said.out.decode())
     if name != "x.jsonl":
         assert earteach("evaluate", tmp_path / name).code == 1
     (tmp_path / name).unlink()

@@ -33,7 +33,7 @@ BOXES = [(0.0, 0.0, 10.0, 20.0), (1.0, 2.0, 30.0, 40.0), (5.0, 5.0, 35.0, 55.0)]
 @pytest.mark.parametrize(
     "boxes", [BOXES, np.array(BOXES), np.array(BOXES, dtype=np.float32), [np.array(b) for b in BOXES]]
 )
-def test_seed_files_in_all_their_shapes(root, paths, boxes):
+def test_files_of_the_original_package_in_all_their_shapes(root, paths, boxes):
     manifest = read_manifest(save(root / "m.npy", image_paths=paths, bboxes=boxes))
     assert list(manifest.paths) == PATHS and list(manifest.boxes) == BOXES
     assert manifest.identities is None and manifest.sides is None
@@ -79,7 +79,7 @@ def test_csv_jsonl_coco_and_folder_agree(root):
     assert list(folder.paths) == PATHS and list(folder.boxes) == [None] * 3
 
 
-def test_paths_start_from_the_working_directory_as_in_the_seed(root, tmp_path_factory, monkeypatch):
+def test_paths_start_from_the_working_directory_as_in_the_original_package(root, tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     save(elsewhere / "m.npy", image_paths=PATHS, bboxes=BOXES)
     monkeypatch.chdir(root)
@@ -115,7 +115,7 @@ def test_paths_that_leave_the_root_are_refused(root, path):
         (dict(image_paths=5, bboxes=BOXES), "'image_paths' is int"),
     ],
 )
-def test_unreadable_seed_files_say_why(root, content, words):
+def test_unreadable_files_of_the_original_package_say_why(root, content, words):
     with pytest.raises(ManifestError, match=words):
         read_manifest(save(root / "m.npy", **content))
 
@@ -131,8 +131,8 @@ def test_unreadable_seed_files_say_why(root, content, words):
         ("m.jsonl", "[1]\n", "line 1"),
         ("m.jsonl", '{"bbox": [1, 2, 3, 4]}\n', "no column of image paths"),
         ("m.json", '{"a": 1}', "COCO"),
-        ("m.json", '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}', "image_id 7"),
-        ("m.txt", "x", "no manifest"),
+        ("m.json", '{"images": [], "annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}', "image_id 7 is not"),
+        ("m.txt", "x", "not a manifest"),
     ],
 )
 def test_unreadable_text_manifests_say_why(root, name, text, words):

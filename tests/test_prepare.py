@@ -74,7 +74,7 @@ def raw(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tangled(raw) -> Path:
-    """The same with copies, near duplicates, damage, and lists that nobody reads."""
+    """The same with copies, near duplicates, damage, and lists that are not read."""
     (raw / "more").mkdir()
     shutil.copy(raw / "roboflow/train/1.png", raw / "more/copy.png")
     shutil.copy(raw / "crops/p1/left.png", raw / "more/again.png")
@@ -323,7 +323,7 @@ def test_a_list_of_images_elsewhere_names_its_root(raw, tmp_path_factory, monkey
     assert earteach("validate-data", "data/val_teacher.npy", "--root-dir", folder).code == 0
 
 
-def test_folders_that_cannot_be_read_are_said(raw, earteach, monkeypatch):
+def test_folders_that_cannot_be_read_are_warned_of(raw, earteach, monkeypatch):
     def refusing(real, refused):
         def call(path="."):
             if os.fspath(path) == refused:
@@ -390,7 +390,7 @@ def test_what_cannot_be_split_says_why(raw, tmp_path, earteach):
     Path("bad").mkdir()
     Path("bad/a.png").write_bytes(b"nothing")
     assert "no ear can be used (1 not-an-image)" in line("bad", "data")
-    assert "--val-share: 1 is no share" in line(raw, "data", "--val-share", 1, code=2)
+    assert "--val-share: 1 is not a share" in line(raw, "data", "--val-share", 1, code=2)
     assert "--format xml" in line(raw, "data", "--format", "xml", code=2)
     Path("file").touch()
     assert "is a file" in line(raw, "file", code=2)
@@ -404,7 +404,7 @@ def test_ctrl_c_leaves_nothing(raw, earteach, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "_rows", stop)
+    monkeypatch.setattr(verb, "_list_rows", stop)
     said = earteach("prepare", raw, "data")
     assert said.code == 130 and not list(Path("data").glob("*"))
 

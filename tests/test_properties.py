@@ -30,7 +30,7 @@ NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30
 
 @SHARED
 @given(size=SIZE, box=st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), buffer=st.floats(0, 2), pad=st.booleans())
-def test_a_crop_is_the_box_with_its_buffer_or_a_image_error(size, box, buffer, pad):
+def test_a_crop_is_the_box_with_its_buffer_or_an_image_error(size, box, buffer, pad):
     preprocessing = Preprocessing(32, buffer, pad, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     image = Image.new("RGB", size, (200, 10, 10))
     try:
@@ -120,13 +120,13 @@ def alone(script: str, *words) -> str:
 
 @pytest.mark.slow
 def test_a_short_run_of_the_fuzzer_finds_nothing():
-    said = alone("fuzz.py", "--manifests", 1500, "--pictures", 600, "--weights", 40, "--embeddings", 600, "--seed", 1)
+    said = alone("fuzz.py", "--manifests", 1500, "--images", 600, "--weights", 40, "--embeddings", 600, "--seed", 1)
     assert said.count(", 0 FAULT") == 4
 
 
 def test_the_fuzzer_does_find_what_is_there(capfd, monkeypatch):
-    monkeypatch.setitem(fuzz.KINDS, "pictures", (fuzz.image_corpus, fuzz.changed, lambda path: 1 / 0))
-    assert fuzz.main(["--pictures", "2"]) == 1
+    monkeypatch.setitem(fuzz.KINDS, "images", (fuzz.image_corpus, fuzz.changed, lambda path: 1 / 0))
+    assert fuzz.main(["--images", "2"]) == 1
     assert capfd.readouterr().out.count("ZeroDivisionError: ") == 2
 
 

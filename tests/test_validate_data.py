@@ -120,7 +120,7 @@ def test_write_clean_keeps_the_good_rows_and_the_input(faults, tmp_path, earteac
     assert len(kept) < len(source) and set(kept.paths) < set(source.paths)
 
 
-def test_clean_data_is_exit_0_and_says_so(ears, earteach):
+def test_clean_data_gives_exit_code_0(ears, earteach):
     said = earteach("validate-data", ears / "train_teacher.npy", ears / "val_teacher.npy")
     assert said.code == 0 and b"32 rows, 32 images: 0 errors" in said.out
 
@@ -184,22 +184,22 @@ def test_the_input_is_never_an_output(ears, tmp_path, earteach):
     assert said.code == 2 and copy.read_bytes() == (ears / "eval.csv").read_bytes()
 
 
-def test_a_clean_manifest_elsewhere_says_how_to_read_it(ears, tmp_path, earteach):
+def test_how_to_read_a_clean_manifest_in_another_folder_is_printed(ears, tmp_path, earteach):
     said = earteach("validate-data", ears / "val_teacher.npy", "--write-clean", tmp_path / "clean.npy")
     assert f"--root-dir {ears}" in said.err
     assert earteach("validate-data", tmp_path / "clean.npy", "--root-dir", ears).code == 0
 
 
-def test_the_data_card_says_what_is_there_and_names_nobody(ears, tmp_path, monkeypatch, earteach):
+def test_the_data_card_has_counts_and_no_names_of_people(ears, tmp_path, monkeypatch, earteach):
     lists = [ears / "eval.csv", ears / "train_teacher.npy"]
     words = ["validate-data", *lists, "--card", tmp_path / "card.md"]
     assert earteach(*words, "--consent", "drawn | nobody").code == 0
     text = (tmp_path / "card.md").read_text()
     rows = read_table(ears / "eval.csv")
     people, sides = {row["identity"] for row in rows}, [row["side"] for row in rows]
-    assert f"| ears | {len(rows)} | 24 |" in text and f"| people, where named | {len(people)} | not named |" in text
-    assert f"| {sides.count('left')}, {sides.count('right')}, 0 |" in text and "is not known: not all name them" in text
-    assert "| consent of those photographed | drawn \\| nobody |" in text and "| licence | not stated |" in text
+    assert f"| ears | {len(rows)} | 24 |" in text and f"| people | {len(people)} | not named |" in text
+    assert f"| {sides.count('left')}, {sides.count('right')}, 0 |" in text and "It is unknown whether" in text
+    assert "| consent of the people photographed | drawn \\| nobody |" in text and "| licence | not stated |" in text
     assert not any(person in text for person in people) and str(tmp_path) not in text and str(ears) not in text
     monkeypatch.setenv("EARTEACH_LICENSE", "ours")
     assert earteach("validate-data", ears / "eval.csv", ears / "eval.csv", "--card", tmp_path / "b.md").code in (0, 1)

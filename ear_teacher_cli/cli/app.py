@@ -302,10 +302,7 @@ def prepare(
     """
     from ..data import prepare as verb
 
-    verb.prepare(
-        raw,
-        out,
-        Console(quiet),
+    config = verb.PrepareConfig(
         val_share=val_share,
         seed=seed,
         format=format,
@@ -316,6 +313,7 @@ def prepare(
         dry_run=dry_run,
         overwrite=overwrite,
     )
+    verb.prepare(raw, out, config, Console(quiet))
 
 
 @app.command("validate-data", epilog="Example: `earteach validate-data train.npy val.npy --contact-sheet worst.png`")
@@ -358,9 +356,7 @@ def validate_data(
     from ..data import audit as verb
 
     sources = manifests or [TrainConfig.train_metadata, TrainConfig.val_metadata]
-    report = verb.validate_data(
-        sources,
-        Console(quiet),
+    config = verb.AuditConfig(
         root_dir=root_dir,
         reading=Reading(box_format, box_units, identity_column),
         json_file=json,
@@ -372,6 +368,7 @@ def validate_data(
         num_workers=num_workers,
         overwrite=overwrite,
     )
+    report = verb.validate_data(sources, config, Console(quiet))
     if json == "-":
         import json as json_text
 

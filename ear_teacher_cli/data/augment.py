@@ -1,8 +1,13 @@
-"""Random variation of a crop, from one seed per image, epoch and view.
+"""Random augmentation of a crop, determined by one seed per image, epoch and view. H = W = image_size.
 
-No policy cuts helix or lobe away (scale 0.8-1.1, shift 5 %). `hflip` is apart from them, and 0 unless asked
-for: a flipped left ear is a right ear. H = W = image_size.
+To add a policy, write a function that returns its transforms and add one line to POLICIES (and its name to
+config.AUGMENTATIONS, which the command line offers). To add a transform, put it into one of these functions.
+
+No policy cuts off helix or lobe (scale 0.8 to 1.1, shift 5 %). `hflip` is independent of the policy and 0 by default:
+a flipped left ear looks like a right ear.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +18,37 @@ from .preprocessing import Preprocessing
 
 
 class Augment:
-    """uint8 3,H,W -> uint8 3,H,W, a function of (image, seed) alone: the same for any number of workers.
+    """Map uint8 3,H,W to uint8 3,H,W, as a function of (image, seed) alone: independent of the number of workers.
 
-    `policy`: a name of config.AUGMENTATIONS, or None for no variation but `hflip`.
+    `policy`: a key of POLICIES, or None for no augmentation but `hflip` (a probability).
     """
 
     def __init__(self, preprocessing: Preprocessing, policy: str | None = "mild", hflip: float = 0.0):
         fill, bilinear = list(preprocessing.fill), v2.InterpolationMode.BILINEAR
-        move = v2.RandomAffine(15, translate=(0.05, 0.05), scale=(0.8, 1.1), fill=fill, interpolation=bilinear)
-        self.geometry = v2.Compose([move] if policy else [nn.Identity()])
-        self.light = v2.Compose([*_LIGHT[policy]()] if policy else [nn.Identity()])
+        affine = v2.RandomAffine(15, translate=(0.05, 0.05), scale=(0.8, 1.1), fill=fill, interpolation=bilinear)
+        self.geometry = v2.Compose([affine] if policy else [nn.Identity()])
+        self.photometry = v2.Compose(POLICIES[policy]() if policy else [nn.Identity()])
         self.flip = v2.RandomHorizontalFlip(hflip)
 
     def __call__(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+        """Return the augmented image."""
         return self.with_target(pixels, seed)[0]
 
     def with_target(self, pixels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the varied image, the same in its own light: moved and flipped alike, else untouched)."""
+        """Return (augmented image, target): the target has the same geometry and flip, but unchanged colours."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
             moved = self.geometry(pixels)
-            return self.flip(torch.stack([self.light(moved), moved])).unbind(0)
+            return self.flip(torch.stack([self.photometry(moved), moved])).unbind(0)
 
 
 def _mild() -> list[nn.Module]:
+    """Small changes of brightness and contrast, blur, noise."""
     return [v2.ColorJitter(brightness=0.3, contrast=0.3), *_blur_and_noise()]
 
 
 def _strong() -> list[nn.Module]:
-    """Another camera, as far as a photograph can be made to look like one: its colours, its light, its resolution."""
+    """Imitate another camera: its colours, lighting and resolution."""
     return [
         v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5),
         v2.RandomGrayscale(0.25),
@@ -56,32 +63,35 @@ def _blur_and_noise() -> list[nn.Module]:
     return [v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 1.5))], p=0.3), v2.RandomApply(noise, p=0.3)]
 
 
-_LIGHT = {"mild": _mild, "strong": _strong}
+# Name of a policy -> its transforms of colour, noise and sharpness, applied after the geometric one.
+POLICIES: dict[str, Callable[[], list[nn.Module]]] = {"mild": _mild, "strong": _strong}
 
 
 class ColourCast(nn.Module):
-    """Another white balance and tone curve: each channel times 1 +- `cast`, then a power of e^(+-`gamma`)."""
+    """Change white balance and tone curve: multiply each channel by 1 +- `cast`, then raise to e^(+-`gamma`)."""
 
     def __init__(self, cast: float, gamma: float):
         super().__init__()
         self.cast, self.gamma = cast, gamma
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Map uint8 3,H,W to uint8 3,H,W."""
         gain = 1 + self.cast * (2 * torch.rand(3, 1) - 1)  # 3,1
         power = torch.exp(self.gamma * (2 * torch.rand(()) - 1))
-        levels = torch.linspace(0, 1, 256)  # uint8 has 256 of them: a table is exact, and cheap
+        levels = torch.linspace(0, 1, 256)  # of uint8: a table of 256 values is exact, and cheap
         table = ((gain * levels).clamp(0, 1) ** power * 255).round().byte()  # 3,256
         return torch.stack([t[p] for t, p in zip(table, pixels.int(), strict=True)])
 
 
 class LostResolution(nn.Module):
-    """Down to a random size, log-uniform in [`least`, 1] of the image's, and up again: an ear seen from afar."""
+    """Scale down to a random share of the size, log-uniform in [`least`, 1], and up again: an ear seen from afar."""
 
     def __init__(self, least: float):
         super().__init__()
         self.least = least
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Map uint8 3,H,W to uint8 3,H,W."""
         side = pixels.shape[-1]
         small = max(8, round(side * self.least ** float(torch.rand(()))))
         down = F.interpolate(pixels[None].float(), size=(small, small), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Photos with boxes drawn on them, so that a person sees whether a list is read as it was meant."""
+"""Draw photos with boxes, so that a user sees whether a list is read as it was meant."""
 
 import hashlib
 import os
@@ -13,23 +13,25 @@ from ..files import printable, whole_file
 from .boxes import BOX_FORMATS, Box, to_corners
 from .crop import read_image
 
-_SIDE, _GAP, _FOOT = 220, 10, 20
-# Orders are told apart by colour and by line: red, green and blue are not alike in grey, and corners are solid.
-_COLOURS = {"xyxy": (214, 40, 40), "xywh": (0, 140, 70), "cxcywh": (30, 80, 200)}
 Colour = tuple[int, int, int]
-Photo = tuple[Image.Image, list[tuple[Box, Colour]], str]  # with boxes and a caption
-_PAPER, _INK = (250, 250, 248), (24, 28, 36)
+BoxedPhoto = tuple[Image.Image, list[tuple[Box, Colour]], str]  # photo, boxes with their colours, caption
+
+PAPER, INK = (250, 250, 248), (24, 28, 36)
+_SIDE, _GAP, _FOOT = 220, 10, 20  # px of a photo, between photos, for its caption
+# One colour per order of the numbers.
+_COLOURS = {"xyxy": (214, 40, 40), "xywh": (0, 140, 70), "cxcywh": (30, 80, 200)}
 
 
 def draw_readings(
     where: str, rows: Sequence[tuple[str | None, Box]], orders: Sequence[str], most: int = 10
 ) -> str | None:
-    """Draw up to ten photos with one box in each of `orders`; returns the file, None if none could be drawn.
+    """Draw up to `most` photos, each with its box read in each of `orders`; return the file, None if none could be
+    drawn.
 
-    `rows`: path, and the box's numbers in pixels as they stand in the list `where`. The file is in the folder for
+    `rows`: (path, the box's numbers in pixels as the list `where` gives them). The file lies in the folder for
     temporary files, one for each list.
     """
-    shown: list[Photo] = []
+    shown: list[BoxedPhoto] = []
     seen: set[str] = set()
     for path, box in rows:
         if path is None or path in seen or len(shown) >= most:
@@ -60,23 +62,23 @@ def _corners(box: Box, order: str) -> Box:
 
 
 def photo_page(
-    photos: Sequence[Photo],
+    photos: Sequence[BoxedPhoto],
     title: str,
     legend: Sequence[tuple[str, Colour]] = (),
     columns: int = 5,
 ) -> Image.Image:
-    """A page of photos, each with coloured boxes and a caption."""
+    """Draw a page of photos, each with coloured boxes and a caption. `legend`: (text, colour)."""
     columns = min(columns, len(photos))
     rows = -(-len(photos) // columns)
     head = 34 + 18 * bool(legend)
-    page = Image.new("RGB", (max(560, columns * (_SIDE + _GAP) + _GAP), head + rows * (_SIDE + _FOOT + _GAP)), _PAPER)
+    page = Image.new("RGB", (max(560, columns * (_SIDE + _GAP) + _GAP), head + rows * (_SIDE + _FOOT + _GAP)), PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((_GAP, 8), title, fill=_INK, font=ImageFont.load_default(16))
+    draw.text((_GAP, 8), title, fill=INK, font=ImageFont.load_default(16))
     x = _GAP
-    for words, colour in legend:
+    for text, colour in legend:
         draw.rectangle((x, 37, x + 10, 47), outline=colour, width=2)
-        draw.text((x + 16, 34), words, fill=_INK, font=ImageFont.load_default(12))
-        x += 40 + int(draw.textlength(words, font=ImageFont.load_default(12)))
+        draw.text((x + 16, 34), text, fill=INK, font=ImageFont.load_default(12))
+        x += 40 + int(draw.textlength(text, font=ImageFont.load_default(12)))
     for place, (photo, boxes, caption) in enumerate(photos):
         left = _GAP + place % columns * (_SIDE + _GAP)
         top = head + place // columns * (_SIDE + _FOOT + _GAP)
@@ -86,7 +88,7 @@ def photo_page(
 
 
 def _with_boxes(photo: Image.Image, boxes: Sequence[tuple[Box, Colour]]) -> Image.Image:
-    """The photo in a square of _SIDE; boxes that leave it are drawn as far as the square goes, on a margin of a tenth."""
+    """Scale a photo into a square of _SIDE px, with a margin on which boxes that leave the photo are drawn."""
     tile = Image.new("RGB", (_SIDE, _SIDE), (226, 226, 222))
     scale = 0.82 * _SIDE / max(photo.size)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))

@@ -1,4 +1,4 @@
-"""Bounding boxes: the container, the three orders of their numbers, and how they become corners in pixels."""
+"""Bounding boxes: their container, the three orders of their numbers, and the conversion to corners in pixels."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -7,28 +7,29 @@ import numpy as np
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright image, unless said otherwise
 
-# Order of a box's four numbers -> how messages name it. COCO's order is xywh; YOLO's is cxcywh, relative.
+# Order of a box's four numbers -> its name in messages. COCO uses xywh; YOLO cxcywh, relative.
 BOX_FORMATS = {
     "xyxy": "x1,y1,x2,y2",
     "xywh": "x,y,width,height",
     "cxcywh": "centre x,centre y,width,height",
 }
-# Units are pixels, or relative: a share of the image's width (x) and height (y), 0 to 1.
+# Units are "pixels", or "relative": shares of the image's width (x) and height (y), 0 to 1.
 
-# Numbers up to here are shares of the image: no ear is a pixel wide. Boxes of detectors reach a little beyond 1.
+# Numbers up to here are shares of the image: no ear is one pixel wide, and boxes of detectors may slightly exceed 1.
 _LARGEST_SHARE, _LARGEST_OUTLIER = 1.1, 2.0
-_FEW = 0.1  # share of boxes that may be otherwise: damaged rows
+_EXCEPTIONS = 0.1  # share of boxes (damaged rows) that may contradict the others
 
 
 class Boxes(Sequence):
-    """N boxes or Nones, 33 bytes each instead of the 192 of a list of tuples."""
+    """A sequence of N boxes or Nones that takes 33 bytes each, instead of 192 as a list of tuples."""
 
     def __init__(self, boxes: Iterable[Box | None] = ()):
-        self._numbers, self._given = array("d"), bytearray()  # no number can stand for None: a file may hold NaN
+        self._numbers, self._given = array("d"), bytearray()  # NaN cannot stand for None: files may contain it
         for box in boxes:
             self.append(box)
 
     def append(self, box: Box | None) -> None:
+        """Add one box, or None."""
         self._numbers.extend(box or (0.0,) * 4)
         self._given.append(box is not None)
 
@@ -48,18 +49,18 @@ class Boxes(Sequence):
 
     @property
     def numbers(self) -> np.ndarray:
-        """float64 [N, 4]: the boxes as they stand in the list; zeros where there is none."""
+        """float64 [N, 4]: the numbers of the boxes, zeros for None."""
         return np.frombuffer(self._numbers, dtype=np.float64).reshape(-1, 4) if self._given else np.empty((0, 4))
 
     def replaced(self, numbers: np.ndarray) -> "Boxes":
-        """The same rows with other numbers, float64 [N, 4]."""
+        """Return boxes for the same rows with other numbers, float64 [N, 4]."""
         boxes = Boxes()
         boxes._numbers, boxes._given = array("d", np.ascontiguousarray(numbers, np.float64).tobytes()), self._given
         return boxes
 
 
 def to_corners(numbers: np.ndarray, order: str) -> np.ndarray:
-    """Boxes [..., 4] in one of BOX_FORMATS to x1, y1, x2, y2, in the same units."""
+    """Convert boxes [..., 4] in an order of BOX_FORMATS to x1, y1, x2, y2, in the same units."""
     if order == "xyxy":
         return numbers
     first, size = numbers[..., :2], numbers[..., 2:]
@@ -68,24 +69,25 @@ def to_corners(numbers: np.ndarray, order: str) -> np.ndarray:
 
 
 def units_of(numbers: np.ndarray) -> str:
-    """ "relative" if the boxes [N, 4] are shares of an image, "pixels" if not, "" where some are and others are not."""
+    """Return the units of boxes [N, 4]: "relative" if they are shares of an image, "pixels" if not, "" if they are
+    mixed."""
     largest = np.abs(numbers[np.isfinite(numbers).all(axis=1)]).max(axis=1, initial=0.0)
     largest = largest[largest > 0]  # zeros stand for no box
     small = (largest <= _LARGEST_SHARE).mean() if len(largest) else 0.0
-    if small < _FEW:
+    if small < _EXCEPTIONS:
         return "pixels"
-    if small > 1 - _FEW and largest.max() <= _LARGEST_OUTLIER:
+    if small > 1 - _EXCEPTIONS and largest.max() <= _LARGEST_OUTLIER:
         return "relative"
     return ""
 
 
 def scaled(numbers: np.ndarray, sizes: np.ndarray, units: str) -> np.ndarray:
-    """Boxes [N, 4] of images of `sizes` [N, 2] in pixels, in the order they are in: both pairs are along x and y."""
+    """Convert boxes [N, 4] of images of `sizes` [N, 2] to pixels; any order, as each has x, y in both pairs."""
     return numbers * np.tile(sizes, 2) if units == "relative" else numbers
 
 
 def from_corners(box: Box, order: str) -> Box:
-    """One box x1, y1, x2, y2 to one of BOX_FORMATS."""
+    """Convert one box x1, y1, x2, y2 to an order of BOX_FORMATS."""
     x1, y1, x2, y2 = box
     if order == "xyxy":
         return box
@@ -94,9 +96,9 @@ def from_corners(box: Box, order: str) -> Box:
 
 
 def box_around(points: np.ndarray, margin: float = 0.10) -> Box:
-    """The bounding rectangle of points [P, 2], grown by `margin` of its size on each side.
+    """Return the bounding rectangle x1, y1, x2, y2 of points [P, 2], extended by `margin` of its size on each side.
 
-    10 % is what the original package's scripts add around ear landmarks. It may leave the image; cutting clamps it.
+    The original package's scripts add 10 % around ear landmarks. The box may leave the image; the caller clamps it.
     """
     low, high = points.min(axis=0), points.max(axis=0)
     grow = margin * (high - low)

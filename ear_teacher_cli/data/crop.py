@@ -1,7 +1,8 @@
-"""The one place where an image is opened and an ear is cut out of it. No torch here.
+"""Open an image and cut an ear out of it: the only module that does. Imports no torch.
 
-An image is turned upright by its EXIF orientation, as OpenCV's imread does: boxes are in pixels of the upright
-image. `read_image` decodes it wholly (PIL's `verify` passes a JPEG cut in half), `load_crop` what the crop needs.
+An image is turned upright by its EXIF orientation, as OpenCV's imread does: boxes are in pixels of the upright image.
+`read_image` decodes all of it (PIL's `verify` accepts a JPEG that is cut in half), `load_crop` only what the crop
+needs.
 """
 
 import io
@@ -26,14 +27,14 @@ from .image_suffixes import can_read_heic
 from .jpeg import TURNED, UPRIGHT, part_of, window
 from .preprocessing import Preprocessing
 
-# Reasons an ImageError can have, in the words of validate-data's report.
+# Codes of ImageError.reason -> their meaning in the report of validate-data.
 REASONS = {
     "missing": "no such file",
     "unreadable": "the file cannot be read",
-    "not-an-image": "the file is no image",
+    "not-an-image": "the file is not an image",
     "truncated": "the image is cut short or damaged",
     "too-slow": "the image cannot be decoded in reasonable time",
-    "too-large": "absurdly many pixels (decompression bomb)",
+    "too-large": "too many pixels (decompression bomb)",
     "outside-root": "the path leaves the root folder",
     "box-not-numbers": "the box is not four numbers",
     "box-not-finite": "the box holds NaN or infinity",
@@ -42,20 +43,20 @@ REASONS = {
     "box-outside": "the box leaves the image",
 }
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray  # what `load_crop` reads
-# PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit stays.
-_ORIENTATION = 0x0112
-# Decoders of photographs only: others (EPS, say) start programs.
+CROP_VERSION = 2  # raise it whenever the same image and box give another crop: it invalidates cached crops
+# PIL raises its own bomb error above twice MAX_IMAGE_PIXELS (179 million pixels); that limit is unchanged.
+_ORIENTATION = 0x0112  # EXIF tag
+# Decoders of photographs only: others (EPS, for example) start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
-_TINY = 2.0  # px; no ear, but a share of the image, or a slip
+_MIN_SIDE = 2.0  # px of a box: smaller ones are shares of the image, or mistakes
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-CUT = 2  # to be raised whenever the same image and box give another crop: kept ones are of the old kind
 _MAX_FILE_BYTES = 2**30
-_DECODE_SECONDS = 60  # the largest image that PIL's limit lets through takes a few
+_DECODE_SECONDS = 60  # of CPU time; the largest image within PIL's limit takes a few
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An upright RGB image and what is worth knowing of its file."""
+    """An upright RGB image and properties of its file."""
 
     image: Image.Image
     mode: str  # PIL's mode before conversion to RGB
@@ -67,7 +68,7 @@ def read_image(path: str) -> DecodedImage:
     """Decode a whole image to upright RGB. Raises ImageError (missing, unreadable, not-an-image, ...)."""
     data = _read_bytes(path)
     with _decoding():
-        image, orientation = _opened(io.BytesIO(data), data[:16])
+        image, orientation = _open(io.BytesIO(data), data[:16])
         mode = image.mode
         image.load()
         image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
@@ -75,33 +76,33 @@ def read_image(path: str) -> DecodedImage:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(width, height) of an image once it is upright, from its header alone. Raises ImageError."""
-    with _file(path) as file:
+    """Return (width, height) of the upright image, from its header alone. Raises ImageError."""
+    with _open_file(path) as file:
         try:
-            image, orientation = _opened(file, file.peek(16)[:16])
+            image, orientation = _open(file, file.peek(16)[:16])
             return (image.height, image.width) if orientation in TURNED else image.size
         except UnidentifiedImageError as error:
-            raise ImageError("not-an-image", "the file is no image") from error
+            raise ImageError("not-an-image", "the file is not an image") from error
         except (Image.DecompressionBombError, *_DECODER_ERRORS) as error:
             raise ImageError("truncated", f"cut short or damaged ({short_message(error)})") from error
 
 
-def _opened(file: IO[bytes], head: bytes) -> tuple[Image.Image, int]:
-    """(the image as it is stored, not yet decoded, its EXIF orientation). `head`: its first 16 bytes."""
+def _open(file: IO[bytes], head: bytes) -> tuple[Image.Image, int]:
+    """Return (image as stored, not yet decoded; its EXIF orientation). `head`: the file's first 16 bytes."""
     image = Image.open(file, formats=_formats(head))
-    if image.format == "TIFF":  # turns itself upright when it is decoded, and forgets that it was not
+    if image.format == "TIFF":  # PIL turns it upright while decoding, and removes the orientation
         image.load()
     return image, _orientation_of(image)
 
 
 def _orientation_of(image: Image.Image) -> int:
-    """EXIF 1-8; 1 where there is none."""
+    """Return the EXIF orientation, 1 to 8; 1 if there is none."""
     orientation = image.getexif().get(_ORIENTATION, 1)
     return orientation if isinstance(orientation, int) else 1
 
 
 def _formats(head: bytes) -> tuple[str, ...]:
-    """The decoders that may be tried. Raises ImageError for HEIC where pillow-heif is not installed."""
+    """Return the decoders that may be tried. Raises ImageError for HEIC if pillow-heif is not installed."""
     if head[4:8] != b"ftyp" or head[8:12] not in _HEIC_BRANDS:
         return _FORMATS
     if not can_read_heic():
@@ -114,26 +115,25 @@ def _formats(head: bytes) -> tuple[str, ...]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """What decoders raise, as ImageError."""
+    """Limit the time of decoding, and turn what decoders raise into ImageError."""
     try:
         with platform.cpu_time_limit(_DECODE_SECONDS, _too_slow), warnings.catch_warnings():
-            # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # about EXIF, palettes, many pixels: validate-data reports them
             yield
     except UnidentifiedImageError as error:
-        raise ImageError("not-an-image", "the file is no image") from error
+        raise ImageError("not-an-image", "the file is not an image") from error
     except Image.DecompressionBombError as error:
-        raise ImageError("too-large", "absurdly many pixels (decompression bomb)") from error
+        raise ImageError("too-large", "too many pixels (decompression bomb)") from error
     except _DECODER_ERRORS as error:
         raise ImageError("truncated", f"cut short or damaged ({short_message(error)})") from error
 
 
 def _too_slow() -> ImageError:
-    return ImageError("too-slow", f"not decoded in {_DECODE_SECONDS} s of computing")
+    return ImageError("too-slow", f"not decoded within {_DECODE_SECONDS} s of CPU time")
 
 
 def as_box(numbers: Any) -> Box:
-    """Four numbers of any kind as a box. Raises ImageError."""
+    """Convert four numbers of any kind to a box. Raises ImageError."""
     try:
         x1, y1, x2, y2 = map(float, () if isinstance(numbers, str | bytes) else numbers)
     except (TypeError, ValueError) as error:
@@ -143,29 +143,30 @@ def as_box(numbers: Any) -> Box:
 
 
 def check_box(box: Box) -> None:
-    """Raise ImageError if the box cannot be one, whatever the image."""
+    """Raise ImageError if the box is not finite or empty, whatever the image."""
     x1, y1, x2, y2 = box
     if not all(np.isfinite(box)):
-        raise ImageError("box-not-finite", f"box {_numbers(box)} holds NaN or infinity")
+        raise ImageError("box-not-finite", f"box {_box_text(box)} holds NaN or infinity")
     if x2 <= x1:
-        raise ImageError("box-empty", f"box {_numbers(box)} has x2 <= x1")
+        raise ImageError("box-empty", f"box {_box_text(box)} has x2 <= x1")
     if y2 <= y1:
-        raise ImageError("box-empty", f"box {_numbers(box)} has y2 <= y1")
+        raise ImageError("box-empty", f"box {_box_text(box)} has y2 <= y1")
 
 
 def check_box_inside(box: Box, size: tuple[int, int]) -> None:
-    """Raise ImageError if the box leaves an image of `size` (width, height) by more than a pixel, or is tiny."""
+    """Raise ImageError if the box leaves an image of `size` (width, height) by over a pixel, or is under 2 px wide or
+    high."""
     width, height = size
     x1, y1, x2, y2 = box
     if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
-        raise ImageError("box-outside", f"box {_numbers(box)} leaves the image of {width} x {height}")
-    if min(x2 - x1, y2 - y1) < _TINY:
-        raise ImageError("box-tiny", f"box {_numbers(box)} is {x2 - x1:.3g} x {y2 - y1:.3g} px; is it in other units?")
+        raise ImageError("box-outside", f"box {_box_text(box)} leaves the image of {width} x {height}")
+    if min(x2 - x1, y2 - y1) < _MIN_SIDE:
+        raise ImageError("box-tiny", f"box {_box_text(box)} is {x2 - x1:.3g} x {y2 - y1:.3g} px; is it in other units?")
 
 
 def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:
-    """The box grown by `buffer` of its width on the left and right and of its height above and below,
-    clamped to an image of `size` (width, height). Pixels, may be fractional."""
+    """Extend a box by `buffer` of its width on the left and right and of its height above and below, and clamp it to
+    an image of `size` (width, height). Pixels, perhaps fractional."""
     width, height = size
     x1, y1, x2, y2 = box
     dx, dy = buffer * (x2 - x1), buffer * (y2 - y1)
@@ -173,9 +174,9 @@ def buffered_box(box: Box, size: tuple[int, int], buffer: float) -> Box:
 
 
 def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
-    """The ear as an RGB image of image_size x image_size: buffer, clamp, then pad to a square (or squash).
+    """Cut the ear out of an image: RGB, image_size x image_size. Extend the box, clamp it, pad to a square (or squash).
 
-    `box` None takes the whole image. Raises ImageError if the box is none, or leaves the image.
+    `box` None: the whole image. Raises ImageError if the box is impossible or leaves the image.
     """
     return _resized(image, *_placement(image.size, box, preprocessing), preprocessing)
 
@@ -183,11 +184,12 @@ def cut(image: Image.Image, box: Box | None, preprocessing: Preprocessing) -> Im
 def _resized(
     image: Image.Image, region: Box, inner: tuple[int, int], corner: tuple[int, int], preprocessing: Preprocessing
 ) -> Image.Image:
+    """Resize `region` of the image to `inner` (width, height), with its upper left corner at `corner` of the crop."""
     resample = Image.Resampling[preprocessing.interpolation.upper()]
-    # Pillow keeps a region's place as float32: without this, pixels would depend on how much was decoded around it
-    seen = window(region, _scale(region, inner, preprocessing), image.size)
-    if seen != (0, 0, *image.size):
-        image, (left, top) = image.crop(seen), seen[:2]
+    # Pillow stores the region as float32: without this, pixels would depend on how much was decoded around it
+    needed = window(region, _scale(region, inner, preprocessing), image.size)
+    if needed != (0, 0, *image.size):
+        image, (left, top) = image.crop(needed), needed[:2]
         region = region[0] - left, region[1] - top, region[2] - left, region[3] - top
     if not preprocessing.pad:
         return image.resize(inner, resample, box=region)
@@ -197,7 +199,7 @@ def _resized(
 
 
 def _scale(region: Box, inner: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float]:
-    """How many times smaller (x, y) a region becomes, as far as pixels are averaged: nearest averages none."""
+    """Return the factors (x, y) by which a region is reduced with averaging; 1 for nearest, which averages nothing."""
     if preprocessing.interpolation == "nearest":
         return 1.0, 1.0
     return (region[2] - region[0]) / inner[0], (region[3] - region[1]) / inner[1]
@@ -206,9 +208,9 @@ def _scale(region: Box, inner: tuple[int, int], preprocessing: Preprocessing) ->
 def points_in_crop(
     points: ArrayLike, size: tuple[int, int], box: Box | None, preprocessing: Preprocessing
 ) -> np.ndarray:
-    """Where points of an image of `size` (width, height) are in its crop: float64 [..., 2], x and y in pixels.
+    """Map points [..., 2] of an image of `size` (width, height) to its crop: float64 [..., 2], x and y in pixels.
 
-    Pixel i covers i to i + 1 on both sides, as boxes do. Raises ImageError as `cut` does.
+    Pixel i covers i to i + 1 along both axes, as for boxes. Raises ImageError as `cut` does.
     """
     (x1, y1, x2, y2), inner, corner = _placement(size, box, preprocessing)
     scale = np.array([inner[0] / (x2 - x1), inner[1] / (y2 - y1)])
@@ -218,7 +220,7 @@ def points_in_crop(
 def _placement(
     size: tuple[int, int], box: Box | None, preprocessing: Preprocessing
 ) -> tuple[Box, tuple[int, int], tuple[int, int]]:
-    """(region of the image, its width and height in the crop, its upper left corner there)."""
+    """Return (region of the image, its width and height in the crop, its upper left corner in the crop)."""
     if box is None:
         region: Box = (0.0, 0.0, float(size[0]), float(size[1]))
     else:
@@ -226,7 +228,7 @@ def _placement(
         check_box_inside(box, size)
         region = buffered_box(box, size, preprocessing.bbox_buffer)
         if region[2] <= region[0] or region[3] <= region[1]:
-            raise ImageError("box-outside", f"box {_numbers(box)} leaves the image of {size[0]} x {size[1]}")
+            raise ImageError("box-outside", f"box {_box_text(box)} leaves the image of {size[0]} x {size[1]}")
     side = preprocessing.image_size
     if not preprocessing.pad:
         return region, (side, side), (0, 0)
@@ -239,12 +241,12 @@ def _placement(
 def load_crop(image: ImageSource, box: Box | None, preprocessing: Preprocessing) -> np.ndarray:
     """Cut an ear out of an image: uint8 3,S,S, RGB, with S = `preprocessing.image_size`. Raises ImageError.
 
-    `image`: a path; a PIL image of any mode, which is turned by the EXIF orientation that it still carries, as a file is;
-    or an array uint8 H,W,3, RGB and upright. `box`: x1, y1, x2, y2 in pixels of the upright image; None: the image is the
-    crop. Right ears are not mirrored, whatever `preprocessing.mirror` says: flip their crops (`crop[:, :, ::-1]`).
+    `image`: a path; a PIL image of any mode, which is turned by its EXIF orientation like a file; or an array uint8
+    H,W,3, RGB and upright. `box`: x1, y1, x2, y2 in pixels of the upright image; None: the whole image. Right ears are
+    not mirrored, whatever `preprocessing.mirror` is: flip their crops (`crop[:, :, ::-1]`).
 
-    Of a JPEG, by its path or as Pillow has opened it, no more is decoded than the crop needs: where the crop is less than
-    a third of its size in the image, it is that of the whole image to within what jpeg.SPARE says, else exactly.
+    A JPEG, given by its path or opened by Pillow, is decoded only as far as the crop needs. If the crop is less than a
+    third of its size in the image, it differs slightly from that of the whole image (see jpeg.SPARE); else it is equal.
     """
     box = None if box is None else as_box(box)
     if isinstance(image, str | os.PathLike):
@@ -252,48 +254,51 @@ def load_crop(image: ImageSource, box: Box | None, preprocessing: Preprocessing)
     elif isinstance(image, Image.Image) and (data := _undecoded(image)) is not None:
         crop = _cut_from(data, box, preprocessing)
     elif isinstance(image, Image.Image | np.ndarray):
-        crop = cut(_in_memory(image), box, preprocessing)
+        crop = cut(_upright_rgb(image), box, preprocessing)
     else:
         found = f"is of type {type(image).__name__}"
         raise ImageError("not-an-image", f"{found}; give a path, a PIL image, or an array uint8 H x W x 3")
     return np.stack([np.asarray(band) for band in crop.split()])  # H,W,3 -> 3,H,W
 
 
-def _in_memory(image: Image.Image | np.ndarray) -> Image.Image:
-    """An upright RGB image. Raises ImageError."""
+def _upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """Convert a PIL image or an array to an upright RGB image. Raises ImageError."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             found = f"{image.dtype} {' x '.join(map(str, image.shape))}"
             raise ImageError("not-an-image", f"is an array {found}; give uint8 H x W x 3, RGB, from 0 to 255")
         return Image.fromarray(image)
     with _decoding():
-        image.load()  # before the orientation is asked for: see _opened
+        image.load()  # before the orientation is read: see _open
         orientation = _orientation_of(image)
         image = _to_rgb(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
     if 0 in image.size:
-        raise ImageError("not-an-image", f"has {image.width} x {image.height} pixels; give an image with some")
+        raise ImageError("not-an-image", f"has {image.width} x {image.height} pixels; give an image that is not empty")
     return image
 
 
 def _undecoded(image: Image.Image) -> bytes | None:
-    """The file of a JPEG that Pillow has opened and not decoded, so that it gives the crop that its path gives; None of
-    anything else, and where the image was changed since (`draft`, its EXIF). Raises ImageError."""
+    """Return the file of a JPEG that Pillow has opened but not decoded, so that it gives the same crop as its path.
+
+    None for anything else, or if the image was changed since (`draft`, its EXIF). Raises ImageError.
+    """
     file = getattr(image, "fp", None)
-    if image.format not in ("JPEG", "MPO") or file is None or not image.tile or image.tell():  # type: ignore[attr-defined]
+    undecoded = bool(getattr(image, "tile", None)) and image.tell() == 0
+    if image.format not in ("JPEG", "MPO") or file is None or not undecoded:
         return None
     with _decoding():
         place = file.tell()
         file.seek(0)
         data = file.read()
         file.seek(place)
-        stored, orientation = _opened(io.BytesIO(data), data[:16])
+        stored, orientation = _open(io.BytesIO(data), data[:16])
     return data if (stored.size, orientation) == (image.size, _orientation_of(image)) else None
 
 
 def _cut_from(data: bytes, box: Box | None, preprocessing: Preprocessing) -> Image.Image:
-    """`cut` of a file's bytes, decoding no more than the crop needs. Raises ImageError."""
+    """As `cut`, from the bytes of a file, decoding only what the crop needs. Raises ImageError."""
     with _decoding():
-        image, orientation = _opened(io.BytesIO(data), data[:16])
+        image, orientation = _open(io.BytesIO(data), data[:16])
         size = (image.height, image.width) if orientation in TURNED else image.size
         region, inner, corner = _placement(size, box, preprocessing)
         part = part_of(image, data, orientation, region, _scale(region, inner, preprocessing))
@@ -305,7 +310,7 @@ def _cut_from(data: bytes, box: Box | None, preprocessing: Preprocessing) -> Ima
         return _resized(_to_rgb(image), region, inner, corner, preprocessing)
 
 
-# What PIL's decoders raise on damaged bytes: mostly OSError, SyntaxError (broken PNG) and ValueError.
+# What PIL's decoders raise on damaged bytes; usually OSError, SyntaxError (broken PNG) or ValueError.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -323,7 +328,7 @@ _DECODER_ERRORS = (
 
 
 def _read_bytes(path: str) -> bytes:
-    with _file(path) as file:
+    with _open_file(path) as file:
         try:
             return file.read()
         except OSError as error:
@@ -331,8 +336,8 @@ def _read_bytes(path: str) -> bytes:
 
 
 @contextmanager
-def _file(path: str) -> Iterator[io.BufferedReader]:
-    """A photograph's file, open for reading. Raises ImageError if it cannot be one."""
+def _open_file(path: str) -> Iterator[io.BufferedReader]:
+    """Open the file of a photo. Raises ImageError if it is missing, not a regular file, empty or too large."""
     try:
         handle = platform.open_photograph(path)
     except FileNotFoundError as error:
@@ -347,7 +352,7 @@ def _file(path: str) -> Iterator[io.BufferedReader]:
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("unreadable", "is a folder or a device, not a file")
         if status.st_size > _MAX_FILE_BYTES:
-            raise ImageError("too-large", f"{status.st_size / 2**30:.1f} GiB is no photograph")
+            raise ImageError("too-large", f"the file has {status.st_size / 2**30:.1f} GiB, more than any photo")
         if status.st_size == 0:
             raise ImageError("truncated", "the file is empty")
         with open(handle, "rb", closefd=False) as file:
@@ -357,7 +362,7 @@ def _file(path: str) -> Iterator[io.BufferedReader]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; 16-bit grey is scaled (PIL would clip it to white), alpha is dropped (as OpenCV does)."""
+    """Convert to RGB: scale 16-bit grey (PIL would clip it to white), drop alpha (as OpenCV does)."""
     if image.mode == "RGB":  # PIL would copy it
         return image
     if image.mode.startswith("I"):
@@ -368,5 +373,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _numbers(box: Box) -> str:
+def _box_text(box: Box) -> str:
     return "[" + ", ".join(f"{v:g}" for v in box) + "]"

@@ -1,4 +1,4 @@
-"""The data card of lists of ears: what is in them, what is wrong with them, and what their owners agreed to."""
+"""The data card of manifests: their content, their problems, consent and licence."""
 
 import hashlib
 import os
@@ -19,41 +19,45 @@ def data_card(
     consent: str,
     license: str,
 ) -> str:
-    """Markdown. `sizes`: of (number of the list, ear) the shorter side of its box in pixels, where it could be read.
-    `problems`: reason -> (how many, what it means). No name of a person and no folder of the machine is in it."""
+    """Return the card as Markdown. It contains no names of people and no folders of the machine.
+
+    `sizes`: (position of the manifest, ear) -> shorter side of its box in pixels, for ears that could be cut out.
+    `problems`: reason -> (number of ears, meaning).
+    """
     columns = [_column(number, manifest, sizes) for number, manifest in enumerate(manifests)]
-    heads = [_text(Path(manifest.source).name) for manifest in manifests]
+    heads = [_cell(Path(manifest.source).name) for manifest in manifests]
     rows = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]] if columns else []
-    wrong = [f"| {reason} | {count} | {_text(meaning)} |" for reason, (count, meaning) in problems.items()]
+    found = [f"| {reason} | {count} | {_cell(meaning)} |" for reason, (count, meaning) in problems.items()]
     return f"""# Photographs of ears: {", ".join(heads)}
 
 | | {" | ".join(heads)} |
 |---|{"---|" * len(heads)}
 {chr(10).join(rows)}
 
-{_shared(manifests)}
+{_shared_people(manifests)}
 
 ## Consent and licence
 
 | | |
 |---|---|
-| consent of those photographed | {_text(consent)} |
-| licence | {_text(license)} |
+| consent of the people photographed | {_cell(consent)} |
+| licence | {_cell(license)} |
 
-## What is wrong with it
+## Problems
 
-{chr(10).join(["| | ears | |", "|---|---|---|", *wrong]) if wrong else "Nothing that `earteach validate-data` looks for."}
+{chr(10).join(["| | ears | |", "|---|---|---|", *found]) if found else "None that `earteach validate-data` checks for."}
 
 ## Limits
 
-- Ears are biometric data: use the photographs for what their owners agreed to, and for nothing else.
-- Who is photographed, where, by which camera, and how they were chosen, no program can tell: write it here.
+- Ears are biometric data: use the photographs only for what the people in them agreed to.
+- No program can find out who was photographed, where, with which camera, and how they were selected: describe it here.
 
 Written by `earteach validate-data --card` (earteach {__version__}).
 """
 
 
 def _column(number: int, manifest: Manifest, sizes: Mapping[tuple[int, int], float]) -> dict[str, str]:
+    """Return the column of one manifest: name of the row -> value."""
     sides = [manifest.side(i) for i in range(len(manifest))]
     people = {identity for identity in manifest.identities or () if identity}
     own = np.array([size for (which, _), size in sizes.items() if which == number])
@@ -61,23 +65,23 @@ def _column(number: int, manifest: Manifest, sizes: Mapping[tuple[int, int], flo
     boxed = sum(manifest.boxes[i] is not None for i in range(len(manifest)))
     return {
         "ears": str(len(manifest)),
-        "pictures": str(len(set(manifest.paths))),
+        "images": str(len(set(manifest.paths))),
         "ears with a box (the others are crops)": str(boxed),
-        "people, where named": str(len(people)) if people else "not named",
-        "left, right, side not known": ", ".join(str(sides.count(side)) for side in ("left", "right", None)),
+        "people": str(len(people)) if people else "not named",
+        "left, right, unknown side": ", ".join(str(sides.count(side)) for side in ("left", "right", None)),
         "shorter side of an ear, px: median (5 to 95 %)": f"{middle:.0f} ({low:.0f} to {high:.0f})" if len(own) else "",
         "sha256 of the list": _digest(Path(manifest.source)),
     }
 
 
-def _shared(manifests: Sequence[Manifest]) -> str:
-    """How many people are in more than one list, which no figure of a run forgives."""
-    named = [{identity for identity in m.identities or () if identity} for m in manifests]
+def _shared_people(manifests: Sequence[Manifest]) -> str:
+    """Return a sentence on how many people are in more than one list: they invalidate metrics of a run."""
+    people = [{identity for identity in m.identities or () if identity} for m in manifests]
     if len(manifests) < 2:
         return ""
-    if not all(named):
-        return "Whether the same people are in several of the lists is not known: not all name them."
-    shared = {person for i, people in enumerate(named) for others in named[i + 1 :] for person in people & others}
+    if not all(people):
+        return "It is unknown whether the same people are in several of the lists: not all have identities."
+    shared = {person for i, own in enumerate(people) for others in people[i + 1 :] for person in own & others}
     return f"{len(shared)} people are in more than one of the lists."
 
 
@@ -85,11 +89,11 @@ def _digest(source: Path) -> str:
     return f"`{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}`" if source.is_file() else "a folder"
 
 
-def _text(value: str) -> str:
-    """On one line of a table."""
+def _cell(value: str) -> str:
+    """Escape a text for a cell of a table."""
     return printable(" ".join(value.split())).replace("|", "\\|")
 
 
 def stated(given: str | None, name: str) -> str:
-    """What a card says of `name` (consent, license): what was given, else the environment's EARTEACH_NAME."""
+    """Return the text of a card about `name` (consent, license): `given`, else that of the variable EARTEACH_NAME."""
     return given or os.environ.get(f"EARTEACH_{name.upper()}") or "not stated"

@@ -1,8 +1,8 @@
-"""Ears as tensors, and the order they come in.
+"""Dataset of ears as tensors, its sampler, and the collation of batches.
 
-Everything random is a function of (seed, epoch, image): no state to save, the same for any number of
-workers, and exact on resume. An image that cannot be read is never replaced: it comes back as its reason,
-leaves its batch, and is counted (`collate`).
+All randomness is a function of (seed, epoch, image): no state is saved, the number of workers does not matter, and
+resuming is exact. An image that cannot be read is never replaced: the dataset returns the reason, and `collate` leaves
+it out of the batch.
 """
 
 import sys
@@ -27,21 +27,24 @@ Batch = dict[str, Any]
 class Draw(NamedTuple):
     """One image in one epoch: its row in the manifest, and the seed of its augmentation."""
 
-    index: int  # type: ignore[assignment]  # a field in the place of tuple.index, which nobody asks
+    index: int  # type: ignore[assignment]  # replaces the method tuple.index, which is not used
     seed: int
 
 
 class UnreadableImage(NamedTuple):
+    """An image that cannot be read, or a box that cannot be cut: its row, and `reason` and `detail` of the
+    ImageError."""
+
     index: int  # type: ignore[assignment]  # as in Draw
     reason: str
     detail: str
 
 
 class EarDataset(Dataset):
-    """Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'target']}, or a UnreadableImage.
+    """Ears of a manifest. Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'target']}, or an UnreadableImage.
 
-    `pixels` is augmented if `augment` is given; with `view` a second, augmented image comes beside it. With
-    `denoise` there is a `target` of the first: moved as it is, but in its own light.
+    `pixels` is augmented if `augment` is given. 'view', if `view` is given, is a second augmented crop of the ear.
+    'target', if `denoise`, has the geometric augmentation of `pixels` only.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class EarDataset(Dataset):
             item["pixels"], target = self.augment.with_target(pixels, seed)
             if self.denoise:
                 item["target"] = target
-        if self.view:  # the second of two augmented views has a seed of its own; beside a clean image, the image's
+        if self.view:  # beside an augmented image it needs a seed of its own
             item["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
         return item
 
@@ -87,17 +90,17 @@ class EarDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
-    """{'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of UnreadableImage}; B may be 0.
+    """Return {'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of UnreadableImage}.
 
-    In a worker the tensors lie in shared memory. Left to torch, they would be moved there by a thread whose errors
-    (no room, mostly) reach nobody: the batch would be lost and the parent wait for it.
+    B may be 0; then there are no pixels. In a worker the tensors are moved to shared memory here: torch would do it in
+    a thread whose errors (usually no room) are lost, and the parent would wait for the batch.
     """
-    good = [item for item in items if not isinstance(item, UnreadableImage)]
+    readable = [item for item in items if not isinstance(item, UnreadableImage)]
     batch: Batch = {"bad": [item for item in items if isinstance(item, UnreadableImage)]}
-    batch["index"] = torch.tensor([item["index"] for item in good], dtype=torch.int64)
+    batch["index"] = torch.tensor([item["index"] for item in readable], dtype=torch.int64)
     for name in ("pixels", "view", "target"):
-        if good and name in good[0]:
-            batch[name] = torch.stack([item[name] for item in good])
+        if readable and name in readable[0]:
+            batch[name] = torch.stack([item[name] for item in readable])
     if get_worker_info() is not None:
         for value in batch.values():
             if isinstance(value, torch.Tensor):
@@ -106,30 +109,35 @@ def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """For a DataLoader's worker_init_fn. A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes: if a worker
-    died of it, its parent could not finish the step and save. Workers end when their parent does, however it ends."""
+    """Ignore stop signals in a worker (worker_init_fn of a DataLoader).
+
+    A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes: if workers ended, the parent could not finish
+    its step and save. Workers end when their parent does.
+    """
     ignore_stop_signals()
-    sys.excepthook = _say_unless_alone
+    sys.excepthook = _print_unless_parent_ended
 
 
-def _say_unless_alone(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not isinstance(error, ConnectionError | EOFError):  # the parent is gone, and takes no more batches
+def _print_unless_parent_ended(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not isinstance(error, ConnectionError | EOFError):  # which sending a batch raises if the parent has ended
         sys.__excepthook__(kind, error, trace)
 
 
 class EpochSampler(DistributedSampler):
-    """Every row once an epoch, in an order that depends on (seed, epoch) alone; rank r takes every world-th.
+    """Visit every row once per epoch, in an order that depends on (seed, epoch) only; rank r takes each `world`-th.
 
-    Lightning calls `set_epoch`, and leaves a DistributedSampler as it is. With several ranks the order is padded from its start, so that all have as many.
+    With several ranks the order is padded with its beginning, so that all have the same number of rows. It is a
+    DistributedSampler because Lightning then calls `set_epoch` and does not replace it.
     """
 
     def __init__(self, length: int, seed: int, *, shuffle: bool, rank: int = 0, world: int = 1):
         super().__init__(range(length), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
         self.length, self.world = length, world
-        self.skip = 0  # rows of this rank that the next epoch alone leaves out: they were seen before an interruption
+        self.skip = 0  # rows of this rank to leave out in the next epoch: they were used before an interruption
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch if self.shuffle else 0  # validation is the same every epoch
+        """Set the epoch, counted from 0; ignored without shuffling, so that validation is the same in every epoch."""
+        self.epoch = epoch if self.shuffle else 0
 
     def __len__(self) -> int:
         return -(-self.length // self.world)
@@ -145,5 +153,5 @@ class EpochSampler(DistributedSampler):
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from several numbers, well mixed."""
+    """Return a 63-bit seed from several non-negative numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

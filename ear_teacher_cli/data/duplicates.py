@@ -1,8 +1,8 @@
-"""Ears that cannot be used, or are there twice: what to drop, what to merge, and what must stay on one side of a split.
+"""Find ears to drop, copies to merge, and images that must stay on one side of a split.
 
-Copies are files of the same bytes (sha256). Near duplicates are crops of ears whose perceptual hashes are alike, also if
-one is mirrored, and whole images of two sources whose hashes are: an export of the same photos, written anew, with other
-boxes. Images that Roboflow made of one photo (`NAME.rf.HASH.jpg`) are known by their names.
+Copies are files of the same bytes (sha256). Near duplicates are crops with similar perceptual hashes, one of them
+perhaps mirrored, and whole images of two sources with similar hashes: an export of the same photos, encoded again, with
+other boxes. Images that Roboflow made of one photo are recognised by their names (`NAME.rf.HASH.jpg`).
 """
 
 import posixpath
@@ -27,12 +27,15 @@ REASONS = {
     UNMARKED: "an image without an annotation in a folder that has some",
     UNDECODABLE: "HEIC, which needs the extra heic (pip install 'ear-teacher-cli[heic]')",
 }
-_WHOLE = -1  # the row of `Photo` that stands for the whole image
+_WHOLE = -1  # index in Photo.ears that stands for the whole image
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """One ear, or an image without ears, that is not written. `part`, `row`: the list it is in, "" and None if none."""
+    """One ear, or an image without ears, that is left out.
+
+    `part`, `row`: the list it is from and its row there; "" and None if it is in no list.
+    """
 
     reason: str  # one of REASONS
     path: str
@@ -43,7 +46,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Merged:
-    """Images of the same bytes. `boxes_differ`: a copy that was dropped has other boxes than the one that is kept."""
+    """Images of the same bytes: one is kept, the copies are dropped.
+
+    `boxes_differ`, `identities_differ`: a copy has boxes, or identities, that the kept image does not have.
+    """
 
     kept: str
     copies: list[str]
@@ -53,28 +59,28 @@ class Merged:
 
 @dataclass
 class Examined:
-    """What is known of the images after every one was decoded."""
+    """What decoding every image has shown."""
 
-    kept: list[int]  # ears that are of use, in order
+    kept: list[int]  # ears that can be used, in order
     dropped: list[Dropped]
     crops: dict[int, CropStats] = field(default_factory=dict)  # ear -> its crop
     whole: dict[str, CropStats] = field(default_factory=dict)  # path -> the whole image
 
 
 def examine(found: Mixed, num_workers: int, console: Console) -> Examined:
-    """Decode every image and cut every ear; drop what cannot be."""
+    """Decode every image and cut out every ear; drop what fails."""
     photos = list(photos_of(found.ears, order_of=lambda index: found.orders[found.parts[index]]))
     for photo in photos:
         if all(box is not None for _, box in photo.ears):
             photo.ears.append((_WHOLE, None))
     examined = Examined([], [Dropped(UNMARKED, path) for path in found.unmarked])
     examined.dropped += [Dropped(UNDECODABLE, path) for path in found.undecodable]
-    bad: set[int] = set()
+    unusable: set[int] = set()
 
-    def take(photo: Photo, findings: list, crops: list) -> None:
+    def record(photo: Photo, findings: list, crops: list) -> None:
         for index, reason, detail in findings:
             if index != _WHOLE and reason in UNUSABLE:
-                bad.add(index)
+                unusable.add(index)
                 examined.dropped.append(_dropped(found, index, reason, detail))
         whole = next(index for index, box in photo.ears if box is None)
         for index, stats in crops:
@@ -84,13 +90,13 @@ def examine(found: Mixed, num_workers: int, console: Console) -> Examined:
                 examined.crops[index] = stats
 
     results = zip(photos, inspect_all(photos, num_workers), strict=True)
-    photo, first = next(results)  # before the clock runs: processes start meanwhile
-    take(photo, *first)
-    with console.progress("looking at", len(photos), "images", done=1) as steps:
+    photo, first = next(results)  # starts the processes, which should not count in the rate that is shown
+    record(photo, *first)
+    with console.progress("checking", len(photos), "images", done=1) as steps:
         for photo, result in results:
-            take(photo, *result)
+            record(photo, *result)
             steps.advance()
-    examined.kept = [index for index in range(len(found.ears)) if index not in bad]
+    examined.kept = [index for index in range(len(found.ears)) if index not in unusable]
     return examined
 
 
@@ -99,35 +105,35 @@ def _dropped(found: Mixed, index: int, reason: str, detail: str) -> Dropped:
 
 
 def drop_repeated_rows(found: Mixed, examined: Examined) -> None:
-    """Of rows with the same image and box keep the first, or the first that names somebody."""
+    """Keep one of the rows with the same image and box: the first with an identity, else the first."""
     ears = found.ears
     first: dict[tuple[str, Box | None], int] = {}
     for index in examined.kept:
         key = ears.paths[index], ears.boxes[index]
         if key not in first or (ears.ear(index) and not ears.ear(first[key])):
             first[key] = index
-    stay = set(first.values())
+    chosen = set(first.values())
     for index in examined.kept:
-        if index not in stay:
+        if index not in chosen:
             other = first[ears.paths[index], ears.boxes[index]]
-            detail = f"as {found.parts[other]} row {ears.rows[other]}"
+            detail = f"same as {found.parts[other]} row {ears.rows[other]}"
             if ears.ear(index) and ears.ear(index) != ears.ear(other):
-                detail += "; it names another identity or side"
+                detail += ", but with another identity or side"
             examined.dropped.append(_dropped(found, index, REPEATED, detail))
-    examined.kept = [index for index in examined.kept if index in stay]
+    examined.kept = [index for index in examined.kept if index in chosen]
 
 
 def merge_copies(found: Mixed, examined: Examined) -> list[Merged]:
-    """Keep one of the images with the same bytes: the first in path order that has boxes, else that names somebody, else
-    of all. Its ears get the identities of the same ears in copies where they have none."""
+    """Keep one of the images with the same bytes: the first by path that has boxes, else that has an identity, else the
+    first. Where its ears have no identity, they get that of the same ear in a copy."""
     rows: dict[str, list[int]] = defaultdict(list)
     for index in examined.kept:
         rows[found.ears.paths[index]].append(index)
     same: dict[bytes, list[str]] = defaultdict(list)
     for path in rows:
         same[examined.whole[path].digest].append(path)
-    people = _People(found)
-    merged, gone = [], set()
+    people = _Identities(found)
+    merged, removed = [], set()
     for paths in same.values():
         if len(paths) == 1:
             continue
@@ -135,15 +141,15 @@ def merge_copies(found: Mixed, examined: Examined) -> list[Merged]:
         copies = [path for path in paths if path != kept]
         boxes_differ = [path for path in copies if not _boxes_agree(found, rows[kept], rows[path])]
         for path in copies:
-            people.carry(rows[path], rows[kept])
+            people.complete(rows[kept], rows[path])
         merged.append(Merged(kept, copies, bool(boxes_differ), any(people.differ(rows[p], rows[kept]) for p in copies)))
         for index in (index for path in copies for index in rows[path]):
             differs = found.ears.paths[index] in boxes_differ
-            detail = f"as {kept}" + ("; its boxes are other than there" if differs else "")
+            detail = f"same as {kept}" + (", but with other boxes" if differs else "")
             examined.dropped.append(_dropped(found, index, COPY, detail))
-        gone.update(copies)
-    people.put()
-    examined.kept = [index for index in examined.kept if found.ears.paths[index] not in gone]
+        removed.update(copies)
+    people.store()
+    examined.kept = [index for index in examined.kept if found.ears.paths[index] not in removed]
     return merged
 
 
@@ -155,27 +161,28 @@ def _boxes_agree(found: Mixed, one: list[int], other: list[int]) -> bool:
     return match_boxes(_boxes(found, one), _boxes(found, other)) is not None
 
 
-class _People:
-    """Identities and sides of ears, which copies can complete."""
+class _Identities:
+    """Identities and sides of ears, which copies can complete. `kept`, `copy`: ears of one image each."""
 
     def __init__(self, found: Mixed):
         self._found = found
-        nobody = [""] * len(found.ears)
-        self._identities, self._sides = (list(names or nobody) for names in (found.ears.identities, found.ears.sides))
+        empty = [""] * len(found.ears)
+        self._identities, self._sides = (list(names or empty) for names in (found.ears.identities, found.ears.sides))
 
     def any(self, indices: list[int]) -> bool:
         return any(self._identities[index] for index in indices)
 
-    def carry(self, copy: list[int], kept: list[int]) -> None:
-        """Give the ears of the kept image the identities of the same ears of a copy, where they have none."""
+    def complete(self, kept: list[int], copy: list[int]) -> None:
+        """Give ears of the kept image without an identity that of the same ear of the copy."""
         for index in copy:
-            to = self._counterpart(index, kept)
-            if self._identities[index] and to is not None and not self._identities[to]:
-                self._identities[to] = self._identities[index]
-                self._sides[to] = self._sides[to] or self._sides[index]
+            same = self._counterpart(index, kept)
+            if self._identities[index] and same is not None and not self._identities[same]:
+                self._identities[same] = self._identities[index]
+                self._sides[same] = self._sides[same] or self._sides[index]
 
     def _counterpart(self, index: int, kept: list[int]) -> int | None:
-        """The same ear on the kept image: of the same box, or the only one where one of the two has no box."""
+        """Return the same ear on the kept image: that with the same box, or the only one if one of the two has no
+        box."""
         boxes = self._found.ears.boxes
         box = boxes[index]
         if len(kept) == 1 and (box is None or boxes[kept[0]] is None):
@@ -183,61 +190,61 @@ class _People:
         return next((other for other in kept if are_same(boxes[other], box)), None)
 
     def differ(self, copy: list[int], kept: list[int]) -> bool:
-        """Whether a copy names somebody whom the kept image does not."""
+        """Whether the copy has an identity that the kept image does not have."""
         return bool({self._identities[index] for index in copy} - {self._identities[index] for index in kept} - {""})
 
-    def put(self) -> None:
-        """Put them into the list of ears."""
+    def store(self) -> None:
+        """Write them into the list of ears."""
         identities, sides = (names if any(names) else None for names in (self._identities, self._sides))
         self._found.ears = replace(self._found.ears, identities=identities, sides=sides)
 
 
 def near_duplicates(found: Mixed, examined: Examined) -> Links:
-    """Links between images (paths) that show almost the same."""
+    """Return links between images (paths) that look almost the same."""
     links = Links()
     sources = {found.ears.paths[index]: found.source(index) for index in examined.kept}
     crops = [(found.ears.paths[index], examined.crops[index]) for index in examined.kept]
     whole = [(path, examined.whole[path]) for path in sources]
     _link_near(crops, links, lambda paths: True)
-    # Within a source whole images may be alike because of one backdrop and pose.
+    # Within a source, whole images may be similar because of the same backdrop and pose.
     _link_near(whole, links, lambda paths: len({sources[path] for path in paths}) > 1)
     return links
 
 
-def _link_near(crops: list[tuple[str, CropStats]], links: Links, alike: Callable[[list[str]], bool]) -> None:
-    """Link images whose crops are alike, or are if one is mirrored."""
+def _link_near(crops: list[tuple[str, CropStats]], links: Links, accept: Callable[[list[str]], bool]) -> None:
+    """Link images whose crops are similar, one of them perhaps mirrored, if `accept(paths)`."""
     plain: dict[int, list[str]] = defaultdict(list)
     mirrored: dict[int, list[str]] = defaultdict(list)
     for path, stats in crops:
         plain[stats.hash].append(path)
         mirrored[stats.mirrored].append(path)
     hashes, groups = [*plain, *mirrored], [*plain.values(), *mirrored.values()]
-    # of two mirrored ones nothing is new
+    # pairs of two mirrored crops repeat those of two plain ones
     pairs = [groups[i] + groups[j] for i, j in near_pairs(hashes) if i < len(plain)]
     for paths in (*plain.values(), *pairs):
-        if alike(paths):
+        if accept(paths):
             links.link(paths)
 
 
 def link_groups(found: Mixed, examined: Examined, merged: list[Merged], near: Links) -> Links:
-    """Links between images (paths) and identities of which nothing may be on two sides; identities of rows that were
-    dropped count, too."""
+    """Return links between images (paths) and identities that must stay on one side. Identities of dropped rows count,
+    too."""
     links = Links()
     for paths in near.groups(dict.fromkeys(found.ears.paths[index] for index in examined.kept)):
         links.link(paths)
     for one in merged:
         links.link([one.kept, *one.copies])
-    for paths in same_photo(found, examined):
+    for paths in roboflow_versions(found, examined):
         links.link(paths)
-    nobody = [""] * len(found.ears)
-    for path, identity in zip(found.ears.paths, found.ears.identities or nobody, strict=True):
+    empty = [""] * len(found.ears)
+    for path, identity in zip(found.ears.paths, found.ears.identities or empty, strict=True):
         if identity:
             links.link([path, ("identity", identity)])
     return links
 
 
-def same_photo(found: Mixed, examined: Examined) -> list[list[str]]:
-    """Images that Roboflow made of one photo of a source, plain and altered: `NAME.rf.HASH.jpg`."""
+def roboflow_versions(found: Mixed, examined: Examined) -> list[list[str]]:
+    """Return groups of images that Roboflow made of one photo of a source, plain and altered: `NAME.rf.HASH.jpg`."""
     groups: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for index in examined.kept:
         name, mark, _ = posixpath.basename(found.ears.paths[index]).partition(".rf.")

@@ -1,6 +1,7 @@
-"""The ears of a folder with their boxes in pixels, whatever lists and files they were read from. For every command.
+"""Read the ears of a folder, with boxes in pixels, from whatever annotations lie in it. Used by every command.
 
-An image that two annotations mark must have the same boxes in both: then each ear is one.
+formats/folder.py reads the annotations, resolve_boxes.py converts their boxes; here both are joined. If two annotations
+mark the same image, they must have the same boxes; each ear is then read once.
 """
 
 from collections import defaultdict
@@ -17,13 +18,13 @@ from .boxes import Box
 from .formats import folder
 from .formats.folder import Found
 from .formats.rows import Rows
-from .resolve_boxes import Corners, Files, to_pixels
+from .resolve_boxes import Corners, ImageSizes, to_pixels
 
-SAME = 2.0  # pixels that the edges of two boxes of one ear may be apart: exports round
+SAME = 2.0  # px by which edges of two boxes of one ear may differ: exports round
 
 
 class FolderEar(NamedTuple):
-    """One ear. `part`, `row`: the list that it is from, and its row there."""
+    """One ear. `part`, `row`: the list that it is from (a key of Found.parts), and its row there."""
 
     path: str
     box: Box | None
@@ -43,28 +44,29 @@ class FolderEars:
     warnings: list[str]  # without those of `corners`
 
 
-def read_ears(source: Path, reading: Reading, files_of: Callable[[Rows], Files]) -> FolderEars:
-    """Read a folder. `files_of`: the images of rows, whose paths start from the folder.
+def read_ears(source: Path, reading: Reading, sizes_of: Callable[[Rows], ImageSizes]) -> FolderEars:
+    """Read a folder. `sizes_of(rows)`: the sizes of the images of rows, whose paths start from the folder.
 
-    Raises ManifestError as `folder.read` and `to_pixels` do, if two annotations of an image differ, or if no ear is marked.
+    Raises ManifestError as `folder.read` and `to_pixels` do, and if two annotations of an image differ or no ear is
+    marked.
     """
     found = folder.read(source, reading.identity_column)
     ears: list[FolderEar] = []
     corners: dict[str, Corners] = {}
     for part, rows in found.parts.items():
-        read = corners[part] = to_pixels(rows, files_of(rows), reading, f"{printable(source)}: {part}")
+        read = corners[part] = to_pixels(rows, sizes_of(rows), reading, f"{printable(source)}: {part}")
         columns = rows.paths, read.boxes, rows.identities, rows.sides, [part] * len(rows.paths), rows.numbers
         ears += map(FolderEar._make, zip(*columns, strict=True))
     if not ears:
-        raise ManifestError(f"{printable(source)}: its annotations mark no ear; nothing to do")
-    ears.sort(key=lambda ear: ear.path)  # stable
-    ears, warnings = _each_once(ears, source)
+        raise ManifestError(f"{printable(source)}: its annotations mark no ear; add boxes, or name another folder")
+    ears.sort(key=lambda ear: ear.path)  # stable: keeps the order within an image
+    ears, warnings = _merge_parts(ears, source)
     return FolderEars(found, ears, corners, [*found.warnings, *warnings])
 
 
-def _each_once(ears: list[FolderEar], source: Path) -> tuple[list[FolderEar], list[str]]:
-    """Ears without those that another part has, too, and a warning per pair of parts. Raises ManifestError."""
-    once: list[FolderEar] = []
+def _merge_parts(ears: list[FolderEar], source: Path) -> tuple[list[FolderEar], list[str]]:
+    """Return each ear once, and a warning per pair of parts that mark the same images. Raises ManifestError."""
+    result: list[FolderEar] = []
     images: dict[tuple[str, str], int] = defaultdict(int)
     for path, of_image in groupby(ears, key=lambda ear: ear.path):
         by_part: dict[str, list[FolderEar]] = defaultdict(list)
@@ -76,22 +78,24 @@ def _each_once(ears: list[FolderEar], source: Path) -> tuple[list[FolderEar], li
             merged = joined(kept, by_part[part])
             if merged is None:
                 raise ManifestError(
-                    f"{printable(source / path)}: has other boxes in {printable(first)} than in {printable(part)}; remove it "
-                    "from one of them"
+                    f"{printable(source / path)}: has other boxes in {printable(first)} than in {printable(part)}; "
+                    "remove it from one of them"
                 )
             kept = merged
             images[first, part] += 1
-        once += kept
+        result += kept
     where = printable(source)
-    return once, [
+    return result, [
         f"{where}: {count} images have the same boxes in {printable(one)} and {printable(two)}; each ear is read once"
         for (one, two), count in images.items()
     ]
 
 
 def joined(kept: Sequence[FolderEar], others: Sequence[FolderEar]) -> list[FolderEar] | None:
-    """The ears of one image in one part, with the identities of another part where they have none; None if their boxes
-    differ. An ear without a box says nothing of boxes."""
+    """Merge the ears of one image in two parts; None if their boxes differ.
+
+    Ears without an identity get that of the other part. An ear without a box agrees with any boxes.
+    """
     if all(ear.box is None for ear in kept):
         kept, others = others, kept
     if all(ear.box is None for ear in others):
@@ -110,7 +114,7 @@ def joined(kept: Sequence[FolderEar], others: Sequence[FolderEar]) -> list[Folde
 
 
 def match_boxes(kept: Sequence[Box | None], others: Sequence[Box | None]) -> list[int] | None:
-    """For each of `others` the place of the same box in `kept`, each once; None if one is not there, or more are."""
+    """Return for each of `others` the position of the same box in `kept`; None unless they match one to one."""
     if len(kept) != len(others):
         return None
     free, places = list(range(len(kept))), []
@@ -124,7 +128,7 @@ def match_boxes(kept: Sequence[Box | None], others: Sequence[Box | None]) -> lis
 
 
 def are_same(one: Box | None, other: Box | None) -> bool:
-    """Whether two boxes are of one ear: no edge is more than SAME pixels apart."""
+    """Whether two boxes are of one ear: no edge differs by more than SAME pixels."""
     if one is None or other is None:
         return one is other
     return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= SAME

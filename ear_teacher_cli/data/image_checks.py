@@ -1,6 +1,6 @@
-"""What every photo and its ears are checked for: oddities, boxes, hashes, sharpness. No torch here.
+"""Check a photo and its ears: file, boxes, perceptual hashes, sharpness. Imports no torch.
 
-`inspect` runs in worker processes; the perceptual hash finds near duplicates without comparing all with all.
+`inspect` runs in worker processes. `near_pairs` finds near duplicates without comparing all pairs.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ WARNINGS = {
     "leak-photo": "the same photo in two manifests (training and validation)",
     "leak-near-duplicate": "almost the same ear image in two manifests (training and validation)",
 }
-SMALL = 32
-# Of 128 hash bits (see near_pairs). Among 16.8 million pairs of 5,800 real crops, the 9 within 6 bits were
-# of one person each; at 7 the first pair of two people came.
+SMALL = 32  # px
+# Of 128 hash bits (see near_pairs). Of 16.8 million pairs of 5,800 real crops, 9 differ in at most 6 bits, each pair of
+# one person; the first pair of two people differs in 7.
 NEAR_BITS = 5
 _MODES = {
     "L": "mode-grey",
@@ -52,34 +52,38 @@ _MODES = {
     "P": "mode-palette",
     "CMYK": "mode-cmyk",
 }
-# The crop that is hashed and shown: plain, as no backbone is chosen yet.
+# The crop that is hashed and drawn: no backbone is chosen yet.
 PREVIEW = Preprocessing(96, 0.10, True, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo and the rows that are cut out of it."""
+    """One photo and the ears that are cut out of it."""
 
-    manifest: int
-    path: str | None
-    ears: list[tuple[int, Box | None]]
+    manifest: int  # number of its manifest
+    path: str | None  # None if the path leaves the root
+    ears: list[tuple[int, Box | None]]  # position in the manifest, box
     order: str = "xyxy"  # of the boxes in the list
-    error: tuple[str, str] | None = None
+    error: tuple[str, str] | None = None  # reason and detail, if there is no path
 
 
 @dataclass(frozen=True)
 class CropStats:
-    """Hashes and sharpness of one row's crop. `digest`: sha256 of the file."""
+    """Hashes, sharpness and size of one crop."""
 
-    digest: bytes
-    hash: int
-    mirrored: int  # the hash of the crop's mirror image
+    digest: bytes  # sha256 of the file
+    hash: int  # perceptual_hashes: 128 bits
+    mirrored: int  # the hash of the mirrored crop
     sharpness: float  # variance of the crop's Laplacian
     size: float  # shorter side of the box in pixels
 
 
 def photos_of(manifest: Manifest, number: int = 0, order_of: Callable[[int], str] | None = None) -> Iterator[Photo]:
-    """A job for `inspect` per photo. `order_of`: order of the boxes of a row's list (default: the manifest's)."""
+    """Yield each photo of a manifest, for `inspect`.
+
+    `number`: of the manifest. `order_of(row)`: order of the boxes in the list that a row is from (default: the
+    manifest's).
+    """
     rows: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(manifest.paths):
         rows[path].append(index)
@@ -93,9 +97,11 @@ def photos_of(manifest: Manifest, number: int = 0, order_of: Callable[[int], str
 
 
 def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, CropStats]]]:
-    """(findings as (row index, reason, detail), (row index, stats) of the crops that could be cut) of one photo."""
+    """Decode a photo and cut out its ears; return ((index, reason, detail) of each problem, (index, stats) of each
+    crop)."""
     if photo.error is not None:
         return [(index, *photo.error) for index, _ in photo.ears], []
+    assert photo.path is not None
     try:
         image = read_image(photo.path)
     except ImageError as error:
@@ -103,23 +109,22 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, C
     findings, crops = [], []
     digest = hashlib.sha256(image.data).digest()
     for index, box in photo.ears:
-        for reason, detail in _oddities(image.mode, image.orientation):
-            findings.append((index, reason, detail))
+        findings += [(index, *warning) for warning in _image_warnings(image.mode, image.orientation)]
         try:
             crop = cut(image.image, box, PREVIEW)
         except ImageError as error:
-            hint = _drawn_before_turning(box, image) or _in_other_order(box, photo.order, image)
+            hint = _hint_unturned(box, image) or _hint_other_order(box, photo.order, image)
             findings.append((index, error.reason, error.detail + hint))
             continue
         region = box or (0.0, 0.0, float(image.image.width), float(image.image.height))
-        findings += [(index, *entry) for entry in _box_warnings(box, region, image.image.size)]
+        findings += [(index, *warning) for warning in _box_warnings(box, region, image.image.size)]
         size = min(region[2] - region[0], region[3] - region[1])
         crops.append((index, CropStats(digest, *perceptual_hashes(crop), sharpness_of(crop), size)))
     return findings, crops
 
 
 def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
-    """`inspect` of each photo, in order, in several processes where that is worth it. Raises EarTeachError."""
+    """Inspect each photo, in order, in up to `num_workers` processes if there are many. Raises EarTeachError."""
     workers = min(num_workers, usable_cores(), len(photos) // 64)
     if workers < 2:
         yield from map(inspect, photos)
@@ -138,12 +143,12 @@ def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, l
 
 
 def _ignore_interrupt() -> None:
-    """Ctrl-C is for the parent, which ends its workers; they need not each say so."""
+    """Ignore Ctrl-C in workers: the parent handles it and ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _drawn_before_turning(box: Box | None, image: DecodedImage) -> str:
-    """A hint where the box leaves the upright image but fits the image as it is stored."""
+def _hint_unturned(box: Box | None, image: DecodedImage) -> str:
+    """Return a hint if the box leaves the upright image but fits the image as stored."""
     if box is None or image.orientation not in (5, 6, 7, 8):
         return ""
     try:
@@ -153,8 +158,8 @@ def _drawn_before_turning(box: Box | None, image: DecodedImage) -> str:
     return f" (it fits before EXIF orientation {image.orientation}: drawn on the unturned image)"
 
 
-def _in_other_order(box: Box | None, order: str, image: DecodedImage) -> str:
-    """A hint where the numbers that stand in the list would be a box of this image in the other common order."""
+def _hint_other_order(box: Box | None, order: str, image: DecodedImage) -> str:
+    """Return a hint if the numbers in the list would be a valid box in the other common order."""
     if box is None or order not in ("xyxy", "xywh"):
         return ""
     other = "xywh" if order == "xyxy" else "xyxy"
@@ -164,10 +169,10 @@ def _in_other_order(box: Box | None, order: str, image: DecodedImage) -> str:
         check_box_inside((x1, y1, x2, y2), image.image.size)
     except ImageError:
         return ""
-    return f" (as {BOX_FORMATS[other]} it would be in order)"
+    return f" (as {BOX_FORMATS[other]} it would be valid)"
 
 
-def _oddities(mode: str, orientation: int) -> Iterator[tuple[str, str]]:
+def _image_warnings(mode: str, orientation: int) -> Iterator[tuple[str, str]]:
     if orientation not in (0, 1):
         yield "exif-rotated", f"EXIF orientation {orientation}"
     if mode in _MODES:
@@ -186,7 +191,7 @@ def _box_warnings(box: Box | None, region: Box, size: tuple[int, int]) -> Iterat
     grown = buffered_box(box, size, buffer)
     wanted = (1 + 2 * buffer) * width, (1 + 2 * buffer) * height
     if grown[2] - grown[0] < wanted[0] - 0.5 or grown[3] - grown[1] < wanted[1] - 0.5:
-        if not _is_whole(box, size):  # a box that is the whole image leaves no room, and asks for none
+        if not _is_whole(box, size):  # a box around the whole image has no room for a buffer, and is meant so
             yield "box-clamped", f"box [{', '.join(f'{v:g}' for v in box)}] in {size[0]} x {size[1]}"
 
 
@@ -195,16 +200,17 @@ def _is_whole(box: Box, size: tuple[int, int]) -> bool:
 
 
 def sharpness_of(crop: Image.Image) -> float:
+    """Return the variance of the Laplacian of the grey crop: low for a blurred one."""
     grey = np.asarray(crop.convert("L"), dtype=np.float32)
     laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
     return float(laplacian.var())
 
 
 def near_pairs(hashes: Iterable[int], bits: int = NEAR_BITS) -> Iterator[tuple[int, int]]:
-    """Pairs of positions whose 128-bit hashes differ in at most `bits` bits, without comparing all with all.
+    """Yield pairs of positions whose 128-bit hashes differ in at most `bits` bits.
 
-    Two hashes that differ in at most `bits` bits agree wholly in one of bits + 1 bands (pigeonhole), so only
-    rows that share a band are compared.
+    Two such hashes agree in at least one of bits + 1 bands (pigeonhole principle), so only those with an equal band are
+    compared.
     """
     hashes = list(hashes)
     bands = bits + 1
@@ -222,17 +228,18 @@ def near_pairs(hashes: Iterable[int], bits: int = NEAR_BITS) -> Iterator[tuple[i
                         yield first, second
 
 
-# A band shared by very many rows (blank crops, say) would be quadratic again; neighbours in order are enough to name them.
+# If very many hashes share a band (of blank crops, for example), each is compared with this many that follow: comparing
+# all pairs would take quadratic time.
 _BUCKET_REACH = 200
 
 
 def perceptual_hash(crop: Image.Image) -> int:
-    """128 bits: is each cell of an 8 x 8 grid brighter than its right, and its lower neighbour (dHash, both ways)."""
+    """Return 128 bits: whether each cell of an 8 x 8 grid is darker than its right, and its lower neighbour (dHash)."""
     return perceptual_hashes(crop)[0]
 
 
 def perceptual_hashes(crop: Image.Image) -> tuple[int, int]:
-    """The hash of a crop, and that of its mirror image."""
+    """Return the perceptual hash of a crop, and that of its mirror image."""
     grey = np.asarray(crop.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
     return _hash(grey), _hash(grey[:, ::-1])
 

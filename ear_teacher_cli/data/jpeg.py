@@ -1,7 +1,7 @@
-"""The part of a JPEG that a crop needs: as few pixels as its size allows, and no row below it.
+"""Decode the part of a JPEG that a crop needs: at reduced resolution if the crop is small, and no row below it.
 
-libjpeg can decode to 1/2, 1/4 or 1/8 of the size for less work, and from the top down. Both are used where a crop of
-a large photo is wanted. What comes out is close to the crop of the whole image (see SPARE).
+libjpeg can decode to 1/2, 1/4 or 1/8 of the size with less work, and decodes from the top down. The result is close to
+the crop of the whole image (see SPARE).
 """
 
 import io
@@ -12,14 +12,14 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]
 
-# A photo is decoded no smaller than this many times the crop's resolution. At 1.5 the mean difference from the crop
-# of the whole image is about 1 level of 255 in photographs, under what JPEG's own rounding does at quality 90; at
-# hard edges of drawings, which libjpeg's filter and Pillow's treat otherwise, single pixels differ by up to 60.
+# A photo is decoded at no less than this many times the crop's resolution. At 1.5 the mean difference from the crop of
+# the whole image is about 1 level of 255 in photographs, less than JPEG's own rounding at quality 90. At hard edges of
+# drawings, where the filters of libjpeg and Pillow differ, single pixels differ by up to 60.
 SPARE = 1.5
-_MARGIN = 4  # pixels of the crop around its region that the resampling filter looks at (Lanczos: 3)
-_END = b"\xff\xd9"
-# EXIF orientation -> what turns the stored image upright (PIL's own exif_transpose writes the EXIF anew, and
-# fails on odd ones).
+_MARGIN = 4  # pixels of the crop around its region that the resampling filter reads (Lanczos: 3)
+_END_OF_IMAGE = b"\xff\xd9"
+# EXIF orientation -> transposition that turns the stored image upright (PIL's exif_transpose also rewrites the EXIF,
+# and fails on malformed ones).
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,57 +29,57 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TURNED = (5, 6, 7, 8)  # width and height change places
-_BACK = {6: 8, 8: 6}  # the others are their own inverse
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_INVERSE = {6: 8, 8: 6}  # the others are their own inverse
 
 
 @dataclass(frozen=True)
 class Part:
-    """An upright piece of an image, perhaps decoded smaller, and where the wanted region is in it."""
+    """An upright part of an image, perhaps at reduced resolution, and where the requested region lies in it
+    (pixels)."""
 
     image: Image.Image
     region: Box
 
 
 def part_of(image: Image.Image, data: bytes, orientation: int, region: Box, scale: tuple[float, float]) -> Part | None:
-    """Decode what `region` (pixels of the upright image) needs to be made `scale` (x, y) times smaller.
+    """Decode what is needed to reduce `region` (pixels of the upright image) by the factors `scale` (x, y).
 
-    `image`: what was opened from `data`. None if nothing is to be gained, or the file does not end as a JPEG
-    does: whether it is whole is then to be found by decoding all of it.
+    `image`: opened from `data`, not decoded. None if it saves nothing, or if the file lacks the end of a JPEG: only
+    decoding all of it shows whether it is complete.
     """
-    if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with others behind it, as telephones write
+    if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG followed by others, as phones write
         return None
     shrink = next((k for k in (8, 4, 2) if k * SPARE <= min(scale)), 1)
     width, height = image.size
     upright_size = (height, width) if orientation in TURNED else (width, height)
-    wanted = turned(region, _BACK.get(orientation, orientation), upright_size)  # in the image as it is stored
-    x1, y1, x2, y2 = (v / shrink for v in wanted)
-    place = window(
-        (x1, y1, x2, y2), (scale[0] / shrink, scale[1] / shrink), (-(-width // shrink), -(-height // shrink))
-    )
-    bottom = place[3]
-    partly = bottom < -(-height // shrink) and _ends(data)
-    if shrink == 1 and not partly:
+    stored_region = turned(region, _INVERSE.get(orientation, orientation), upright_size)
+    x1, y1, x2, y2 = (v / shrink for v in stored_region)
+    shrunk_size = -(-width // shrink), -(-height // shrink)
+    needed = window((x1, y1, x2, y2), (scale[0] / shrink, scale[1] / shrink), shrunk_size)
+    bottom = needed[3]
+    stop_early = bottom < shrunk_size[1] and _is_complete(data)
+    if shrink == 1 and not stop_early:
         return None
     feed = _Feed(data)
     image = Image.open(feed, formats=("JPEG",))
     if shrink > 1:
         image.draft(None, (width // shrink, height // shrink))
-        if image.size != (-(-width // shrink), -(-height // shrink)):
+        if image.size != shrunk_size:
             return None
-    if partly:
+    if stop_early:
         feed.decode_to(bottom, image)
-    piece = image.crop(place)
-    inside = (x1 - place[0], y1 - place[1], x2 - place[0], y2 - place[1])
+    part = image.crop(needed)
+    inside = (x1 - needed[0], y1 - needed[1], x2 - needed[0], y2 - needed[1])
     if orientation in UPRIGHT:
-        inside = turned(inside, orientation, piece.size)
-        piece = piece.transpose(UPRIGHT[orientation])
-    return Part(piece, inside)
+        inside = turned(inside, orientation, part.size)
+        part = part.transpose(UPRIGHT[orientation])
+    return Part(part, inside)
 
 
 def window(region: Box, scale: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What is looked at of an image of `size` (width, height) to make `region` of it `scale` (x, y) times smaller, in
-    whole pixels. What is cut to its window once stays as it is when it is cut again."""
+    """Return the pixels x1, y1, x2, y2 of an image of `size` (width, height) that resampling `region` by the factors
+    `scale` (x, y) reads. Taking the window of a window changes nothing."""
     x1, y1, x2, y2 = region
     margin = math.ceil(_MARGIN * max(1, *scale))
     right, bottom = min(size[0], math.ceil(x2) + margin), min(size[1], math.ceil(y2) + margin)
@@ -87,7 +87,7 @@ def window(region: Box, scale: tuple[float, float], size: tuple[int, int]) -> tu
 
 
 def turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
-    """Where `box` in an image of `size` (width, height) is when UPRIGHT[orientation] was done to it."""
+    """Return where `box` of an image of `size` (width, height) lies after UPRIGHT[orientation]."""
     x1, y1, x2, y2 = box
     width, height = size
     if orientation in (2, 3, 7, 8):
@@ -97,37 +97,39 @@ def turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
     return (y1, x1, y2, x2) if orientation in TURNED else (x1, y1, x2, y2)
 
 
-class _Enough(Exception):
-    """The rows that are wanted are there."""
+class _RowsDecoded(Exception):
+    """The required rows are decoded."""
 
 
 class _Feed(io.BytesIO):
-    """Gives a decoder its bytes until `row` of `image` is filled. Rows come from the top, so those above it are, too."""
+    """A file that stops its decoder, by an exception, once a row of the image is decoded; rows are decoded from the
+    top."""
 
-    image: Image.Image | None = None
-    row = 0
+    _image: Image.Image | None = None
+    _row = 0
 
     def decode_to(self, bottom: int, image: Image.Image) -> None:
-        """Fill the rows above `bottom` of `image`, which was opened from this."""
-        self.image, self.row = image, bottom - 1
+        """Decode the rows above `bottom` of `image`, which was opened from this file."""
+        self._image, self._row = image, bottom - 1
         try:
             image.load()
-        except _Enough:
-            image.tile = []  # type: ignore[attr-defined]  # decoded, as far as anyone will look
-        self.image = None
+        except _RowsDecoded:
+            image.tile = []  # type: ignore[attr-defined]  # PIL then takes it as decoded
+        self._image = None
 
     def read(self, size: int | None = -1) -> bytes:
-        if self.image is not None and self._is_filled():
-            raise _Enough
+        """Return the next bytes; raises _RowsDecoded if no more are needed."""
+        if self._image is not None and _is_decoded(self._image, self._row):
+            raise _RowsDecoded
         return super().read(size)
 
-    def _is_filled(self) -> bool:
-        # An image starts out black; where the row itself is, more is read than need be, and nothing is lost.
-        pixels, width = self.image.im, self.image.width
-        found = (pixels.getpixel((x, self.row)) for x in range(0, width, max(1, width // 16)))
-        return any(sum(pixel) if isinstance(pixel, tuple) else pixel for pixel in found)
+
+def _is_decoded(image: Image.Image, row: int) -> bool:
+    """Whether a row has pixels that are not black, as all are at first. A black row costs reading on, nothing else."""
+    found = (image.im.getpixel((x, row)) for x in range(0, image.width, max(1, image.width // 16)))
+    return any(sum(pixel) if isinstance(pixel, tuple) else pixel for pixel in found)
 
 
-def _ends(data: bytes) -> bool:
-    """Whether the file ends as a JPEG does: what was cut short does not."""
-    return data[-64:].rstrip(b"\0").endswith(_END)
+def _is_complete(data: bytes) -> bool:
+    """Whether the file has the end of a JPEG: one that was cut short has not."""
+    return data[-64:].rstrip(b"\0").endswith(_END_OF_IMAGE)

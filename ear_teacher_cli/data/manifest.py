@@ -1,10 +1,12 @@
-"""The one reader (and writer) of lists of ears, for every command.
+"""Read and write manifests (lists of ears), for every command.
 
-A manifest is one row per ear: an image's path relative to a root folder, a box or none (then the image is the crop),
-and, where known, identity and side. `formats/` has a module per format of list, and `formats/columns.py` the names that
-columns may have. Boxes are x1, y1, x2, y2 in pixels of the upright image (EXIF orientation applied, as OpenCV does);
-`corners.py` makes them so. Backslashes in paths are read as slashes. What is wrong with a single row (a box inside out,
-a path that leaves the root) is kept for validate-data to report; what makes the list unreadable raises ManifestError.
+A manifest has one row per ear: an image's path relative to a root folder, a box or none (then the whole image is the
+crop), and, if known, identity and side. Boxes are x1, y1, x2, y2 in pixels of the upright image (EXIF orientation
+applied, as OpenCV does). Backslashes in paths are read as slashes.
+
+`formats/` has a module per format and the table of them (add a format there), `resolve_boxes.py` converts boxes to
+corners in pixels, `folder_ears.py` reads folders. Errors of a single row (an inverted box, a path that leaves the root)
+are kept for validate-data to report; an unreadable list raises ManifestError.
 """
 
 import os
@@ -24,24 +26,24 @@ from .folder_ears import read_ears
 from .formats import FORMATS
 from .formats.rows import Rows
 from .image_suffixes import HEIC, IMAGES
-from .resolve_boxes import Corners, Files, to_pixels
+from .resolve_boxes import Corners, ImageSizes, to_pixels
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """N ears. All sequences have length N; `identities` and `sides` are None where the file has none."""
+    """N ears. All sequences have length N; `identities` and `sides` are None if the file has none."""
 
     source: str  # the file or folder it was read from, as typed
-    root: Path | None  # folder the paths start from; None: paths are the user's own words (a list on stdin)
+    root: Path | None  # folder from which the paths start; None: paths were typed by the user, without a root
     paths: Sequence[str]
     boxes: Sequence[Box | None]
-    rows: Sequence[int]  # number of the row (npy, csv, jsonl: counted from 0 without the header) or annotation
+    rows: Sequence[int]  # number of the row (counted from 0, without a header) or of the annotation
     identities: Sequence[str] | None = None
     sides: Sequence[str] | None = None
-    box_format: str = ""  # the order the boxes were in in the list, and " relative" for shares; "" where there are none
-    how: str = ""  # what said so, for a message
-    warnings: tuple[str, ...] = ()  # of the reading, for the user
-    _real_root: str | None = field(default=None, compare=False, repr=False)
+    box_format: str = ""  # order of the boxes in the list, and " relative" for shares of the image; "" without boxes
+    how: str = ""  # how that order was found, for messages
+    warnings: tuple[str, ...] = ()  # from reading, for the user
+    _real_root: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self):
         if self.root is not None:
@@ -51,36 +53,38 @@ class Manifest:
         return len(self.paths)
 
     def where(self, index: int) -> str:
-        """`train.npy row 17 (s03/left.jpg)`, for messages."""
+        """Return the name of a row for messages: `train.npy row 17 (s03/left.jpg)`."""
         return f"{printable(Path(self.source).name)} row {self.rows[index]} ({printable(self.paths[index])})"
 
     def side(self, index: int) -> str | None:
-        """'left', 'right', or None where the row does not say (l, r, L, Right... are read as such)."""
+        """Return 'left', 'right', or None if the row has no side (l, r, L, Right, ... are understood)."""
         return side_of(self.sides[index]) if self.sides else None
 
     def ear(self, index: int) -> tuple[str, str | None] | None:
-        """Whose ear it is, (identity, side or None), or None where the row does not say: a person's ears are two."""
+        """Return (identity, side or None), or None if the row has no identity. A person's two ears differ in the
+        side."""
         identity = self.identities[index] if self.identities else ""
         return (str(identity), self.side(index)) if identity else None
 
     def file(self, index: int) -> str:
-        """Absolute path of the image. Raises ImageError('outside-root') if it leaves the root, also by symlink."""
+        """Return the absolute path of the image. Raises ImageError('outside-root') if it leaves the root, also by a
+        symbolic link."""
         path = self.paths[index]
         if "\0" in path:
-            raise ImageError("outside-root", "the path holds a NUL byte")
+            raise ImageError("outside-root", "the path contains a NUL byte")
         if self.root is None:
             return os.path.abspath(path)
         full = os.path.realpath(os.path.join(self._real_root, path))
         if not _is_within(full, self._real_root):
             if not _is_within(os.path.normpath(os.path.join(self._real_root, path)), self._real_root):
                 raise ImageError("outside-root", f"the path leaves {printable(self.root)}; see --root-dir")
-            there = full.removesuffix(os.sep + os.path.normpath(path))
-            mend = f"give --root-dir {printable(there)}" if there != full else "see --root-dir"
-            raise ImageError("outside-root", f"a symbolic link leads out of {printable(self.root)}; {mend}")
+            target_root = full.removesuffix(os.sep + os.path.normpath(path))
+            advice = f"give --root-dir {printable(target_root)}" if target_root != full else "see --root-dir"
+            raise ImageError("outside-root", f"a symbolic link leads out of {printable(self.root)}; {advice}")
         return full
 
     def summary(self) -> str:
-        """`train.npy: 336 with boxes (x,y,width,height by ...), 0 whole images, 12 identities`."""
+        """Return one line: `train.npy: 336 with boxes (x,y,width,height by ...), 0 whole images, 12 identities`."""
         boxes = sum(box is not None for box in self.boxes)
         people = len({identity for identity in self.identities or () if identity})
         how = f" ({self.how})" if boxes and self.how else ""
@@ -89,6 +93,7 @@ class Manifest:
         )
 
     def subset(self, indices: Iterable[int]) -> "Manifest":
+        """Return a manifest of these ears, in this order."""
         indices = list(indices)
 
         def take(column):
@@ -105,58 +110,59 @@ class Manifest:
 
 
 def _is_within(path: str, folder: str) -> bool:
-    """Whether a path is the folder or below it, both absolute (on Windows without regard to case)."""
+    """Whether a path is the folder or lies below it. Both are absolute; on Windows case is ignored."""
     path, folder = os.path.normcase(path), os.path.normcase(folder)
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def has_drive(path: str) -> bool:
-    """Whether a path of a list was absolute on Windows (`C:/...`)."""
+    """Whether a path is an absolute one of Windows (`C:/...`)."""
     return re.match(r"[A-Za-z]:/", path) is not None
 
 
-def side_of(word: str) -> str | None:
-    """'left' or 'right' of left, l, right, r in any case; None of anything else."""
-    word = word.strip().casefold()
-    return {"l": "left", "r": "right"}[word[0]] if word in ("l", "r", "left", "right") else None
+def side_of(text: str) -> str | None:
+    """Return 'left' or 'right' for left, l, right, r in any case; None for anything else."""
+    return {"l": "left", "left": "left", "r": "right", "right": "right"}.get(text.strip().casefold())
 
 
 def read_manifest(source: str | Path, root_dir: str | Path | None = None, reading: Reading | None = None) -> Manifest:
     """Read a list, or a folder of images with or without annotations.
 
-    `reading`: what the user says of lists that do not say it themselves. Raises ManifestError if `source` is no list,
-    holds no images, or has boxes whose order is open.
+    `root_dir`: folder from which the paths of a list start; by default it is found (see `_find_root`). `reading`: the
+    user's options for lists that do not name order and units of their boxes, or their identities. Raises ManifestError
+    if `source` is not a list, has no images, or has boxes whose order cannot be determined.
     """
     source, reading = Path(source), reading or Reading()
     where = printable(source)
     if root_dir is not None and not Path(root_dir).is_dir():
-        raise ManifestError(f"{printable(root_dir)}: no such folder; --root-dir must be one")
+        raise ManifestError(f"{printable(root_dir)}: no such folder; give --root-dir a folder that exists")
     if source.is_dir():
         return _read_folder(source, reading)
     if not source.exists():
         raise ManifestError(f"{where}: no such file or folder; give a manifest ({_suffixes()}) or a folder of images")
     suffix = source.suffix.lower()
     if suffix not in FORMATS:
-        raise ManifestError(f"{where}: {source.suffix or 'no suffix'} is no manifest; give {_suffixes()} or a folder")
-    if not source.is_file():  # a FIFO would wait for ever, a device never end
-        raise ManifestError(f"{where}: is no regular file; save the manifest as one")
+        found = printable(source.suffix) or "a file without a suffix"
+        raise ManifestError(f"{where}: {found} is not a manifest; give {_suffixes()} or a folder")
+    if not source.is_file():  # reading a FIFO would block, and a device may never end
+        raise ManifestError(f"{where}: is not a regular file; save the manifest as one")
     rows = FORMATS[suffix].read(source, where, reading.identity_column)
     if not rows.paths:
-        raise ManifestError(f"{where}: holds no images; nothing to do")
+        raise ManifestError(f"{where}: has no images; name a list with at least one")
     root = Path(root_dir) if root_dir is not None else _find_root(source, rows.paths)
     manifest = _manifest(source, root, rows)
-    corners = to_pixels(rows, Files(manifest.paths, manifest.file), reading, where)
+    corners = to_pixels(rows, ImageSizes(manifest.paths, manifest.file), reading, where)
     boxed = int(rows.boxes.given.sum())
     if 0 < boxed < len(manifest):
         rows.warnings.append(
-            f"{where}: {len(manifest) - boxed} of {len(manifest)} rows have no box, and are read as whole images; remove "
-            "them if they are photos"
+            f"{where}: {len(manifest) - boxed} of {len(manifest)} rows have no box and are read as whole images; "
+            "remove them if they are photos"
         )
     return _with_boxes(manifest, [corners], corners.boxes, rows.warnings)
 
 
-def tell(manifest: Manifest, console: Console) -> None:
-    """Say what was read, and warn of what was not."""
+def print_summary(manifest: Manifest, console: Console) -> None:
+    """Print what was read, and the warnings."""
     console.info(manifest.summary())
     for warning in manifest.warnings:
         console.warn(warning)
@@ -186,18 +192,20 @@ def _with_boxes(manifest: Manifest, corners: list[Corners], boxes: Boxes, warnin
 
 
 def _read_folder(source: Path, reading: Reading) -> Manifest:
-    """All images below a folder, sorted by path, with the boxes of its annotations."""
-    there = read_ears(source, reading, lambda rows: Files(rows.paths, _manifest(source, source, rows).file))
-    together = Rows()
-    for number, ear in enumerate(there.ears):
-        together.add(number, ear.path, ear.box, ear.identity, ear.side)
-    corners = list(there.corners.values())
-    return _with_boxes(_manifest(source, source, together), corners, together.boxes, there.warnings)
+    """Read all images below a folder, sorted by path, with the boxes of its annotations."""
+    read = read_ears(source, reading, lambda rows: ImageSizes(rows.paths, _manifest(source, source, rows).file))
+    rows = Rows()
+    for number, ear in enumerate(read.ears):
+        rows.add(number, ear.path, ear.box, ear.identity, ear.side)
+    corners = list(read.corners.values())
+    return _with_boxes(_manifest(source, source, rows), corners, rows.boxes, read.warnings)
 
 
 def named_by_folders(manifest: Manifest) -> Manifest:
-    """A folder's images with the names of their folders as identities (root/identity/image.jpg; '' in the root). A
-    list that names nobody stays so: its folders may be years."""
+    """Use the names of a folder's subfolders as identities (root/identity/image.jpg; '' directly in the root).
+
+    A list, and a folder whose annotations have identities, is returned unchanged: folders of a list may be anything.
+    """
     if manifest.identities is not None or not Path(manifest.source).is_dir():
         return manifest
     names = [folder_name(path) for path in manifest.paths]
@@ -205,21 +213,21 @@ def named_by_folders(manifest: Manifest) -> Manifest:
 
 
 def folder_name(path: str) -> str:
-    """`p017` of `photos/p017/left.jpg`, '' of `left.jpg`."""
+    """Return the name of the folder of a path: `p017` for `photos/p017/left.jpg`, '' for `left.jpg`."""
     return posixpath.basename(posixpath.dirname(path.replace("\\", "/")))
 
 
 def read_input(source: str, root_dir: str | None = None, reading: Reading | None = None) -> Manifest:
-    """Whatever the user named, as a manifest: an image, what `read_manifest` reads, or `-` for paths on stdin.
+    """Read an image, a manifest or a folder (as `read_manifest`), or `-` for paths on stdin, as a manifest.
 
     Raises ManifestError.
     """
     if source == "-":
-        # bytes, as file names are: a name need not be text in the terminal's encoding
+        # bytes: a file name need not be text in the terminal's encoding
         paths = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
         paths = [path for path in paths if path.strip()]
         if not paths:
-            raise ManifestError("stdin: holds no paths; give one image a line, as find prints them")
+            raise ManifestError("stdin: has no paths; give one path per line, as find prints them")
         return images_manifest(paths, "stdin")
     suffix = Path(source).suffix.lower()
     if suffix in IMAGES | HEIC and not Path(source).is_dir():
@@ -228,48 +236,49 @@ def read_input(source: str, root_dir: str | None = None, reading: Reading | None
         return images_manifest([source], source)
     if suffix not in FORMATS and Path(source).is_file():
         raise ManifestError(
-            f"{printable(source)}: neither an image nor a manifest by its name; give a folder, an image, "
-            "a manifest, or - for paths on stdin"
+            f"{printable(source)}: is neither an image nor a manifest by its suffix; give a folder, an image, a "
+            "manifest, or - for paths on stdin"
         )
     return read_manifest(source, root_dir, reading)
 
 
 def images_manifest(paths: Iterable[str], source: str) -> Manifest:
-    """A manifest of whole images that the user named one by one (no root to stay in)."""
+    """Return a manifest of whole images that the user named one by one, without a root folder."""
     paths = list(paths)
     return Manifest(source=source, root=None, paths=paths, boxes=[None] * len(paths), rows=range(len(paths)))
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Write rows as a format that names its box format (`.npy`, `.csv`, `.jsonl`, `.parquet`), whole or not at all."""
+    """Write a manifest in the format of the suffix, with the order of its boxes. A failure leaves no file behind."""
     suffix = Path(path).suffix.lower()
     write = FORMATS[suffix].write if suffix in FORMATS else None
     if write is None:
-        written = ", ".join(name for name, known in FORMATS.items() if known.write)
-        raise ManifestError(f"{printable(path)}: cannot write {suffix or 'no suffix'}; name one of {written}")
-    nobody = [""] * len(manifest)
-    rows = zip(manifest.paths, manifest.boxes, manifest.identities or nobody, manifest.sides or nobody, strict=True)
+        choices = ", ".join(name for name, known in FORMATS.items() if known.write)
+        found = printable(suffix) or "a file without a suffix"
+        raise ManifestError(f"{printable(path)}: {found} cannot be written; choose one of {choices}")
+    empty = [""] * len(manifest)
+    rows = zip(manifest.paths, manifest.boxes, manifest.identities or empty, manifest.sides or empty, strict=True)
     with whole_file(path) as temporary:
         write(temporary, rows)
 
 
 def keep_rows(manifest: Manifest, indices: Iterable[int], path: str | Path, identity_column: str | None = None) -> None:
-    """Write the list that `manifest` was read from with only these ears, everything else in it as it was.
+    """Copy the list that `manifest` was read from with only these ears, everything else unchanged.
 
-    The suffix of `path` is that of the list.
+    `path` has the suffix of that list.
     """
-    places: dict[int, int] = {}
-    place_of = []
+    boxes_seen: dict[int, int] = {}  # row -> its boxes so far
+    position = []  # of each ear's box within its row
     for row in manifest.rows:
-        place_of.append(places.get(row, 0))
-        places[row] = place_of[-1] + 1
-    kept = [(manifest.rows[i], place_of[i]) for i in indices]
+        position.append(boxes_seen.get(row, 0))
+        boxes_seen[row] = position[-1] + 1
+    kept = [(manifest.rows[i], position[i]) for i in indices]
     with whole_file(path) as temporary:
         FORMATS[Path(path).suffix.lower()].keep(Path(manifest.source), temporary, kept, identity_column)
 
 
 def _find_root(source: Path, paths: Sequence[str]) -> Path:
-    """The working directory; or the manifest's folder, when of a sample of the images some are only there."""
+    """Return the manifest's folder if some of a sample of the images lie only there, else the working directory."""
     sample = [paths[i] for i in range(0, len(paths), max(1, len(paths) // 20)) if "\0" not in paths[i]]
     if any(os.path.exists(p) for p in sample) or not any((source.parent / p).exists() for p in sample):
         return Path(".")

@@ -1,8 +1,8 @@
-"""Read the seed's `.npy` metadata (a pickled dict) without running a pickle.
+"""Read `.npy` files, also the original package's pickled dicts, without running code.
 
-A pickle is a program. This reader lets it build numpy arrays, numpy scalars and plain Python values, and
-refuses every other global by name. numpy's own reconstruction is replaced by stand-ins that can only make
-what a plain saved array needs. Any outcome is a value or a ManifestError.
+A pickle is a program. This reader lets it build numpy arrays, numpy scalars and plain Python values, and refuses every
+other global by name. Stand-ins replace numpy's own reconstruction and can only build what a plain saved array needs.
+The result is a value or a ManifestError.
 """
 
 import io
@@ -26,7 +26,10 @@ from ..files import printable, short_message
 
 
 def read_npy(path: str | Path) -> Any:
-    """The content of a `.npy` file: an array, or the object a 0-d object array holds (the seed's dict)."""
+    """Return the content of a `.npy` file: an array, or the object in a 0-d object array (the original package's dict).
+
+    Raises ManifestError.
+    """
     where = printable(path)
     try:
         with open(path, "rb") as file:
@@ -37,13 +40,13 @@ def read_npy(path: str | Path) -> Any:
             shape, _, dtype = read_header[version](file)
             size = os.fstat(file.fileno()).st_size
             if not dtype.hasobject:
-                if math.prod(shape) * dtype.itemsize > size:  # numpy would make room for it all first
+                if math.prod(shape) * dtype.itemsize > size:  # numpy would allocate all of it first
                     raise ValueError(f"{dtype} {list(shape)} does not fit into {size} bytes")
                 file.seek(0)
-                return _text_checked(npy_format.read_array(file, allow_pickle=False))
+                return _require_unicode(npy_format.read_array(file, allow_pickle=False))
             data = file.read()
-            _scan(data)
-            value = _Unwrapping(size).of(_PlainUnpickler(io.BytesIO(data), where).load())
+            _check_opcodes(data)
+            value = _Unwrapper(size).unwrap(_PlainUnpickler(io.BytesIO(data), where).load())
     except ManifestError:
         raise
     except OSError as error:
@@ -58,7 +61,7 @@ def read_npy(path: str | Path) -> Any:
 
 
 def map_npy(path: str | Path) -> np.ndarray:
-    """The array of a `.npy` file of numbers, read from the disk as it is used. Raises ManifestError."""
+    """Return the array of a `.npy` file of numbers, memory-mapped. Raises ManifestError."""
     where = printable(path)
     try:
         return npy_format.open_memmap(path, mode="r")
@@ -66,20 +69,20 @@ def map_npy(path: str | Path) -> np.ndarray:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except _DAMAGE as error:
         raise ManifestError(
-            f"{where}: is no whole array of numbers ({short_message(error)}); write it again"
+            f"{where}: is not a complete array of numbers ({short_message(error)}); write it again"
         ) from error
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` archive; none may hold objects. Raises ManifestError."""
+    """Return the arrays of a `.npz` archive by name; none may contain objects. Raises ManifestError."""
     where = printable(path)
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             size = sum(record.file_size for record in records)
-            if size > _MOST_UNPACKED * Path(path).stat().st_size:
+            if size > _MAX_COMPRESSION * Path(path).stat().st_size:
                 raise ValueError(f"unpacks to {size} bytes")
-            return {record.filename.removesuffix(".npy"): _member(archive, record) for record in records}
+            return {record.filename.removesuffix(".npy"): _read_member(archive, record) for record in records}
     except OSError as error:
         raise ManifestError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
     except (*_DAMAGE, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
@@ -88,11 +91,11 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-# Times its size on disk that an archive may unpack to: numbers compress to a half, names to a twentieth.
-_MOST_UNPACKED = 100
+# Size of an unpacked archive over its size on disk: numbers compress to about 1/2, names to 1/20.
+_MAX_COMPRESSION = 100
 
 
-def _member(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> np.ndarray:
+def _read_member(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(record) as member:
         version = npy_format.read_magic(member)
         read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
@@ -100,11 +103,11 @@ def _member(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> np.ndarray:
         if math.prod(shape) * dtype.itemsize > record.file_size:
             raise ValueError(f"{dtype} {list(shape)} does not fit into {record.file_size} bytes")
     with archive.open(record) as member:
-        return _text_checked(npy_format.read_array(member, allow_pickle=False))
+        return _require_unicode(npy_format.read_array(member, allow_pickle=False))
 
 
-def _text_checked(array: np.ndarray) -> np.ndarray:
-    """numpy believes that text is Unicode; taking a character beyond it out is an error inside Python itself."""
+def _require_unicode(array: np.ndarray) -> np.ndarray:
+    """Raise ValueError if text has code points beyond Unicode: numpy does not check, and Python fails on them later."""
     if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
         codes = np.ascontiguousarray(array).reshape(-1).view(array.dtype.byteorder.replace("|", "=") + "u4")
         if codes.max() > 0x10FFFF:
@@ -112,7 +115,7 @@ def _text_checked(array: np.ndarray) -> np.ndarray:
     return array
 
 
-# What unpickling and numpy's header parser raise on damaged bytes (seen under mutation).
+# What unpickling and numpy's header parser raise on damaged bytes (found by fuzzing).
 _DAMAGE = (
     pickle.UnpicklingError,
     ValueError,
@@ -132,13 +135,13 @@ _DAMAGE = (
 
 
 class _ArrayClass:
-    """Stands for `numpy.ndarray` in a pickle: it can be named, and passed to `_reconstruct`, and that is all."""
+    """Stand-in for `numpy.ndarray`: a pickle can only name it, and pass it to `_reconstruct`."""
 
 
 class _Dtype:
-    """Stands for `numpy.dtype`: numbers, booleans, strings and objects, nothing structured.
+    """Stand-in for `numpy.dtype`: numbers, booleans, strings and objects, nothing structured.
 
-    numpy's own `__setstate__` would believe a type that hides object pointers among its bytes.
+    numpy's own `__setstate__` would accept a type that hides object pointers among its bytes.
     """
 
     def __init__(self, code: str, align: Any = False, copy: Any = False):
@@ -154,7 +157,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array under construction; `_unwrapped` takes the finished one out."""
+    """Stand-in for an array under construction; `_Unwrapper` replaces it by the array."""
 
     def __init__(self, value: np.ndarray | None = None):
         self.value = value
@@ -169,7 +172,7 @@ class _Array:
             flat = np.empty(len(data), dtype=object)
             flat[:] = data
         else:
-            flat = _from_bytes(data, kind)
+            flat = _array_from_bytes(data, kind)
         self.value = flat.reshape(shape, order="F" if fortran else "C")
 
 
@@ -180,46 +183,51 @@ def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
 
 
 def _frombuffer(buffer: Any, kind: _Dtype, shape: tuple, order: Literal["C", "F"]) -> _Array:
-    return _Array(_from_bytes(buffer, kind).reshape(shape, order=order))
+    return _Array(_array_from_bytes(buffer, kind).reshape(shape, order=order))
 
 
 def _scalar(kind: _Dtype, data: Any = b"") -> Any:
-    return _from_bytes(data, kind)[:1][0]
+    return _array_from_bytes(data, kind)[:1][0]
 
 
-def _from_bytes(data: Any, kind: _Dtype) -> np.ndarray:
+def _array_from_bytes(data: Any, kind: _Dtype) -> np.ndarray:
     data = data.encode("latin1") if isinstance(data, str) else data
-    if not isinstance(data, bytes | bytearray):  # bytes(10**12) would make them
+    if not isinstance(data, bytes | bytearray):  # of an int, numpy would allocate as many bytes
         raise ValueError("an array without bytes")
-    return _text_checked(np.frombuffer(data, dtype=_plain(kind)))
+    return _require_unicode(np.frombuffer(data, dtype=_plain_dtype(kind)))
 
 
-def _plain(kind: _Dtype) -> np.dtype:
+def _plain_dtype(kind: _Dtype) -> np.dtype:
     if not isinstance(kind, _Dtype) or kind.dtype.hasobject:
         raise ValueError("not a plain type")
     return kind.dtype
 
 
-def _scan(data: bytes) -> None:
-    """ValidationEmbeddings at a pickle's program without running it: lengths must be there, and a place in the memo be one that so many
-    bytes can fill. Python's unpickler makes room first: five bytes can ask for tens of gigabytes. Raises ValueError."""
+def _check_opcodes(data: bytes) -> None:
+    """Check a pickle's opcodes without running it: arguments must be complete, and indices of the memo at most the
+    length of the pickle. Python's unpickler allocates first: five bytes can request tens of gigabytes. Raises
+    ValueError."""
     for code, argument, _ in pickletools.genops(data):
-        if code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
-            raise ValueError("the pickle wants a memo larger than itself")
+        if code.name in ("PUT", "LONG_BINPUT"):
+            assert argument is not None
+            if not 0 <= argument <= len(data):
+                raise ValueError("the pickle requests a memo larger than itself")
 
 
-class _Unwrapping:
-    """Replaces every stand-in of a value by its array.
+class _Unwrapper:
+    """Replaces every stand-in in a value by its array.
 
-    A pickle may name one list a thousand times, and that list another one: a few bytes that unfold into more than
-    any memory. A value that is honestly written takes a byte at least, so no more are unwrapped than the file has.
+    A pickle may refer to one list a thousand times, and that list to another: a few bytes that unfold into more than
+    any memory. In an ordinary file each value takes at least one byte, so at most `budget` (bytes of the file) are
+    unwrapped.
     """
 
     def __init__(self, budget: int):
         self.left = budget
 
-    def of(self, value: Any, depth: int = 0) -> Any:
-        if depth > _DEEPEST:
+    def unwrap(self, value: Any, depth: int = 0) -> Any:
+        """Return the value with arrays; tuples become lists. Raises ValueError."""
+        if depth > _MAX_DEPTH:
             raise ValueError("nested too deeply")
         if isinstance(value, _Array):
             value = value.value
@@ -227,11 +235,11 @@ class _Unwrapping:
             return self._array(value, depth)
         self._spend(max(1, len(value)) if isinstance(value, str | bytes) else 1)
         if isinstance(value, dict):
-            return {key: self.of(item, depth + 1) for key, item in value.items()}
+            return {key: self.unwrap(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.of(item, depth + 1) for item in value]
+            return [self.unwrap(item, depth + 1) for item in value]
         if isinstance(value, _Dtype | type):
-            raise ValueError("holds a type")
+            raise ValueError("contains a type")
         return value
 
     def _array(self, value: np.ndarray, depth: int) -> np.ndarray:
@@ -240,7 +248,7 @@ class _Unwrapping:
             return value
         flat = np.empty(value.size, dtype=object)
         for i, item in enumerate(value.ravel()):
-            flat[i] = self.of(item, depth + 1)
+            flat[i] = self.unwrap(item, depth + 1)
         return flat.reshape(value.shape)
 
     def _spend(self, count: int) -> None:
@@ -249,12 +257,12 @@ class _Unwrapping:
             raise ValueError("unfolds into more than the file holds")
 
 
-# The seed's dict: array of dict of array of list of box of number.
-_DEEPEST = 8
+# The deepest file of the original package: array of dict of array of list of box of number.
+_MAX_DEPTH = 8
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Python 2 protocols write bytes as `_codecs.encode(text, 'latin1')`."""
+    """Stand-in for `_codecs.encode(text, 'latin1')`, as which protocols of Python 2 write bytes."""
     return text.encode("latin1")
 
 
@@ -269,12 +277,13 @@ for _module in ("numpy.core", "numpy._core"):
     _ALLOWED[(f"{_module}.numeric", "_frombuffer")] = _frombuffer
 
 
-class _PlainUnpickler(pickle.Unpickler):  # noqa: S301  (it finds no class that could run code)
+class _PlainUnpickler(pickle.Unpickler):  # noqa: S301  (find_class returns nothing that could run code)
     def __init__(self, file: io.BytesIO, where: str):
         super().__init__(file, encoding="latin1")
         self.where = where
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in for a global. Raises ManifestError for any other global."""
         if (module, name) not in _ALLOWED:
             raise ManifestError(
                 f"{self.where}: its pickle asks for {printable(module)}.{printable(name)}, which could run code; "
@@ -283,4 +292,5 @@ class _PlainUnpickler(pickle.Unpickler):  # noqa: S301  (it finds no class that 
         return _ALLOWED[(module, name)]
 
     def persistent_load(self, pid: Any) -> Any:
+        """Raise ManifestError: plain files have no persistent ids."""
         raise ManifestError(f"{self.where}: its pickle refers to objects outside it; save plain numpy arrays")

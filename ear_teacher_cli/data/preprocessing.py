@@ -1,8 +1,7 @@
-"""The one home of preprocessing: what is done to a crop before the backbone sees it.
+"""Preprocessing: how a crop is cut and normalised before the backbone sees it. Defined here only.
 
-`Preprocessing` travels with every checkpoint, export and embedding, so that inference does what training
-did. Shapes: B images, H = W = image_size pixels. Pixels cross process borders as uint8 and are normalised
-after the transfer.
+`Preprocessing` is stored with every checkpoint, export and embedding, so that inference does the same as training.
+Shapes: B images, H = W = image_size pixels. Pixels are sent between processes as uint8 and normalised afterwards.
 """
 
 import difflib
@@ -13,32 +12,35 @@ from ..config import TrainConfig
 from ..errors import ConfigError, WeightsError
 from ..files import printable
 
-if TYPE_CHECKING:  # validate-data cuts crops without torch
+if TYPE_CHECKING:  # not at run time: validate-data cuts crops without torch
     import torch
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Crop and normalisation. `mean`, `std`: RGB statistics of pixels in [0, 1]."""
+    """Crop and normalisation."""
 
-    image_size: int
-    bbox_buffer: float
-    pad: bool
-    interpolation: str  # nearest, bilinear, bicubic, lanczos (of PIL, antialiased)
-    mean: tuple[float, float, float]
+    image_size: int  # px
+    bbox_buffer: float  # share of the box's sides that is added on each side
+    pad: bool  # pad to a square with the mean; otherwise squash
+    interpolation: str  # one of INTERPOLATIONS (of PIL, antialiased)
+    mean: tuple[float, float, float]  # RGB, of pixels in [0, 1]
     std: tuple[float, float, float]
-    mirror: bool = False  # right ears, where sides are known, are turned into left ones
+    mirror: bool = False  # mirror right ears, if sides are known
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The padding colour: the mean, which is 0 after normalisation."""
-        return tuple(round(255 * m) for m in self.mean)  # type: ignore[return-value]
+        """The padding colour, 0 to 255: the mean, which becomes 0 by normalisation."""
+        red, green, blue = (round(255 * m) for m in self.mean)
+        return red, green, blue
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values for JSON."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @staticmethod
     def from_dict(values: dict[str, Any], where: str) -> "Preprocessing":
+        """Undo `as_dict`. `where`: name of the file in messages. Raises WeightsError for missing or invalid values."""
         try:
             found = Preprocessing(
                 image_size=int(values["image_size"]),
@@ -50,8 +52,8 @@ class Preprocessing:
                 mirror=values.get("mirror", False),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise WeightsError(f"{where}: its preprocessing is not whole ({error!r}); export it again") from error
-        right = {
+            raise WeightsError(f"{where}: its preprocessing is incomplete ({error!r}); export it again") from error
+        checks = {
             "image_size": 32 <= found.image_size <= 2048,
             "bbox_buffer": 0 <= found.bbox_buffer <= _LARGEST,
             "pad": isinstance(found.pad, bool),
@@ -60,18 +62,19 @@ class Preprocessing:
             "std": len(found.std) == 3 and all(0 < value <= _LARGEST for value in found.std),
             "mirror": isinstance(found.mirror, bool),
         }
-        if wrong := [name for name, passed in right.items() if not passed]:
-            raise WeightsError(f"{where}: {wrong[0]} {printable(values.get(wrong[0]))[:40]} cannot be; export it again")
+        if wrong := [name for name, passed in checks.items() if not passed]:
+            value = printable(values.get(wrong[0]))[:40]
+            raise WeightsError(f"{where}: its {wrong[0]} {value} is invalid; export it again")
         return found
 
 
-_LARGEST = 1000  # more than any sensible number here
+_LARGEST = 1000  # more than any sensible value of buffer, mean or std
 
 
 def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bool) -> Preprocessing:
-    """Preprocessing with the statistics and interpolation of the backbone's own pretrained configuration.
+    """Return preprocessing with mean, std and interpolation of the backbone's pretrained configuration.
 
-    timm's `crop_pct` is deliberately not used: a centre crop would cut the helix off.
+    timm's `crop_pct` is deliberately not used: a centre crop would cut off the helix.
     """
     pretrained = pretrained_cfg_of(backbone)
     interpolation = pretrained.interpolation if pretrained.interpolation in INTERPOLATIONS else "bicubic"
@@ -79,19 +82,19 @@ def preprocessing_of(backbone: str, image_size: int, bbox_buffer: float, pad: bo
 
 
 def preprocessing_for(config: TrainConfig) -> Preprocessing:
-    """The preprocessing of a training run."""
+    """Return the preprocessing of a training run."""
     preprocessing = preprocessing_of(config.backbone, config.image_size, config.bbox_buffer, config.pad)
     return replace(preprocessing, mirror=config.side_policy == "mirror")
 
 
 def pretrained_cfg_of(backbone: str) -> Any:
-    """timm's pretrained configuration of a model. Raises ConfigError, with near names, if timm has no such model."""
+    """Return timm's pretrained configuration of a model. Raises ConfigError, with similar names, if there is none."""
     import timm
 
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone, timm.list_models(), n=3)
-        mend = f"did you mean {', '.join(near)}?" if near else "python -c 'import timm; print(timm.list_models())'"
-        raise ConfigError("backbone", f"timm has no model {backbone!r}", mend)
+        advice = f"did you mean {', '.join(near)}?" if near else "python -c 'import timm; print(timm.list_models())'"
+        raise ConfigError("backbone", f"timm has no model {backbone!r}", advice)
     return timm.get_pretrained_cfg(backbone)
 
 
@@ -99,19 +102,19 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def normalise(pixels: "torch.Tensor", preprocessing: Preprocessing) -> "torch.Tensor":
-    """uint8 B,3,H,W -> float32 B,3,H,W with the backbone's mean and standard deviation."""
+    """Normalise uint8 B,3,H,W to float32 B,3,H,W with the backbone's mean and standard deviation."""
     mean = pixels.new_tensor(preprocessing.mean, dtype=_float32()).view(3, 1, 1) * 255
     std = pixels.new_tensor(preprocessing.std, dtype=_float32()).view(3, 1, 1) * 255
     return (pixels - mean) / std
 
 
 def to_unit(pixels: "torch.Tensor") -> "torch.Tensor":
-    """uint8 B,3,H,W -> float32 in [-1, 1]: the reconstruction's target, the same for every backbone."""
+    """Scale uint8 B,3,H,W to float32 in [-1, 1]: the target of the reconstruction, the same for every backbone."""
     return pixels.to(_float32()) / 127.5 - 1
 
 
 def from_unit(images: "torch.Tensor") -> "torch.Tensor":
-    """float B,3,H,W in [-1, 1] -> uint8, clamped."""
+    """Scale float B,3,H,W in [-1, 1] to uint8, clamped: the inverse of `to_unit`."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 

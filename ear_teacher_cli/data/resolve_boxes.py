@@ -1,4 +1,8 @@
-"""The boxes of a list to corners in pixels: by what the list says, what the user says, or what the numbers say."""
+"""Convert the boxes of a list to corners in pixels.
+
+Their order and units come from the list itself (names of columns, its format), else from the user (--box-format,
+--box-units), else from the numbers (box_format.py). If none of them decides, the user is asked by an error.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +17,12 @@ from ..files import printable
 from .box_drawing import draw_readings
 from .box_format import Judgement, could_be_centres, impossible, judge
 from .boxes import BOX_FORMATS, Boxes, scaled, to_corners, units_of
-from .crop import image_size
+from .crop import as_box, image_size
 from .formats.rows import Rows
 
-_SAMPLE = 400  # images whose sizes are read to judge a list
-_READERS = 8  # threads: what they wait for is the disk, or the network
+_SAMPLE = 400  # images whose sizes are read to judge the order of a list
+_READERS = 8  # threads that read sizes: they wait for the disk or the network
+# Units -> orders between which the numbers may decide.
 _ORDERS = {"pixels": ("xyxy", "xywh"), "relative": ("xyxy", "xywh", "cxcywh")}
 
 
@@ -27,127 +32,133 @@ class Corners:
 
     boxes: Boxes
     how: str = ""  # for a message: "x,y,width,height: as x1,y1,x2,y2 280 of 336 boxes are impossible"
-    order: str = ""  # one of BOX_FORMATS; "" where no row has a box
+    order: str = ""  # one of BOX_FORMATS; "" if no row has a box
     units: str = ""
     warnings: list[str] = field(default_factory=list)
 
 
-def to_pixels(rows: Rows, files: "Files", reading: Reading, where: str) -> Corners:
+def to_pixels(rows: Rows, sizes: "ImageSizes", reading: Reading, where: str) -> Corners:
     """Convert the boxes of `rows` to corners in pixels of the upright images.
 
-    Raises ManifestError where their order or units are open, or the images are not of the sizes that the list states.
+    `where`: name of the list in messages. Raises ManifestError if order or units cannot be determined, or if the images
+    do not have the sizes that the list states.
     """
-    places = np.flatnonzero(rows.boxes.given)
-    if not len(places):
+    boxed = np.flatnonzero(rows.boxes.given)  # rows with a box
+    if not len(boxed):
         return Corners(rows.boxes)
-    numbers = rows.boxes.numbers[places]
+    numbers = rows.boxes.numbers[boxed]
     units = _units(rows, numbers, reading, where)
-    sample = _Sample.of(places, numbers, units, files)
-    _check_sizes(rows, sample, files, where)
+    sample = _Sample.of(boxed, numbers, units, sizes)
+    _check_sizes(rows, sample, where)
     result = Corners(rows.boxes, units=units)
-    result.order, result.how = _order(rows, sample, files, units, reading, where, result.warnings)
+    result.order, result.how = _order(rows, sample, units, reading, where, result.warnings)
     if units == "relative":
         result.how += f"{', ' if result.how else ''}as shares of the image"
     if units == "relative" or rows.from_points:
-        sizes = np.array([files.size(int(place)) for place in files.read(places)])
-        known = ~np.isnan(sizes).any(axis=1, keepdims=True)
-        pixels = scaled(numbers, sizes, units)
+        image_sizes = np.array([sizes.size(int(row)) for row in sizes.read(boxed)])
+        known = ~np.isnan(image_sizes).any(axis=1, keepdims=True)
+        pixels = scaled(numbers, image_sizes, units)
         corners = to_corners(np.where(known, pixels, numbers), result.order)
         if rows.from_points:
-            corners = np.where(~known, corners, np.clip(corners, 0, np.tile(sizes, 2)))
+            corners = np.where(~known, corners, np.clip(corners, 0, np.tile(image_sizes, 2)))
     elif result.order == "xyxy":
         return result
     else:
         corners = to_corners(numbers, result.order)
     all_numbers = rows.boxes.numbers.copy()
-    all_numbers[places] = corners
+    all_numbers[boxed] = corners
     result.boxes = rows.boxes.replaced(all_numbers)
     return result
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """The boxes of at most _SAMPLE images, spread over a list of `count` boxes."""
+    """The M boxes of at most _SAMPLE images, spread over a list of `count` boxes."""
 
-    places: np.ndarray  # [M] rows
+    images: "ImageSizes"
+    rows: np.ndarray  # [M]
     numbers: np.ndarray  # [M, 4] in pixels, in the order of the list
-    sizes: np.ndarray  # [M, 2] of the images; NaN where one could not be opened
+    sizes: np.ndarray  # [M, 2] of the images; NaN if one could not be opened
     count: int
 
     @classmethod
-    def of(cls, places: np.ndarray, numbers: np.ndarray, units: str, files: "Files") -> "_Sample":
-        images = np.unique(np.array([files.number(int(place)) for place in places]), return_inverse=True)[1]
-        kept = np.ones(len(places), dtype=bool)
+    def of(cls, rows: np.ndarray, numbers: np.ndarray, units: str, sizes: "ImageSizes") -> "_Sample":
+        """Take the boxes of a list: `rows` [N] with `numbers` [N, 4]."""
+        images = np.unique(np.array([sizes.number(int(row)) for row in rows]), return_inverse=True)[1]
+        kept = np.ones(len(rows), dtype=bool)
         if (count := int(images.max()) + 1) > _SAMPLE:
             chosen = np.zeros(count, dtype=bool)
             chosen[np.linspace(0, count - 1, _SAMPLE).astype(int)] = True
             kept = chosen[images]
-        files.read(places[kept])
-        sizes = np.array([files.size(int(place)) for place in places[kept]]).reshape(-1, 2)
-        return cls(places[kept], scaled(numbers[kept], sizes, units), sizes, len(places))
+        sampled = sizes.read(rows[kept])
+        found = np.array([sizes.size(int(row)) for row in sampled]).reshape(-1, 2)
+        return cls(sizes, sampled, scaled(numbers[kept], found, units), found, len(rows))
 
 
 def _units(rows: Rows, numbers: np.ndarray, reading: Reading, where: str) -> str:
-    if rows.units or reading.box_units != AUTO:
-        return rows.units if reading.box_units == AUTO else reading.box_units
+    """Return "pixels" or "relative": what the user says, what the list says, or what the numbers say."""
+    if reading.box_units != AUTO:
+        return reading.box_units
+    if rows.units:
+        return rows.units
     units = units_of(numbers)
     if not units:
         small = int((np.abs(numbers).max(axis=1) <= 1.1).sum())
         raise ManifestError(
-            f"{where}: {small} of {len(numbers)} boxes have no number above 1.1, as shares of an image have, and the others "
-            "have; write all in pixels, or give --box-units pixels or relative"
+            f"{where}: {small} of {len(numbers)} boxes have no number above 1.1, like shares of an image, but the "
+            "others have; write all in pixels, or give --box-units pixels or relative"
         )
     return units
 
 
-def _check_sizes(rows: Rows, sample: _Sample, files: "Files", where: str) -> None:
-    """Raise ManifestError where most images are not of the sizes that the list states: its boxes are of other files."""
+def _check_sizes(rows: Rows, sample: _Sample, where: str) -> None:
+    """Raise ManifestError if most images do not have the sizes that the list states: its boxes are of other files."""
     if not rows.sizes:
         return
-    stated = np.array([rows.sizes.get(rows.paths[place], (np.nan, np.nan)) for place in sample.places])
+    stated = np.array([rows.sizes.get(rows.paths[row], (np.nan, np.nan)) for row in sample.rows])
     both = ~(np.isnan(stated) | np.isnan(sample.sizes)).any(axis=1)
-    if rows.order is not None:  # `width` beside `left` and `right` may be the box's
+    if rows.order is not None:  # a column `width` beside `left` and `right` may be that of the box
         corners = to_corners(sample.numbers, rows.order)
         both &= (np.abs(corners[:, 2:] - corners[:, :2] - stated) > 1).any(axis=1)
     other = both & (np.abs(stated - sample.sizes) > 1).any(axis=1)
     if other.sum() <= both.sum() / 2:
         return
     first = int(np.flatnonzero(other)[0])
-    says, found = ("{:g} x {:g}".format(*size) for size in (stated[first], sample.sizes[first]))
+    listed, found = ("{:g} x {:g}".format(*size) for size in (stated[first], sample.sizes[first]))
     raise ManifestError(
-        f"{where}: says that {printable(rows.paths[sample.places[first]])} is {says}, but the file is {found}, as are "
-        f"{int(other.sum()) - 1} others: the images were resized or turned after they were annotated. Use the images as "
-        "they were; or if the boxes fit these, take width and height out of the list"
+        f"{where}: gives {printable(rows.paths[sample.rows[first]])} as {listed}, but the file is {found}, and "
+        f"{int(other.sum()) - 1} others differ, too: the images were resized or turned after they were annotated. Use "
+        "the original images, or, if the boxes fit these, remove width and height from the list"
     )
 
 
 def _order(
-    rows: Rows, sample: _Sample, files: "Files", units: str, reading: Reading, where: str, warnings: list[str]
+    rows: Rows, sample: _Sample, units: str, reading: Reading, where: str, warnings: list[str]
 ) -> tuple[str, str]:
-    """(order of the boxes, how it was found); warnings are added. Raises ManifestError where it is open."""
-    open_in_shares = rows.open_in_shares and units == "relative"
-    if rows.order is not None and not open_in_shares:
+    """Return (order of the boxes, how it was found); add warnings. Raises ManifestError if it cannot be determined."""
+    ambiguous = rows.ambiguous_shares and units == "relative"
+    if rows.order is not None and not ambiguous:
         order, how = rows.order, f"{BOX_FORMATS[rows.order]} by {rows.named_by}"
         if reading.box_format not in (AUTO, order):
             warnings.append(
-                f"{where}: its boxes are {how}; --box-format {reading.box_format} is only for lists that do not say, and "
-                "was not used"
+                f"{where}: its boxes are {how}; --box-format {reading.box_format} applies only to lists that do not "
+                "name their order, and was not used"
             )
     elif reading.box_format != AUTO:
         order, how = reading.box_format, f"{BOX_FORMATS[reading.box_format]} by --box-format"
     else:
-        orders = ("xywh", "cxcywh") if open_in_shares else _ORDERS[units]
-        return _by_numbers(sample, files, orders, where, warnings)
+        orders = ("xywh", "cxcywh") if ambiguous else _ORDERS[units]
+        return _order_by_numbers(sample, orders, where, warnings)
     judged = judge(sample.numbers, sample.sizes, _ORDERS[units])
     if judged.order not in (None, order) and judged.differ and order in judged.impossible:
+        assert judged.order is not None
         if judged.impossible[order] > judged.impossible[judged.order]:
             warnings.append(f"{where}: its boxes are {how}, but {judged.reason}; is that order right?")
     return order, how
 
 
-def _by_numbers(
-    sample: _Sample, files: "Files", orders: tuple[str, ...], where: str, warnings: list[str]
-) -> tuple[str, str]:
+def _order_by_numbers(sample: _Sample, orders: tuple[str, ...], where: str, warnings: list[str]) -> tuple[str, str]:
+    """As `_order`, from the numbers alone."""
     judged = judge(sample.numbers, sample.sizes, orders)
     if not judged.differ:
         return judged.order or "xyxy", ""
@@ -155,71 +166,74 @@ def _by_numbers(
     if judged.order == "xywh" and "cxcywh" not in orders and could_be_centres(sample.numbers, sample.sizes):
         judged, offered = replace(judged, order=None), (*orders, "cxcywh")
     if judged.order is not None:
-        of = "" if len(sample.places) == sample.count else f", judged from {len(sample.places)} of {sample.count} boxes"
+        of = "" if len(sample.rows) == sample.count else f", judged from {len(sample.rows)} of {sample.count} boxes"
         how = f"{BOX_FORMATS[judged.order]} by their numbers ({judged.reason}{of})"
-        return judged.order, how + _or_centres(sample, judged.order, orders)
+        return judged.order, how + _centres_note(sample, judged.order, orders)
     if np.isnan(sample.sizes).all() and "xyxy" in orders:
         warnings.append(
-            f"{where}: not one of its images could be opened, so nothing shows whether its boxes are corners, as they are "
-            "taken to be; check --root-dir"
+            f"{where}: none of its images could be opened, so its boxes could not be checked and are read as corners; "
+            "check --root-dir"
         )
         return "xyxy", BOX_FORMATS["xyxy"]
     offered = offered if "cxcywh" in offered else (*offered, "cxcywh")
-    raise ManifestError(_open_question(sample, files, judged, offered, where))
+    raise ManifestError(_undecided(sample, judged, offered, where))
 
 
-def _or_centres(sample: _Sample, order: str, orders: tuple[str, ...]) -> str:
-    """What is left open where x,y,width,height is taken."""
+def _centres_note(sample: _Sample, order: str, orders: tuple[str, ...]) -> str:
+    """Return a note if boxes that are read as x,y,width,height could also be centres."""
     if order != "xywh" or "cxcywh" in orders:
         return ""
     excluded = impossible(sample.numbers, sample.sizes, "cxcywh").mean() > 0.1
-    return "" if excluded else "; not told apart from centres in pixels, which are --box-format cxcywh"
+    return "" if excluded else "; if they are centres in pixels, give --box-format cxcywh"
 
 
-def _open_question(sample: _Sample, files: "Files", judged: Judgement, orders: tuple[str, ...], where: str) -> str:
-    """What to say of a list whose order is open, with an image of its readings where one can be drawn."""
-    rows = [(files.path(int(p)), tuple(box)) for p, box in zip(sample.places, sample.numbers.tolist(), strict=True)]
-    image = draw_readings(where, rows, orders)
-    seen = f"look at {image} and " if image else ""
+def _undecided(sample: _Sample, judged: Judgement, orders: tuple[str, ...], where: str) -> str:
+    """Return the message for a list whose order cannot be determined, and draw its readings."""
+    paths = (sample.images.path(int(row)) for row in sample.rows)
+    boxes = [(path, as_box(box)) for path, box in zip(paths, sample.numbers.tolist(), strict=True)]
+    image = draw_readings(where, boxes, orders)
+    advice = f"look at {image} and " if image else ""
     return (
-        f"{where}: its boxes can be {' or '.join(BOX_FORMATS[o] for o in orders)} ({judged.reason}); {seen}give "
+        f"{where}: its boxes can be {' or '.join(BOX_FORMATS[o] for o in orders)} ({judged.reason}); {advice}give "
         f"--box-format ({', '.join(orders)})"
     )
 
 
-class Files:
-    """Sizes of the images of a list, read from their headers, each once."""
+class ImageSizes:
+    """Sizes of the images of a list in pixels, read from their headers, each once."""
 
     def __init__(self, paths: Sequence[str], locate: Callable[[int], str]):
-        """`locate(place)`: the absolute path of a row's image, or ImageError."""
+        """`paths`: per row. `locate(row)`: the absolute path of a row's image; raises ImageError if it leaves the
+        root."""
         self._paths, self._locate = paths, locate
         self._numbers: dict[str, int] = {}
         self._sizes: dict[str, tuple[float, float]] = {}
 
-    def number(self, place: int) -> int:
-        """The same number for rows of one image."""
-        return self._numbers.setdefault(self._paths[place], len(self._numbers))
+    def number(self, row: int) -> int:
+        """Return a number of the image, the same for all its rows."""
+        return self._numbers.setdefault(self._paths[row], len(self._numbers))
 
-    def path(self, place: int) -> str | None:
+    def path(self, row: int) -> str | None:
+        """Return the absolute path of the image, None if it leaves the root."""
         try:
-            return self._locate(place)
+            return self._locate(row)
         except ImageError:
             return None
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """Read the sizes of the images of these rows; returns `places`."""
-        new = {self._paths[int(place)]: int(place) for place in places if self._paths[int(place)] not in self._sizes}
-        for path, size in zip(new, _sizes([self.path(place) for place in new.values()]), strict=True):
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Read the sizes of the images of these rows; return `rows`."""
+        new = {self._paths[int(row)]: int(row) for row in rows if self._paths[int(row)] not in self._sizes}
+        for path, size in zip(new, _sizes([self.path(row) for row in new.values()]), strict=True):
             self._sizes[path] = size
-        return places
+        return rows
 
-    def size(self, place: int) -> tuple[float, float]:
-        """(width, height) of an image that was read; NaN where it could not be opened."""
-        return self._sizes[self._paths[place]]
+    def size(self, row: int) -> tuple[float, float]:
+        """Return (width, height) of an image whose size was read; NaN if it could not be opened."""
+        return self._sizes[self._paths[row]]
 
 
 def _sizes(paths: list[str | None]) -> Iterator[tuple[float, float]]:
-    with warnings.catch_warnings():  # of odd headers, which validate-data reports
+    with warnings.catch_warnings():  # about unusual headers: validate-data reports them
         warnings.simplefilter("ignore")
         if len(paths) < 64:
             yield from map(_size, paths)

@@ -1,8 +1,8 @@
-"""Two sides of a set of ears, training and validation, with nothing of one group on both.
+"""Split ears into training and validation, with each group on one side.
 
-`Links` makes the groups: whatever is linked, through others too, is one. `choose_validation` picks groups so that every
-source gives the wanted share of its ears, and so does the whole. Both depend on names and the seed alone, not on the
-order in which files were found.
+`Links` forms the groups: whatever is linked, directly or through others, is one group. `choose_validation` chooses
+groups so that every source contributes the requested share of its ears, and so do all sources together. Both depend
+only on names and the seed, not on the order in which files are found.
 """
 
 import hashlib
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 
 class Links:
-    """Which things belong together (union-find): paths, names of people, anything hashable."""
+    """Groups of things that belong together (union-find): paths, identities, anything hashable."""
 
     def __init__(self) -> None:
         self._above: dict[Hashable, Hashable] = {}
 
     def find(self, thing: Hashable) -> Hashable:
-        """The representative of a thing's group; the thing itself where nothing is linked to it."""
+        """Return the representative of a thing's group; the thing itself if nothing is linked to it."""
         top = thing
         while (above := self._above.get(top, top)) != top:
             top = above
-        while (above := self._above.get(thing, thing)) != top:  # the next time it is near
+        while (above := self._above.get(thing, thing)) != top:  # path compression
             self._above[thing], thing = top, above
         return top
 
     def link(self, things: Iterable[Hashable]) -> None:
-        """Put things, and all that is linked to them, into one group."""
+        """Join the groups of these things."""
         first: Hashable = None
         for place, thing in enumerate(things):
             if place == 0:
@@ -36,7 +36,7 @@ class Links:
                 self._above[self.find(thing)] = first
 
     def groups(self, things: Iterable[Hashable]) -> list[list]:
-        """The things by group; groups by their first thing, things in the order given."""
+        """Return the things by group, in the order given; groups in the order of their first thing."""
         members: dict[Hashable, list] = defaultdict(list)
         for thing in things:
             members[self.find(thing)].append(thing)
@@ -45,69 +45,71 @@ class Links:
 
 @dataclass(frozen=True)
 class Group:
-    """Ears that must stay on one side. `name`: the same in every run, and of no other group."""
+    """Ears that must stay on one side."""
 
-    name: str
-    ears: Mapping[str, int]  # source -> how many
+    name: str  # unique, and the same in every run
+    ears: Mapping[str, int]  # source -> number of ears
 
 
 def choose_validation(groups: Sequence[Group], share: float, seed: int) -> set[int]:
-    """Places of the groups to validate on: about `share` of the ears of every source, and of all.
+    """Return the positions of the groups for validation: about `share` of the ears of every source, and of all.
 
-    The groups are taken in an order that the seed and their names fix. A group joins if it brings the sources nearer to
-    their share; then others join if that brings the whole nearer to it by more than it takes the sources away, which
-    matters where sources are too small to be divided (a source per person). Neither side stays empty if there are two
-    groups or more.
+    Groups are visited in an order given by the seed and their names. In a first pass a group is chosen if that brings
+    the sources closer to the share. In a second pass a group is also chosen if that brings the total closer by more
+    than it moves the sources away; this matters if sources are too small to be divided (a source per person). With two
+    or more groups, neither side is empty.
     """
-    order = sorted(range(len(groups)), key=lambda place: _drawn(seed, groups[place].name))
+    order = sorted(range(len(groups)), key=lambda place: _sort_key(seed, groups[place].name))
     balance = _Balance(groups, share)
     chosen: set[int] = set()
-    for whole in (False, True):
+    for with_total in (False, True):
         for place in order:
             group = groups[place]
-            if place not in chosen and balance.by_source(group) + whole * balance.by_all(group) < -_LEAST:
+            change = balance.by_source(group) + with_total * balance.of_total(group)
+            if place not in chosen and change < -_TOLERANCE:
                 chosen.add(place)
                 balance.move(group)
     if len(groups) > 1 and len(chosen) in (0, len(groups)):
         sign = -1 if chosen else 1
-        place = min(order, key=lambda p: balance.by_source(groups[p], sign) + balance.by_all(groups[p], sign))
+        place = min(order, key=lambda p: balance.by_source(groups[p], sign) + balance.of_total(groups[p], sign))
         chosen ^= {place}
     return chosen
 
 
 class _Balance:
-    """How far validation is from the wanted share, in ears."""
+    """How far validation is from the requested share, in ears."""
 
     def __init__(self, groups: Sequence[Group], share: float):
         total: Counter[str] = Counter()
         for group in groups:
             total.update(group.ears)
-        self._wanted = {source: share * count for source, count in total.items()}
-        self._wanted_of_all = share * total.total()
-        self._taken: Counter[str] = Counter()
-        self._taken_of_all = 0
+        self._target = {source: share * count for source, count in total.items()}
+        self._total_target = share * total.total()
+        self._chosen: Counter[str] = Counter()
+        self._total_chosen = 0
 
     def by_source(self, group: Group, sign: int = 1) -> float:
-        """How much farther from their shares the sources are with the group (without it, if `sign` is -1)."""
+        """Return by how much adding the group (removing it, if `sign` is -1) moves the sources from their shares."""
         return sum(
-            abs(self._taken[source] + sign * count - self._wanted[source])
-            - abs(self._taken[source] - self._wanted[source])
+            abs(self._chosen[source] + sign * count - self._target[source])
+            - abs(self._chosen[source] - self._target[source])
             for source, count in group.ears.items()
         )
 
-    def by_all(self, group: Group, sign: int = 1) -> float:
-        """The same of all ears together."""
-        missing = self._taken_of_all - self._wanted_of_all
-        return abs(missing + sign * sum(group.ears.values())) - abs(missing)
+    def of_total(self, group: Group, sign: int = 1) -> float:
+        """As `by_source`, for all ears together."""
+        excess = self._total_chosen - self._total_target
+        return abs(excess + sign * sum(group.ears.values())) - abs(excess)
 
     def move(self, group: Group) -> None:
-        self._taken.update(group.ears)
-        self._taken_of_all += sum(group.ears.values())
+        """Count the group as chosen."""
+        self._chosen.update(group.ears)
+        self._total_chosen += sum(group.ears.values())
 
 
-_LEAST = 1e-9  # ears; sums of shares are not exact
+_TOLERANCE = 1e-9  # ears: sums of shares are not exact
 
 
-def _drawn(seed: int, name: str) -> bytes:
-    """A number drawn for a name: it does not change when other groups come or go."""
+def _sort_key(seed: int, name: str) -> bytes:
+    """Return a pseudo-random key that depends on the seed and the name only: other groups do not change it."""
     return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()

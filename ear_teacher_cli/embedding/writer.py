@@ -26,7 +26,7 @@ from .. import __version__
 from ..config import Reading
 from ..console import Console
 from ..data.dataset import UnreadableImage
-from ..data.manifest import Manifest, read_input, tell
+from ..data.manifest import Manifest, print_summary, read_input
 from ..distributed import Ranks, joined
 from ..errors import EarTeachError, UsageError
 from ..files import only_writer, printable, refuse_existing, whole_file
@@ -89,7 +89,7 @@ def embed(
         )
         if embedder.whitening:
             console.info("whitened as the run fitted it (--no-whiten: raw)")
-        tell(manifest, console)
+        print_summary(manifest, console)
         dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
         about = _provenance(embedder, manifest, dim, normalize)
         mine = ranks.block(len(manifest), batch_size)

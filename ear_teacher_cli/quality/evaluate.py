@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import Reading
 from ..console import Console
-from ..data.manifest import read_input, tell
+from ..data.manifest import print_summary, read_input
 from ..embedding.files import Embeddings, read_embeddings, read_rows, space_of
 from ..errors import EarTeachError, UsageError
 from ..files import printable, refuse_existing, whole_file
@@ -68,7 +68,7 @@ def evaluate(
 
         manifest = read_input(sources[0], root_dir, reading)
         embedder = load_embedder(weights, backbone, image_size, whitened)
-        tell(manifest, console)
+        print_summary(manifest, console)
         console.info(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
         files = [embed_manifest(embedder, manifest, batch_size, num_workers, console, whitened)]
     else:

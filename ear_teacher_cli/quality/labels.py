@@ -15,7 +15,7 @@ import numpy as np
 from ..config import Reading
 from ..console import Console
 from ..data.boxes import Box
-from ..data.manifest import Manifest, folder_name, read_manifest, side_of, tell
+from ..data.manifest import Manifest, folder_name, print_summary, read_manifest, side_of
 from ..embedding.files import Embeddings
 from ..errors import EarTeachError, ManifestError
 from ..files import printable
@@ -63,7 +63,7 @@ def labels_of(
     file, own = files[0], rows[0]
     if labels is not None:
         manifest = read_manifest(labels, root_dir, reading)
-        tell(manifest, console)
+        print_summary(manifest, console)
         if manifest.identities is None:
             raise ManifestError(f"{printable(labels)}: has no identities; give a list with a column 'identity'")
         return *_matched(file, own, manifest), manifest.root

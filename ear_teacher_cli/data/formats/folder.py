@@ -1,9 +1,9 @@
-"""A folder: every image below it, with the boxes of the annotations that lie there.
+"""Read a folder: every image below it, with the boxes of the annotations that lie there.
 
-Read are COCO (any `.json` with `images` and `annotations`), `_annotations.csv` and `*_annotations.csv`, `.pts` landmarks
-and YOLO's `.txt` labels. In a folder of which an image is annotated, one without annotation is a photo without a marked
-ear and is left out; in a folder without any, images are crops of ears, as they are. Any other list with boxes of images
-below the folder is refused: it would make whole photos of them.
+These are COCO (any `.json` with `images` and `annotations`), `_annotations.csv` and `*_annotations.csv`, `.pts`
+landmarks and `.txt` labels of YOLO. In a folder with an annotated image, images without annotation are photos without a
+marked ear and are left out; in a folder without any, images are crops of ears. Any other list with boxes of images
+below the folder is an error: without its boxes, whole photos would be taken as crops.
 """
 
 import posixpath
@@ -14,32 +14,31 @@ from pathlib import Path
 from ...errors import ManifestError
 from ...files import printable
 from .. import image_suffixes
-from . import coco, csv_table, lists, pts, yolo
+from . import FORMATS, coco, csv_table, lists, pts, yolo
 from .rows import Rows
 from .tree import Tree, locate, walk
 
 _COCO, _CSV = ".coco.json", "_annotations.csv"
-_LISTS = (".csv", ".npy", ".jsonl", ".json")
-_READ = "in a folder, COCO .json, *_annotations.csv, .pts and YOLO labels are read"
+_READ = "in a folder, COCO .json, *_annotations.csv, .pts and YOLO labels are read"  # for messages
 
 
 @dataclass
 class Found:
-    """What a folder holds."""
+    """Content of a folder."""
 
     tree: Tree
-    parts: dict[str, Rows] = field(default_factory=dict)  # what it was read from -> rows
+    parts: dict[str, Rows] = field(default_factory=dict)  # path of the list, ".pts", "YOLO" or "images" -> rows
     warnings: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)  # files that may be lists or annotations
+    unread: list[str] = field(default_factory=list)  # files that may be lists or annotations, but are not read
     naming: list[str] = field(default_factory=list)  # of these, lists without boxes that name people on images here
-    annotated: set[str] = field(default_factory=set)  # folders of which an image has an annotation
+    annotated: set[str] = field(default_factory=set)  # folders with an annotated image
     marked: set[str] = field(default_factory=set)  # images with an annotation
 
 
 def read(folder: Path, identity_column: str | None) -> Found:
     """Read a folder. An image may be in several parts.
 
-    Raises ManifestError if no image is below it, an annotation is not understood, or a list with boxes is not read.
+    Raises ManifestError if it has no images, if an annotation is not understood, or if a list with boxes is not read.
     """
     found = Found(walk(folder))
     tree = found.tree
@@ -50,8 +49,8 @@ def read(folder: Path, identity_column: str | None) -> Found:
         )
     for path in tree.files:
         _read_list(found, path, identity_column)
-    _read_beside(found)
-    _note_unread(found, identity_column)
+    _read_labels(found)
+    _find_unread(found, identity_column)
     unmarked = [image for image in tree.images if image not in found.marked]
     whole = Rows()
     for image in unmarked:
@@ -59,7 +58,7 @@ def read(folder: Path, identity_column: str | None) -> Found:
             whole.add(0, image, None)
     if whole.paths:
         found.parts["images"] = whole
-    found.warnings += [*_left_out(found, len(unmarked), whole), *tree.warnings]
+    found.warnings += [*_warnings(found, len(unmarked), whole), *tree.warnings]
     return found
 
 
@@ -79,7 +78,7 @@ def _read_list(found: Found, path: str, identity_column: str | None) -> None:
     names = dict.fromkeys([*rows.paths, *(images or ())])
     places = locate(tree, path, names)
     if not places:
-        _refuse_lost(tree, where, names)
+        _refuse_wrong_paths(tree, where, names)
         if not by_name:
             found.warnings.append(f"{where}: is COCO of images that are not below {printable(tree.root)}; not read")
             return
@@ -98,18 +97,18 @@ def _read_list(found: Found, path: str, identity_column: str | None) -> None:
     found.warnings += rows.warnings
 
 
-def _refuse_lost(tree: Tree, where: str, names: dict[str, None]) -> None:
-    """Raise ManifestError if none of a list's paths leads to an image, and yet images of these names are there."""
-    lost = next((name for name in names if tree.images_named(name)), None)
-    if lost is not None:
+def _refuse_wrong_paths(tree: Tree, where: str, names: dict[str, None]) -> None:
+    """Raise ManifestError if none of a list's paths leads to an image, although images of these names exist."""
+    wrong = next((name for name in names if tree.images_named(name)), None)
+    if wrong is not None:
         raise ManifestError(
-            f"{where}: none of its paths leads to an image ({printable(lost)}; there is "
-            f"{printable(tree.images_named(lost)[0])}); correct the paths, from its folder"
+            f"{where}: none of its paths leads to an image ({printable(wrong)}, but there is "
+            f"{printable(tree.images_named(wrong)[0])}); write paths relative to the folder of the list"
         )
 
 
-def _read_beside(found: Found) -> None:
-    """Read `.pts` and YOLO's labels, a file per image."""
+def _read_labels(found: Found) -> None:
+    """Read `.pts` landmarks and YOLO labels, one file per image."""
     tree, find = found.tree, found.tree.by_stem(pts.SUFFIX)
     points = Rows(order="xyxy", units="pixels", named_by=".pts landmarks", from_points=True)
     used = set()
@@ -126,7 +125,8 @@ def _read_beside(found: Found) -> None:
     for image, of_image in of_images.items():
         if not of_image.boxes and image in marked:
             raise ManifestError(
-                f"{printable(tree.root / image)}: its YOLO labels mark no ear, but another annotation does; remove one"
+                f"{printable(tree.root / image)}: its YOLO labels mark no ear, but another annotation does; remove one "
+                "of them"
             )
         for box in of_image.boxes:
             labels.add(0, image, box)
@@ -136,61 +136,73 @@ def _read_beside(found: Found) -> None:
     found.warnings += warnings
 
 
-def _note_unread(found: Found, identity_column: str | None) -> None:
-    """Note files that may be lists. Raises ManifestError for one with boxes of images that are here."""
+def _find_unread(found: Found, identity_column: str | None) -> None:
+    """Collect files that may be lists. Raises ManifestError for one with boxes of images below the folder."""
     tree = found.tree
     images = {lists.stem_of(image) for image in tree.images}
     for path in tree.files:
         full, suffix = tree.root / path, posixpath.splitext(path)[1].lower()
-        if path in found.parts or suffix not in lists.FOREIGN and suffix not in _LISTS or lists.is_own_output(full):
+        if path in found.parts or suffix not in {*lists.FOREIGN, *FORMATS} or lists.is_own_output(full):
             continue
-        one = lists.listed(full, identity_column) if suffix in _LISTS else None
-        here = one is not None and (one.has_boxes or one.has_people) and bool(_located(tree, path, one.paths))
-        if one and here and one.has_boxes:
-            raise ManifestError(
-                f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); rename it (a "
-                ".csv to NAME_annotations.csv), move it elsewhere, or name the list itself instead of the folder"
-            )
-        if one and here:
+        if suffix not in lists.INSPECTED:
+            found.unread.append(path)
+            continue
+        listing = lists.inspect_list(full, identity_column)
+        of_images_here = (
+            listing is not None
+            and (listing.has_boxes or listing.has_people)
+            and _lists_images_of(tree, path, listing.paths)
+        )
+        if listing and of_images_here:
+            if listing.has_boxes:
+                raise ManifestError(
+                    f"{printable(full)}: is a list with boxes of images that are here, and is not read ({_READ}); "
+                    "rename it (a .csv to NAME_annotations.csv), move it elsewhere, or name the list itself instead "
+                    "of the folder"
+                )
             found.naming.append(path)
-        foreign = suffix in lists.FOREIGN or (suffix != ".json" and not lists.is_numbers(full))
-        if here or foreign or (suffix == ".json" and lists.stem_of(path) in images):
+        may_be_list = lists.stem_of(path) in images if suffix == ".json" else not lists.is_numbers(full)
+        if of_images_here or may_be_list:
             found.unread.append(path)
     found.unread.sort()
 
 
-def _located(tree: Tree, path: str, names: list[str]) -> bool:
+def _lists_images_of(tree: Tree, listing: str, names: list[str]) -> bool:
+    """Whether some names in the list at `listing` mean images of the tree."""
     try:
-        return bool(locate(tree, path, dict.fromkeys(names)))
-    except ManifestError:  # a name can be of several images
+        return bool(locate(tree, listing, dict.fromkeys(names)))
+    except ManifestError:  # a name can mean several images
         return True
 
 
-def _left_out(found: Found, unmarked: int, whole: Rows) -> list[str]:
-    """Warnings of what is not used, and of what is used whole."""
+def _warnings(found: Found, unmarked: int, whole: Rows) -> list[str]:
+    """Return warnings about images and files that are not used, and images that are read whole."""
     where, warnings = printable(found.tree.root), []
     if unmarked > len(whole.paths):
         warnings.append(
-            f"{where}: {unmarked - len(whole.paths)} images have no annotation in folders that have some, and are left out"
+            f"{where}: {unmarked - len(whole.paths)} images have no annotation, in folders with annotations, and are "
+            "left out"
         )
     if whole.paths and found.annotated:
         folders = Counter(posixpath.dirname(path) or "." for path in whole.paths)
         warnings.append(
-            f"{where}: {len(whole.paths)} images in folders without annotations ({_some(list(folders))}) are read whole, as "
-            "crops of ears; if they are photos, leave them out or annotate them"
+            f"{where}: {len(whole.paths)} images in folders without annotations ({_first_few(list(folders))}) are read "
+            "whole, as crops of ears; if they are photos, leave them out or annotate them"
         )
     if found.tree.heic:
-        warnings.append(f"{where}: left out{_heic(found.tree)}")
+        warnings.append(f"{where}: some images are left out{_heic(found.tree)}")
     if found.unread:
         count = len(found.unread)
         warnings.append(
-            f"{where}: {count} file{'s' * (count > 1)} that may be a list of ears {'were' if count > 1 else 'was'} not read "
-            f"({_some(found.unread)}); {_READ}: if it marks ears, export it so, or name the list itself"
+            f"{where}: {count} file{'s' * (count > 1)} that may be a list of ears {'were' if count > 1 else 'was'} not "
+            "read "
+            f"({_first_few(found.unread)}); {_READ}: if it marks ears, export it in one of these formats, or name the "
+            "list itself"
         )
     return warnings
 
 
-def _some(paths: list[str], most: int = 3) -> str:
+def _first_few(paths: list[str], most: int = 3) -> str:
     more = f", and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(map(printable, paths[:most])) + more
 

@@ -1,4 +1,7 @@
-"""`.jsonl`: an object per line, with the names of CSV columns or one `bbox` of four numbers (or a list of such)."""
+"""`.jsonl`: one object per line, with the names of CSV columns, or a `bbox` of four numbers or a list of such.
+
+`read_objects` is the reader of all formats whose rows have names: CSV, JSON Lines, lists in `.json`, Parquet.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,13 +16,13 @@ from .rows import Rows, per_box, stated_size
 
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
-    """Raise ManifestError if a line is no object, or its names are not understood."""
+    """Read the rows. Raises ManifestError if a line is not an object, or its names are not understood."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return read_objects(_objects(file, where), where, identity_column)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(
-            f"{where}: not readable as JSON Lines ({short_message(error)}); one object a line, UTF-8"
+            f"{where}: is not readable as JSON Lines ({short_message(error)}); write one object per line, in UTF-8"
         ) from error
 
 
@@ -29,11 +32,11 @@ def read_objects(
     identity_column: str | None,
     label_of: Callable[[Any], Any] = lambda value: value,
 ) -> Rows:
-    """(row, object) of one list; lines may have different names, but boxes in one order.
+    """Read (number, object) of each row; rows may have different names, but all boxes must be in the same order.
 
-    `label_of`: what an identity or a side is that stands there. Raises ManifestError.
+    `label_of(cell)`: the identity or side in a cell. Raises ManifestError.
     """
-    rows, first = Rows(), True
+    rows, has_boxes = Rows(), False
     known: dict[tuple[str, ...], Columns] = {}
     for number, line in objects:
         names = tuple(line)
@@ -43,24 +46,26 @@ def read_objects(
         columns = known[names]
         name, boxes, order = read_row(columns, line, where, number, rows.order)
         if any(box is not None for box in boxes):
-            if first:
-                first, rows.order, rows.from_points = False, order, bool(columns.keypoints)
+            if not has_boxes:
+                has_boxes, rows.order, rows.from_points = True, order, bool(columns.keypoints)
                 rows.named_by = columns.named_by or (f"its {columns.box_order}" if order else "")
-                rows.open_in_shares = columns.order == "xywh" and [compare(n) for n in columns.four[:2]] == ["x", "y"]
+                rows.ambiguous_shares = columns.order == "xywh" and [compare(n) for n in columns.four[:2]] == ["x", "y"]
             elif order != rows.order or bool(columns.keypoints) != rows.from_points:
                 raise ManifestError(
-                    f"{where} line {number + 1}: its box is in another order than those before; write all alike"
+                    f"{where} line {number + 1}: its box is in another order than those before; use one order for all"
                 )
         if columns.size and (size := stated_size(*(line.get(n) for n in columns.size))):
             rows.sizes[name.replace("\\", "/")] = size
-        people, sides = (per_box(label_of(line.get(n)), boxes) for n in (columns.identity, columns.side))
-        for box, identity, side in zip(boxes, people, sides, strict=True):
+        identities, sides = (
+            per_box(label_of(line.get(n) if n is not None else None), boxes) for n in (columns.identity, columns.side)
+        )
+        for box, identity, side in zip(boxes, identities, sides, strict=True):
             rows.add(number, name, box, identity, side)
     return rows
 
 
 def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
-    """Write (path, corners, identity, side), a line each, with the order of the box."""
+    """Write one object per row of (path, box x1, y1, x2, y2 or None, identity, side), with the order of the box."""
     with open(path, "w", encoding="utf-8") as file:
         for name, box, identity, side in rows:
             line: dict[str, Any] = {"image_path": name}
@@ -71,10 +76,10 @@ def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
 
 
 def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_column: str | None) -> None:
-    """Copy the lines of which anything is `kept`, (row, which of its boxes)."""
+    """Copy the lines of the boxes `kept`, (row, position of the box within it)."""
     by_row: dict[int, list[int]] = {}
-    for row, place in kept:
-        by_row.setdefault(row, []).append(place)
+    for row, position in kept:
+        by_row.setdefault(row, []).append(position)
     with open(source, encoding="utf-8-sig") as file, open(out, "w", encoding="utf-8") as written:
         for number, text in enumerate(file):
             if number not in by_row:
@@ -83,19 +88,20 @@ def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_colu
             columns = find_columns(line, str(source), identity_column)
             boxes = line.get(columns.box)
             if isinstance(boxes, list) and boxes and isinstance(boxes[0], list) and len(by_row[number]) < len(boxes):
-                line[columns.box] = [boxes[place] for place in by_row[number]]
+                line[columns.box] = [boxes[position] for position in by_row[number]]
                 for name in (columns.identity, columns.side):
                     if isinstance(line.get(name), list) and len(line[name]) == len(boxes):
-                        line[name] = [line[name][place] for place in by_row[number]]
+                        line[name] = [line[name][position] for position in by_row[number]]
                 text = json.dumps(line) + "\n"
             written.write(text if text.endswith("\n") else text + "\n")
 
 
 def _objects(lines: Iterable[str], where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (number, object) of each line that is not empty. Raises ManifestError if it is not an object."""
     for number, text in enumerate(lines):
         if not text.strip():
             continue
         line = json.loads(text)
         if not isinstance(line, dict):
-            raise ManifestError(f'{where} line {number + 1}: is no object; write {{"image_path": ...}}')
+            raise ManifestError(f'{where} line {number + 1}: is not an object; write {{"image_path": ...}}')
         yield number, line

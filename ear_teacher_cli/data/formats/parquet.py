@@ -12,13 +12,13 @@ from .rows import Rows
 
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
-    """Raise ManifestError if it is not readable, or its columns are not understood."""
+    """Read the rows. Raises ManifestError if the file is not readable, or its columns are not understood."""
     objects = ({k: v for k, v in line.items() if v is not None} for line in _table(path, where).to_pylist())
     return read_objects(enumerate(objects), where, identity_column)
 
 
 def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
-    """Write (path, corners, identity, side)."""
+    """Write a table of rows (path, box x1, y1, x2, y2 or None, identity, side)."""
     arrow, parquet = _pyarrow()
     names, boxes, identities, sides = zip(*rows, strict=True)
     corners = {
@@ -40,7 +40,7 @@ def _table(path: Path, where: str) -> Any:
     try:
         return parquet.read_table(path)
     except (OSError, arrow.ArrowException) as error:
-        raise ManifestError(f"{where}: not readable as Parquet ({short_message(error)}); write it again") from error
+        raise ManifestError(f"{where}: is not readable as Parquet ({short_message(error)}); write it again") from error
 
 
 def _pyarrow() -> tuple[Any, Any]:

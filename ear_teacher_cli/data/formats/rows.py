@@ -1,4 +1,7 @@
-"""What a reader of one format returns, and the checks that all readers share."""
+"""What a reader of a format returns (Rows), and checks of single values that all readers share.
+
+`where` is the name of the file in messages, `row` the number of the row.
+"""
 
 import math
 import re
@@ -13,32 +16,32 @@ from ...errors import ManifestError
 from ...files import printable
 from ..boxes import BOX_FORMATS, Box, Boxes
 
-_LONGEST = 4096  # characters of a path on Linux
+_MAX_CHARACTERS = 4096  # of a path on Linux
 
 
 @dataclass
 class Rows:
-    """A list as it was read, one entry per ear; the boxes are still in the order and units of the list."""
+    """A list as it was read, one entry per ear; boxes are in the order and units of the list."""
 
     paths: list[str] = field(default_factory=list)
     boxes: Boxes = field(default_factory=Boxes)
-    numbers: array = field(default_factory=lambda: array("q"))  # of the row or annotation, from 0
+    numbers: array = field(default_factory=lambda: array("q"))  # of rows or annotations, from 0
     identities: list[str] = field(default_factory=list)
     sides: list[str] = field(default_factory=list)
     sizes: dict[str, tuple[float, float]] = field(default_factory=dict)  # path -> width, height that the list states
-    # How the list itself says that its boxes are to be read; None: it does not, and they are judged.
+    # Order (of BOX_FORMATS) and units that the list itself names; None: see resolve_boxes.py.
     order: str | None = None
-    open_in_shares: bool = False  # x, y, w, h as shares of the image: YOLO's centres have these names, too
+    ambiguous_shares: bool = False  # names are x, y, w, h: as shares of the image, they may also be YOLO's centres
     units: str | None = None
-    named_by: str = ""  # what says so, for messages: "columns xmin, ymin, xmax, ymax"
-    from_points: bool = False  # boxes around keypoints; they may leave the image and are clamped to it
-    warnings: list[str] = field(default_factory=list)  # what the reader left unused
+    named_by: str = ""  # what names the order, for messages: "columns xmin, ymin, xmax, ymax"
+    from_points: bool = False  # boxes are around keypoints; they may leave the image and are clamped to it
+    warnings: list[str] = field(default_factory=list)  # about what the reader did not use
 
     def add(self, number: int, path: str, box: Box | None, identity: Any = "", side: Any = "") -> None:
         """Append one ear. Raises ManifestError if a text is longer than a path can be."""
         texts = path, label(identity), label(side)
-        if max(map(len, texts)) > _LONGEST:
-            raise ManifestError(f"row {number}: holds a path or a name of over {_LONGEST} characters; mend it")
+        if max(map(len, texts)) > _MAX_CHARACTERS:
+            raise ManifestError(f"row {number}: has a path or a name of over {_MAX_CHARACTERS} characters; correct it")
         self.numbers.append(number)
         self.paths.append(path.replace("\\", "/"))
         self.boxes.append(box)
@@ -54,21 +57,21 @@ class Rows:
 
 
 def label(value: Any) -> str:
-    """An identity or a side as text; '' for None and NaN. Raises ManifestError for a list of several."""
+    """Return an identity or a side as text; '' for None and NaN. Raises ManifestError for a list of several."""
     if isinstance(value, list | tuple | dict | np.ndarray):
         raise ManifestError(f"identity or side {printable(value)[:60]}: is not one text per ear; correct the row")
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
 def per_box(labels: Any, boxes: list) -> list:
-    """Labels of one row's boxes: one each if a list of that length is given, else the same for all."""
+    """Return the labels of one row's boxes: one each if `labels` is a list of that length, else the same for all."""
     if isinstance(labels, list | tuple | np.ndarray) and len(labels) == len(boxes):
         return list(labels)
     return [labels] * len(boxes)
 
 
 def stated_size(width: Any, height: Any) -> tuple[float, float] | None:
-    """The size of an image as a list states it; None if it is none, or a placeholder."""
+    """Return the size of an image that a list states; None if it is not a size, or a placeholder."""
     try:
         size = float(width), float(height)
     except (TypeError, ValueError):
@@ -77,16 +80,19 @@ def stated_size(width: Any, height: Any) -> tuple[float, float] | None:
 
 
 def path_text(value: Any, where: str, row: int) -> str:
-    """A path as text. Raises ManifestError if it is none."""
+    """Return a path as text. Raises ManifestError if it is empty or of another type."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{where} row {row}: path is {printable(repr(value))[:80]}; give a text")
+        raise ManifestError(f"{where} row {row}: path is {printable(repr(value))[:80]}; give a path as text")
     return str(value)
 
 
 def four_numbers(entry: Any, where: str, row: int) -> Box:
-    """A box as four floats. NaN and any order are allowed: validate-data reports those with the image at hand."""
+    """Return a box as four floats, in any order, perhaps NaN: validate-data checks boxes against their images.
+
+    Raises ManifestError for anything but four numbers.
+    """
     try:
         a, b, c, d = (float(v) for v in entry)
     except (TypeError, ValueError):
@@ -99,7 +105,10 @@ def four_numbers(entry: Any, where: str, row: int) -> Box:
 
 
 def boxes_of(entry: Any, where: str, row: int) -> list[Box | None]:
-    """One row's boxes: None, four numbers, or a list of such fours (an empty one: an image without a marked ear)."""
+    """Return the boxes of one row: None, four numbers, or a list of fours (an empty one: no ear is marked).
+
+    Raises ManifestError.
+    """
     if entry is None:
         return [None]
     if isinstance(entry, np.ndarray):
@@ -112,9 +121,10 @@ def boxes_of(entry: Any, where: str, row: int) -> list[Box | None]:
 
 
 def points_of(entry: Any, where: str, row: int) -> np.ndarray:
-    """Keypoints [P, 2] of one ear, from P x 2, P x 3 (x, y, visibility) or a flat x, y, visibility, ... as in COCO.
+    """Return the keypoints [P, 2] of one ear, from P x 2, P x 3 (x, y, visibility) or a flat list of the latter (COCO).
 
-    Points that are not visible (visibility 0) or not finite are left out. Raises ManifestError if fewer than two stay.
+    Points that are not visible (visibility 0) or not finite are left out. Raises ManifestError if the others span no
+    box.
     """
     try:
         points = np.asarray(entry, dtype=np.float64)
@@ -124,18 +134,19 @@ def points_of(entry: Any, where: str, row: int) -> np.ndarray:
             raise ValueError
     except (TypeError, ValueError):
         raise ManifestError(
-            f"{where} row {row}: keypoints are not P x 2 or P x 3 numbers (x, y, visibility); mend them"
+            f"{where} row {row}: keypoints are not P x 2 or P x 3 numbers (x, y, visibility); correct the row"
         ) from None
     if points.shape[1] == 3:
         points = points[points[:, 2] > 0]
     points = points[np.isfinite(points[:, :2]).all(axis=1), :2]
     if len(points) < 2 or (np.ptp(points, axis=0) <= 0).any():
-        raise ManifestError(f"{where} row {row}: its visible keypoints span no box; mend the row or remove it")
+        raise ManifestError(f"{where} row {row}: its visible keypoints span no box; correct the row or remove it")
     return points
 
 
 def order_named(value: Any, where: str) -> str | None:
-    """What a list's own `box_format` says, None for none. Raises ManifestError for an unknown word."""
+    """Return the order that a list's own `box_format` names, None if it is empty. Raises ManifestError if it is
+    unknown."""
     if value is None or label(value).strip() == "":
         return None
     order = label(value).strip().casefold()

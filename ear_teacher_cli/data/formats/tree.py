@@ -1,4 +1,5 @@
-"""The files below a folder, and which of its images a list means. Paths start from the folder and have slashes."""
+"""List the files below a folder, and find the images that a list means. Paths start from the folder and have
+slashes."""
 
 import os
 import posixpath
@@ -16,21 +17,21 @@ from .. import image_suffixes
 
 @dataclass
 class Tree:
-    """All files below a folder that are not hidden, sorted. Links to folders are not followed."""
+    """The files below a folder that are not hidden, sorted. Links to folders are not followed."""
 
     root: Path
-    images: list[str] = field(default_factory=list)  # that can be read here
-    heic: list[str] = field(default_factory=list)  # images that cannot
+    images: list[str] = field(default_factory=list)  # that this installation reads
+    heic: list[str] = field(default_factory=list)  # images that it does not read
     files: list[str] = field(default_factory=list)  # all others
-    warnings: list[str] = field(default_factory=list)  # what was not looked into
+    warnings: list[str] = field(default_factory=list)  # about folders that were left out
 
     def suffix_counts(self) -> str:
-        """`3 .heic`, of the images that cannot be read here."""
+        """Return the number of images that cannot be read, by suffix: `3 .heic`."""
         counts = Counter(posixpath.splitext(path)[1].lower() for path in self.heic)
         return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
     def by_stem(self, suffix: str) -> Callable[[str], str | None]:
-        """A function from a path without its suffix to the file of that name and suffix, both compared without case."""
+        """Return a function from a path without suffix to the file with that name and `suffix`; case is ignored."""
         stems: dict[str, list[str]] = {}
         for path in self.files:
             stem, own = posixpath.splitext(path)
@@ -44,14 +45,14 @@ class Tree:
         return find
 
     def image(self, path: str) -> str | None:
-        """The image of a path, if need be of another case; None if there is none, or several of other cases."""
+        """Return the image of a path, or the only one that differs in case; None if there is none."""
         if path in self._known:
             return path
         same = self._folded.get(path.casefold(), ())
         return same[0] if len(same) == 1 else None
 
     def images_named(self, name: str) -> list[str]:
-        """Images whose last part is that of `name`, compared without case."""
+        """Return the images whose file name is that of `name`; case is ignored."""
         return self._by_name.get(posixpath.basename(name).casefold(), [])
 
     @cached_property
@@ -108,11 +109,12 @@ def _put(tree: Tree, path: str) -> None:
 
 
 def locate(tree: Tree, listing: str, names: Collection[str]) -> dict[str, str]:
-    """Name in a list (itself at `listing`) -> the image that it means; names of which none is found are left out.
+    """Return name -> image for the names in the list at `listing`; names without an image are left out.
 
     Names start from the list's folder, from a folder above it, or from the working directory; else they are the ends of
-    paths below one of these folders, the nearest. All names of a list start from one place: the first from which at
-    least half of them lead to images, or that from which most do. Raises ManifestError if a name means several images.
+    paths below the nearest of these folders. All names of a list start from the same folder: the first from which at
+    least half of them lead to images, else the one from which most do. Raises ManifestError if a name means several
+    images.
     """
     best: dict[str, list[str]] = {}
     for attempt in _attempts(tree, posixpath.dirname(listing)):
@@ -125,24 +127,25 @@ def locate(tree: Tree, listing: str, names: Collection[str]) -> dict[str, str]:
     for name, images in best.items():
         if len(images) > 1:
             raise ManifestError(
-                f"{where}: {printable(name)} can be {printable(images[0])} or {printable(images[1])}; write its paths as "
-                "they start from its folder"
+                f"{where}: {printable(name)} can be {printable(images[0])} or {printable(images[1])}; let its paths "
+                "start from the folder that it is in"
             )
         other = owner.setdefault(images[0], name)
         if posixpath.normpath(other) != posixpath.normpath(name):
             raise ManifestError(
-                f"{where}: {printable(other)} and {printable(name)} both lead to {printable(images[0])}; write its paths as "
-                "they start from its folder"
+                f"{where}: {printable(other)} and {printable(name)} both lead to {printable(images[0])}; let its paths "
+                "start from the folder that it is in"
             )
     return {name: images[0] for name, images in best.items()}
 
 
 def _attempts(tree: Tree, below: str) -> Iterator[Callable[[str], list[str]]]:
-    """Functions from a name to the images that it can mean, the surest first."""
+    """Yield functions from a name to the images that it can mean, the most reliable first. `below`: folder of the
+    list."""
     folders = [below]
     while folders[-1]:
         folders.append(posixpath.dirname(folders[-1]))
-    # the root as it is typed and as it really is: no name is asked of the disk
+    # the root as typed and with links resolved: no name needs access to the disk
     roots = {os.path.join(root, "") for root in (os.path.abspath(tree.root), os.path.realpath(tree.root))}
 
     def from_folder(folder: str) -> Callable[[str], list[str]]:
@@ -168,8 +171,8 @@ def _one(image: str | None) -> list[str]:
 
 
 def _ending(tree: Tree, folder: str, name: str) -> list[str]:
-    """Images below a folder whose paths end as `name` does; of an absolute path of another machine, those that it ends
-    with, the longest."""
+    """Return the images below a folder whose paths end with `name`; for an absolute path (of another machine), the
+    longest image path with which it ends."""
     prefix = f"{folder}/" if folder else ""
     images = [path for path in tree.images_named(name) if path.startswith(prefix)]
     wanted = f"/{posixpath.normpath(name).casefold()}"

@@ -1,7 +1,7 @@
-"""YOLO's labels: `.txt` beside the image, or in a folder `labels` beside, in or instead of one of the image's folders.
+"""YOLO labels: `.txt` beside the image, or in a folder `labels` beside, in or instead of one of the image's folders.
 
-A line per box: `class centre-x centre-y width height [confidence]`, as a share of the image's width and height, between
-spaces or commas; the class is a number or a name. Names are compared without case.
+One line per box: `class centre-x centre-y width height [confidence]`, as shares of the image's width and height,
+separated by spaces or commas; the class is a number or a name. Case of file names is ignored.
 """
 
 import posixpath
@@ -17,9 +17,9 @@ from ..boxes import Box
 from .tree import Tree
 
 SUFFIX = ".txt"
-# Names of classes, in the folder of the labels or above it.
+# Files with the names of classes, in the folder of the labels or above it.
 _NAMES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names")
-# Texts that tools put into folders of labels.
+# Other text files (without .txt) that tools put into folders of labels.
 _NO_LABELS = frozenset("classes readme license notes train val valid test predefined_classes".split())
 
 
@@ -28,13 +28,13 @@ class Labels:
     """The labels of one image."""
 
     boxes: list[Box] = field(default_factory=list)  # centre x, centre y, width, height from 0 to 1
-    classes: list[str] = field(default_factory=list)  # as they stand there, one per box
-    problem: str = ""  # where and why the text is not understood
-    may_be_other: bool = False  # it may be any other text, a caption
+    classes: list[str] = field(default_factory=list)  # number or name, one per box
+    problem: str = ""  # message, if the file is not understood
+    may_be_other: bool = False  # it may be another text, such as a caption
 
 
 def read_labels(path: Path, where: str) -> Labels:
-    """Read one file; what is not understood is in `problem`. Raises ManifestError if it cannot be opened."""
+    """Read one file; if it is not understood, set `problem`. Raises ManifestError if it cannot be opened."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -46,32 +46,31 @@ def read_labels(path: Path, where: str) -> Labels:
         words = line.replace(",", " ").split()
         if not words:
             continue
-        reason, name, box = _parsed(words)
+        problem, name, box = _parse(words)
         if box is None:
-            numbers = sum(map(_is_number, words))
-            other = not labels.boxes and numbers < 4
-            return Labels(problem=f"{where} line {number}: {reason}", may_be_other=other)
+            other = not labels.boxes and sum(map(_is_number, words)) < 4
+            return Labels(problem=f"{where} line {number}: {problem}", may_be_other=other)
         labels.boxes.append(box)
         labels.classes.append(name)
     return labels
 
 
-def _parsed(words: list[str]) -> tuple[str, str, Box | None]:
-    """(why it is no label, the class, the box) of one line."""
-    named = next((place for place, word in enumerate(words) if _is_number(word)), len(words))
-    name, numbers = " ".join(words[:named]), words[named:]
+def _parse(words: list[str]) -> tuple[str, str, Box | None]:
+    """Parse one line: return (problem or "", class, box or None)."""
+    name_words = next((place for place, word in enumerate(words) if _is_number(word)), len(words))
+    name, numbers = " ".join(words[:name_words]), words[name_words:]
     if not name and numbers:
-        name, numbers = _plain(numbers[0]), numbers[1:]
-    layout = "YOLO's labels of boxes are: class, centre x, centre y, width, height"
+        name, numbers = _class_number(numbers[0]), numbers[1:]
+    layout = "a YOLO label of a box is: class, centre x, centre y, width, height"
     if not all(map(_is_number, numbers)):
-        return f"is not numbers; {layout}: correct or remove the line", name, None
-    if len(numbers) not in ((4, 5) if not named else (4,)):
-        what = f"{len(words)} numbers" if not named else f"{len(numbers)} numbers after {printable(name)[:40]!r}"
+        return f"has words among its numbers; {layout}: correct or remove the line", name, None
+    if len(numbers) not in ((4, 5) if not name_words else (4,)):
+        found = f"{len(words)} numbers" if not name_words else f"{len(numbers)} numbers after {printable(name)[:40]!r}"
         hint = ". Export boxes, not polygons or keypoints" if len(numbers) > 5 else ""
-        return f"has {what}; {layout}{hint}", name, None
+        return f"has {found}; {layout}{hint}", name, None
     x, y, width, height = map(float, numbers[:4])
     if not all(-0.01 <= value <= 1.01 for value in (x, y, width, height)):
-        return "is not from 0 to 1, as YOLO's labels are; correct it", name, None
+        return "is not from 0 to 1, as numbers of YOLO labels are; correct it", name, None
     return "", name, (x, y, width, height)
 
 
@@ -79,40 +78,46 @@ def _is_number(word: str) -> bool:
     return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", word, re.IGNORECASE) is not None
 
 
-def _plain(number: str) -> str:
-    """`0` of `0.0`: some tools write classes so."""
+def _class_number(number: str) -> str:
+    """Return `0` for `0.0`, which some tools write."""
     return str(int(float(number))) if re.fullmatch(r"\d+\.0*", number) else number
 
 
 def find_labels(tree: Tree) -> dict[str, list[str]]:
-    """Image -> the texts that may be its labels. Raises ManifestError if one may be of images in two folders."""
+    """Return image -> files that may be its labels.
+
+    Raises ManifestError if a file may belong to images in two folders.
+    """
     find = tree.by_stem(SUFFIX)
     claims: dict[str, list[tuple[int, str]]] = defaultdict(list)
     if any(path.lower().endswith(SUFFIX) for path in tree.files):
         for image in tree.images:
             ranks: dict[str, int] = {}
-            for rank, stem in _places(posixpath.splitext(image)[0]):
+            for rank, stem in _candidates(posixpath.splitext(image)[0]):
                 if path := find(stem):
                     ranks[path] = min(rank, ranks.get(path, rank))
             for path, rank in ranks.items():
                 claims[path].append((rank, image))
     found: dict[str, list[str]] = defaultdict(list)
     for path, claimed in sorted(claims.items()):
-        surest = min(rank for rank, _ in claimed)
-        images = [image for rank, image in claimed if rank == surest]
+        best = min(rank for rank, _ in claimed)
+        images = [image for rank, image in claimed if rank == best]
         other = next((image for image in images if posixpath.dirname(image) != posixpath.dirname(images[0])), None)
         if other:
             raise ManifestError(
-                f"{printable(tree.root / path)}: can be of {printable(images[0])} or {printable(other)}; put labels beside "
-                "their images, or into labels/ where the images are in images/"
+                f"{printable(tree.root / path)}: can belong to {printable(images[0])} or {printable(other)}; put "
+                "labels beside their images, or into labels/ if the images are in images/"
             )
         for image in images:
             found[image].append(path)
     return found
 
 
-def _places(stem: str) -> Iterator[tuple[int, str]]:
-    """Where labels of an image can be, without their suffix: (rank, path), a low rank for what is surer."""
+def _candidates(stem: str) -> Iterator[tuple[int, str]]:
+    """Yield (rank, path without suffix) where the labels of an image can be; lower ranks are more reliable.
+
+    `stem`: path of the image without its suffix.
+    """
     parts = stem.split("/")
     yield 0, stem
     for place, part in enumerate(parts[:-1]):
@@ -122,19 +127,19 @@ def _places(stem: str) -> Iterator[tuple[int, str]]:
 
 
 def read_all(tree: Tree) -> tuple[dict[str, Labels], list[str]]:
-    """(image -> its labels, warnings). Raises ManifestError for what is not understood where labels are."""
-    texts = find_labels(tree)
+    """Return (image -> its labels, warnings). Raises ManifestError for labels that are not understood."""
+    files = find_labels(tree)
     read = {
-        path: read_labels(tree.root / path, printable(tree.root / path)) for paths in texts.values() for path in paths
+        path: read_labels(tree.root / path, printable(tree.root / path)) for paths in files.values() for path in paths
     }
     with_labels = {posixpath.dirname(path) for path, labels in read.items() if labels.boxes}
     for path, labels in read.items():
-        sure = is_in_labels(path) or posixpath.dirname(path) in with_labels
-        if labels.problem and (sure or not labels.may_be_other):
+        expected = is_in_labels(path) or posixpath.dirname(path) in with_labels
+        if labels.problem and (expected or not labels.may_be_other):
             raise ManifestError(labels.problem)
     found: dict[str, Labels] = {}
     used: set[str] = set()
-    for image, paths in texts.items():
+    for image, paths in files.items():
         understood = [path for path in paths if not read[path].problem]
         for path in understood[1:]:
             if read[path].boxes != read[understood[0]].boxes:
@@ -145,16 +150,17 @@ def read_all(tree: Tree) -> tuple[dict[str, Labels], list[str]]:
         if understood:
             found[image] = read[understood[0]]
             used.add(understood[0])
-    of_file = {path: read[path].classes for path in used}
-    return found, [*_class_warnings(tree, of_file), *_unmatched(tree, read)]
+    classes = {path: read[path].classes for path in used}
+    return found, [*_class_warnings(tree, classes), *_unmatched_warnings(tree, read)]
 
 
 def is_in_labels(path: str) -> bool:
+    """Whether a file lies below a folder `labels`."""
     return "labels" in path.casefold().split("/")[:-1]
 
 
-def _unmatched(tree: Tree, known: dict[str, Labels]) -> list[str]:
-    lone = [
+def _unmatched_warnings(tree: Tree, known: dict[str, Labels]) -> list[str]:
+    unmatched = [
         path
         for path in tree.files
         if path.lower().endswith(SUFFIX)
@@ -162,16 +168,19 @@ def _unmatched(tree: Tree, known: dict[str, Labels]) -> list[str]:
         and is_in_labels(path)
         and posixpath.splitext(posixpath.basename(path))[0].casefold() not in _NO_LABELS
     ]
-    if not lone:
+    if not unmatched:
         return []
     return [
-        f"{printable(tree.root)}: {len(lone)} labels match no image ({printable(lone[0])}); put them beside their images, or "
-        "into labels/ where the images are in images/"
+        f"{printable(tree.root)}: {len(unmatched)} labels match no image ({printable(unmatched[0])}); put them beside "
+        "their images, or into labels/ if the images are in images/"
     ]
 
 
 def _class_warnings(tree: Tree, classes: dict[str, list[str]]) -> list[str]:
-    """A warning per file of names (or for want of one) whose labels are of several classes."""
+    """Return a warning per file of class names (one for all labels without it) whose labels are of several classes.
+
+    `classes`: file of labels -> its classes.
+    """
     files = {path.casefold(): path for path in tree.files}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     nearest: dict[str, str] = {}
@@ -185,15 +194,17 @@ def _class_warnings(tree: Tree, classes: dict[str, list[str]]) -> list[str]:
         if len(counted) < 2:
             continue
         names = _class_names(tree.root / path) if path else {}
-        said = ", ".join(f"{count} {printable(names.get(name, name))}" for name, count in counted.most_common(5))
+        found = ", ".join(f"{count} {printable(names.get(name, name))}" for name, count in counted.most_common(5))
         where = printable(tree.root / (posixpath.dirname(path) if path else ""))
         warnings.append(
-            f"{where}: YOLO labels of {len(counted)} classes are all read as ears ({said}); remove what is no ear"
+            f"{where}: YOLO labels of {len(counted)} classes are all read as ears ({found}); remove those that are not "
+            "ears"
         )
     return warnings
 
 
 def _names_file(folder: str, files: dict[str, str]) -> str:
+    """Return the nearest file of class names in a folder or above it; "" if there is none."""
     while True:
         for name in _NAMES:
             if path := files.get(posixpath.join(folder, name).casefold()):
@@ -204,7 +215,8 @@ def _names_file(folder: str, files: dict[str, str]) -> str:
 
 
 def _class_names(path: Path) -> dict[str, str]:
-    """Number -> name, of `classes.txt` (a name a line) or `names:` in a YAML file, as far as it is simple; else none."""
+    """Return number -> name from `classes.txt` (one name per line) or simple `names:` in a YAML file; else an empty
+    dict."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):

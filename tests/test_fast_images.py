@@ -1,4 +1,4 @@
-"""The quick ways to a crop against the slow one: part of a JPEG decoded, and crops that are kept."""
+"""Fast crops equal slow ones: JPEGs that are decoded in part, and cached crops."""
 
 import os
 import pickle
@@ -145,7 +145,7 @@ def ear(number: int = 0) -> np.ndarray:
 
 
 def never():
-    raise AssertionError("it is kept, and need not be cut again")
+    raise AssertionError("it is cached, and need not be cut again")
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def image(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_what_is_kept_comes_back_to_the_byte_here_and_in_other_processes(kind, ears, tmp_path, image):
+def test_cached_crops_are_returned_to_the_byte_here_and_in_other_processes(kind, ears, tmp_path, image):
     caches = cache_of(tmp_path / "crops", ears, kind)
     cache = caches.caches[0]
     assert (cache.crop(5, image, ear) == ear()).all() and (cache.crop(5, image, never) == ear()).all()
@@ -170,27 +170,27 @@ def test_what_is_kept_comes_back_to_the_byte_here_and_in_other_processes(kind, e
     assert int(done.stdout) == ear().sum(), done.stderr
 
 
-def test_a_image_that_changes_is_cut_again(ears, tmp_path, image):
+def test_an_image_that_changes_is_cut_again(ears, tmp_path, image):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
     cache.crop(5, image, ear)
     Path(image).write_bytes(b"another image")
     assert (cache.crop(5, image, lambda: ear(1)) == ear(1)).all()
     Path(image).unlink()
-    assert (cache.crop(5, image, lambda: ear(2)) == ear(2)).all()  # the slow way says what is wrong with it
+    assert (cache.crop(5, image, lambda: ear(2)) == ear(2)).all()  # cutting raises the error for a missing file
 
 
 @pytest.mark.parametrize("at", [3, 20, 5000])
-def test_a_place_that_is_damaged_or_half_written_is_filled_again(ears, tmp_path, image, at):
+def test_a_record_that_is_damaged_or_half_written_is_written_again(ears, tmp_path, image, at):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
     for row in (0, 1):
         cache.crop(row, image, ear)
-    place = 40 + 3 * 64 * 64
+    record = 40 + 3 * 64 * 64
     with open(cache.name, "r+b") as file:
         file.seek(at)
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 8]))
-        file.truncate(2 * place - 100)
+        file.truncate(2 * record - 100)
     for row in (0, 1):
         assert (cache.crop(row, image, lambda: ear(1)) == ear(1)).all()
         assert (cache.crop(row, image, never) == ear(1)).all()
@@ -205,7 +205,7 @@ def test_other_preprocessing_boxes_or_images_are_another_cache(ears, tmp_path):
     assert len(set(paths)) == 4 and CropCaches("disk", tmp_path, 1e9, 1, [manifest], PLAIN).caches[0].name == paths[0]
 
 
-def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_path, image):
+def test_the_limit_holds_and_unused_old_caches_make_room(ears, tmp_path, image):
     folder = tmp_path / "crops"
     full = cache_of(folder, ears)
     count = full.caches[0].capacity
@@ -215,7 +215,7 @@ def test_the_limit_holds_and_old_caches_that_nobody_uses_make_room(ears, tmp_pat
     manifest = read_manifest(ears / "val_teacher.npy", ears)
     while_used = CropCaches("disk", folder, old.stat().st_size + 5 * 12328, 1, [manifest], PLAIN)
     assert old.exists() and while_used.caches[0].capacity == 5 < len(manifest)
-    assert "5 of" not in while_used.words and "% of them" in while_used.words
+    assert "5 of" not in while_used.summary and "% of them" in while_used.summary
     while_used.caches[0].crop(5, image, ear)  # beyond
     assert (while_used.caches[0].crop(5, image, lambda: ear(1)) == ear(1)).all()
     del full, while_used
@@ -230,22 +230,22 @@ def test_a_lower_limit_shrinks_a_cache_and_none_at_all_is_off(ears, tmp_path, im
     del cache
     assert Path(cache_of(tmp_path, ears, limit=4 * 12328).caches[0].name).stat().st_size == 4 * 12328
     off = cache_of(tmp_path, ears, limit=0.0)
-    assert off.caches == [None] and off.words == "not kept"
+    assert off.caches == [None] and off.summary == "not kept"
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
-def test_a_strangers_file_under_a_caches_name_is_not_written(ears, tmp_path, image, link):
+def test_a_foreign_file_under_the_name_of_a_cache_is_not_written(ears, tmp_path, image, link):
     name = Path(cache_of(tmp_path / "crops", ears).caches[0].name)
     precious = tmp_path / "thesis.txt"
     precious.write_text("years of work")
     name.unlink()
     link(precious, name)
     caches = cache_of(tmp_path / "crops", ears)
-    assert caches.caches == [None] and caches.words.startswith("not kept (")
+    assert caches.caches == [None] and caches.summary.startswith("not kept (")
     assert precious.read_text() == "years of work"
 
 
-def test_a_image_of_the_same_size_and_time_is_another(ears, tmp_path, image):
+def test_a_changed_image_of_the_same_size_and_time_is_cut_again(ears, tmp_path, image):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
     cache.crop(5, image, ear)
     status = os.stat(image)
@@ -275,13 +275,13 @@ def test_two_workers_cut_each_crop_once_in_all_epochs(manifests, tmp_path, monke
     assert cuts["off"] >= 3 * 32 and cuts["ram"] <= 1.3 * 32 and cuts["disk"] <= 1.3 * 32, cuts
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing(ears, tmp_path):
+def test_in_a_folder_that_cannot_be_written_nothing_is_cached(ears, tmp_path):
     (tmp_path / "file").write_text("no folder")
     caches = cache_of(tmp_path / "file" / "crops", ears)
-    assert caches.caches == [None] and caches.words.startswith("not kept (")
+    assert caches.caches == [None] and caches.summary.startswith("not kept (")
 
 
-def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, image, monkeypatch):
+def test_a_full_disk_ends_caching_but_not_the_run(ears, tmp_path, image, monkeypatch):
     cache = cache_of(tmp_path / "crops", ears).caches[0]
 
     def full(*words):
@@ -293,7 +293,7 @@ def test_a_full_disk_ends_the_keeping_not_the_run(ears, tmp_path, image, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_a_run_learns_the_same_with_kept_crops(kind, run, manifests, tmp_path, earteach):
+def test_a_run_gives_the_same_result_with_cached_crops(kind, run, manifests, tmp_path, earteach):
     """`run` keeps them in memory; two workers fill the file, and a second run finds it filled."""
     words = ["train", *manifests, *SMALL, "--max-epochs", 6, "--output-dir", tmp_path]
     said = earteach(*words, "--cache", "off", "--num-workers", 2)
