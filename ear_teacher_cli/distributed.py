@@ -50,17 +50,17 @@ class Ranks:
         first, last = (batches * number // self.world * batch_size for number in (self.rank, self.rank + 1))
         return range(first, min(last, items))
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so for one of them."""
-        everything = [mine] * self.world
+    def of_first(self, value: Any) -> Any:
+        """Return the `value` that rank 0 has, on all ranks. Raises RuntimeError if one of them has ended."""
+        values = [value]
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.all_gather_object(everything, mine, self.group)
-        return any(everything)
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def wait(self) -> None:
-        """For all the others to get here. Raises RuntimeError if one of them has ended."""
+        """Wait for all other ranks to call this. Raises RuntimeError if one of them has ended."""
         if self.world > 1:
             import torch.distributed as dist
 
@@ -68,7 +68,7 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def distributed_context() -> Iterator[Ranks]:
     """Join the processes of this launch, each with a GPU of its own where there are GPUs."""
     place = _place()
     if place is None or place.world_size() == 1:

@@ -50,7 +50,7 @@ def test_the_life_of_a_teacher_without_posix(ears, tmp_path, workers, cache):
     ]
     # with workers, each of which is a Python that imports torch, what has workers
     assert said == (["train", "resume", "export-backbone", "embed", "embed", "evaluate"] if workers else whole)
-    assert "earteach resume" in lines[stopped[0]][2] and "--resume goes on" in lines[stopped[1]][2]
+    assert "earteach resume" in lines[stopped[0]][2] and "--resume continues" in lines[stopped[1]][2]
     left = {path.name for path in tmp_path.rglob("*")}
     assert {"model.safetensors", "rows.npy", "metrics.csv"} <= left
     assert workers or {"worst.png", "report.html", "collage.png", "rows.npz", "sheet.png"} <= left

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -170,6 +170,9 @@ def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Mod
     return embedder.backbone.cpu(), embedder.preprocessing
 
 
+Batch = tuple[list[int], torch.Tensor | None, list[UnreadableImage]]
+
+
 def embed_images(
     embedder: Embedder,
     manifest: Manifest,
@@ -177,33 +180,39 @@ def embed_images(
     num_workers: int,
     load_timeout: int,
     console: Console,
-    start: int = 0,
-) -> Iterator[tuple[list[int], torch.Tensor | None, list[UnreadableImage]]]:
-    """A batch at a time, in order, from the image `start` on: indices B, embeddings float32 B,D (None if B is 0), and
-    what could not be read."""
-    if embedder.preprocessing.mirror:
-        unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
-        if unknown:
-            console.warn(
-                f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
-                "embedded as they are. A manifest with a side column puts it right"
-            )
+    images: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Yield a batch at a time, in order: indices B, embeddings float32 B,D (None if B is 0), and what could not be read.
+
+    `images`: the indices of those to embed; None: all.
+    """
     batches = crops_of(
-        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, console, "embedding", start
+        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, console, "embedding", images
     )
     for good, pixels, bad in batches:
-        yield good, embedder(pixels) if good else None, bad
+        yield good, embedder(pixels) if pixels is not None else None, bad
+
+
+def warn_of_unknown_sides(embedder: Embedder, manifest: Manifest, console: Console) -> None:
+    """Warn if the weights want right ears mirrored and the manifest does not give all sides."""
+    unknown = sum(manifest.side(i) is None for i in range(len(manifest))) if embedder.preprocessing.mirror else 0
+    if unknown:
+        console.warn(
+            f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
+            "embedded unchanged; add a side column to the manifest"
+        )
 
 
 def embed_manifest(
     embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, console: Console, whiten: bool = True
 ) -> Embeddings:
-    """All that can be read, in memory, at unit length. Raises EarTeachError if nothing can."""
+    """Return the unit-length embeddings of all images that can be read, in memory. Raises EarTeachError if none can."""
+    warn_of_unknown_sides(embedder, manifest, console)
     rows, kept = [], []
     for good, vectors, _ in embed_images(
         embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, console
     ):
-        if good:
+        if vectors is not None:
             rows.append(embedder.unit_rows(vectors, whiten))
             kept += good
     if not kept:
@@ -233,22 +242,26 @@ def crops_of(
     load_timeout: int,
     console: Console,
     what: str,
-    start: int = 0,
-) -> Iterator[tuple[list[int], torch.Tensor | None, list[UnreadableImage]]]:
-    """A batch at a time, in order, from the image `start` on: indices B, uint8 B,3,H,W (None if B is 0), and what
-    could not be read, which is said. `what` is done to them: for the progress bar."""
-    workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
+    images: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Yield a batch at a time, in order: indices B, uint8 B,3,H,W (None if B is 0), and what could not be read, with a
+    warning.
+
+    `images`: the indices of those to read; None: all. `what` is done to them: for the progress bar.
+    """
+    images = range(len(manifest)) if images is None else images
+    workers = min(num_workers, usable_cores(), len(images) // batch_size)
     loader = DataLoader(
         EarDataset(manifest, preprocessing),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_stopping_to_the_parent,
-        sampler=range(start, len(manifest)),
+        sampler=images,
         timeout=load_timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
-    with console.progress(what, len(manifest) - start, "pictures") as steps:
+    with console.progress(what, len(images), "images") as steps:
         for batch in loader:
             for bad in batch["bad"]:
                 console.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")

@@ -17,10 +17,10 @@ import numpy as np, torch
 from ear_teacher_cli.embedding import writer as verb
 from ear_teacher_cli.console import Console
 
-def made_up(embedder, manifest, batch_size, workers, timeout, console, start):
-    for first in range(start, len(manifest), batch_size):
-        rows = list(range(first, min(first + batch_size, len(manifest))))
-        yield rows, torch.ones(len(rows), 64), []
+def made_up(embedder, manifest, batch_size, workers, timeout, console, images):
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        yield batch, torch.ones(len(batch), 64), []
 
 verb.embed_images = made_up
 verb.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))
