@@ -50,8 +50,8 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Whole:
-    """All that is written: `kept` are the indices of the images that have a row; `unreadable` says why the others have
-    none."""
+    """The content of the outputs. `kept`: indices of the images that have a row; `unreadable`: by index, why the others
+    have none."""
 
     manifest: Manifest
     shards: Shards
@@ -95,9 +95,9 @@ def embed(
     """Embed `source` (a folder, a manifest, an image, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
 
     `normalize`: rows at unit length (L2). `whiten`: as the run fitted it to its training embeddings, where it did;
-    rows that are not normalised are not whitened either. `resume`: continue what a killed one left, to the same bytes;
-    without it, and without `overwrite`, raises UsageError if there are finished rows. Raises EarTeachError if not one
-    image can be embedded.
+    rows that are not normalised are not whitened either. `resume`: go on with what a killed one left, to the same
+    bytes; without it, and without `overwrite`, raises UsageError if there is such a thing. Raises EarTeachError if not
+    one image could be embedded.
     """
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
@@ -112,7 +112,7 @@ def embed(
         console = Console(quiet=True) if ranks.rank else console
         embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
         _describe(embedder, manifest, console)
-        if ranks.rank == 0:  # of all images: one process says it for all
+        if ranks.rank == 0:
             warn_of_unknown_sides(embedder, manifest, console)
         about = _provenance(embedder, manifest, normalize)
         workers = min(num_workers, max(1, usable_cores() // ranks.local))
@@ -132,14 +132,14 @@ def _describe(embedder: Embedder, manifest: Manifest, console: Console) -> None:
         f"{embedder.preprocessing.image_size} px"
     )
     if embedder.whitening:
-        console.info("whitened as the run fitted it (--no-whiten: raw)")
+        console.info("whitened with the whitening of the run (--no-whiten: raw)")
     tell(manifest, console)
 
 
 def _refuse_outputs(
     outputs: list[str | Path], inputs: tuple[str | None, ...], resume: bool, overwrite: bool, ranks: Ranks
 ) -> None:
-    """Raise UsageError if an output, or what a killed embed has done of it, would be lost, or if there is nothing to
+    """Raise UsageError if an output or the finished rows of a killed embed would be lost, or if there is nothing to
     resume from."""
     out = Path(outputs[0])
     left = ranks.of_first(finished_rows(out) if ranks.rank == 0 else None)
@@ -165,7 +165,7 @@ def _open_shards(
     console: Console,
     ranks: Ranks,
 ) -> Iterator[Shards]:
-    """Open the shards of `out`: all ranks write into one folder, which the first one makes and locks."""
+    """Open the shards of `out`. All ranks write into one folder, which rank 0 makes, locks and removes."""
     shards = partial(Shards, len(manifest), batch_size, about["dim"])
     if out == "-":
         with tempfile.TemporaryFile() as file:
@@ -237,7 +237,7 @@ def _write_outputs(
 def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool) -> dict[str, Any]:
     """Return what `out.json` says: how to read the numbers, and whether two files may be compared."""
     return {
-        "dim": embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim,
+        "dim": embedder.row_dim,
         "dtype": "float32",
         "normalized": normalize,
         "whitened": embedder.whitening is not None,
@@ -266,7 +266,7 @@ def _format_of(out: str, format: str | None) -> str:
 
 
 def _sidecars(out: str, kind: str) -> dict[str, Path]:
-    """Return the files beside `x.npy`: `x.csv` with names, `x.json` with provenance. A `.csv` holds the names itself."""
+    """Return the files beside `x.npy`: `x.csv` with names, `x.json` with provenance. A `.csv` output includes the names."""
     if out == "-":
         return {}
     path = Path(out)
@@ -281,7 +281,7 @@ def _to_stdout(whole: Whole, kind: str) -> None:
         try:
             shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
             sys.stdout.buffer.flush()
-        except BrokenPipeError:  # the reader has all it wants; what is left to flush at exit goes nowhere
+        except BrokenPipeError:  # the reader has ended; discard what is flushed at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
