@@ -13,6 +13,7 @@ import tempfile
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from . import platform
@@ -190,50 +191,68 @@ class Writer:
 def only_writer(folder: Path) -> Iterator[Writer]:
     """Lock an existing `folder` against other writers. Raises EarTeachError, with the process and host of the other one,
     if it is locked."""
-    path = folder / _LOCK
-    try:  # not through a link: a folder from someone else may have one under this name
-        handle = platform.open_own_file(path, os.O_CREAT, 0o644)
-    except OSError as error:
-        raise EarTeachError(
-            f"{printable(path)}: cannot be written ({error.strerror}); choose another place, or remove it if it is a link"
-        ) from error
-    writer = Writer()
+    from filelock import FileLock, Timeout
+
+    path, writer = folder / _LOCK, Writer()
+    # The file stays: without it two processes could each lock a file of this name.
+    lock = FileLock(path, blocking=False, preserve_lock_file=True, on_acquired=partial(_write_holder, path))
     try:
-        if not platform.is_plain_file(handle):
-            raise EarTeachError(f"{printable(path)}: is not a regular file, or has other names; remove it")
-        if not platform.lock(handle):
-            holder = printable(_read_holder(handle)) or "another process"
-            raise EarTeachError(f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name")
-        os.ftruncate(handle, 0)
-        os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
-        yield writer  # the file stays: without it two processes could each lock a file of this name
+        lock.acquire()
+    except Timeout:
+        holder = printable(_read_holder(path)) or "another process"
+        raise EarTeachError(
+            f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in platform.NO_LOCKS:
+            raise EarTeachError(
+                f"{printable(path)}: cannot be written ({error.strerror}); choose another place, or remove it if it is a link"
+            ) from error
+    try:
+        yield writer
     finally:
-        try:
-            if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:
-                shutil.rmtree(folder)
-        finally:
-            platform.unlock_and_close(handle)
+        if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:  # while no other process can begin to write there
+            shutil.rmtree(folder)
+        lock.release()
         if writer.removes and not platform.OPEN_FILES_CAN_BE_REMOVED:
             with suppress(OSError):  # another process has begun to write there
                 shutil.rmtree(folder)
 
 
-def _read_holder(handle: int) -> str:
-    """Return `process 17 on host`. The first byte is a blank: Windows lets no one read it while the file is locked."""
-    os.lseek(handle, 1, os.SEEK_SET)
-    return os.read(handle, 200).decode("utf-8", "replace")
+def _write_holder(path: Path, handle: int) -> None:
+    """Write ` process 17 on host` into the lock file. The first byte is a blank: on Windows it cannot be read while the
+    file is locked."""
+    if not platform.is_plain_file(handle):
+        raise EarTeachError(f"{printable(path)}: is not a regular file, or has other names; remove it")
+    os.ftruncate(handle, 0)
+    os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _read_holder(path: Path) -> str:
+    """Return `process 17 on host`, or nothing if the lock file cannot be read."""
+    try:
+        handle = platform.open_own_file(path)
+    except OSError:
+        return ""
+    with open(handle, "rb", buffering=0) as file:
+        file.seek(1)
+        return file.read(200).decode("utf-8", "replace")
 
 
 def has_writer(folder: Path) -> bool:
     """Return whether a process is the `only_writer` of a folder."""
-    try:
-        handle = platform.open_own_file(folder / _LOCK)
-    except OSError:  # no such file
+    from filelock import FileLock, Timeout
+
+    path = folder / _LOCK
+    if not path.is_file():
         return False
     try:
-        return not platform.lock(handle)
-    finally:
-        platform.unlock_and_close(handle)
+        with FileLock(path, blocking=False, preserve_lock_file=True):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a link, another user's, or a file system without locks
+        return False
 
 
 def shell_word(name: object) -> str:

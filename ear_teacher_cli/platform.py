@@ -161,27 +161,8 @@ def quoted(word: str) -> str:
 
 # Locks -----------------------------------------------------------------------------------------------------------------
 
-_locked: set[int] = set()  # file descriptors with a lock
-
-
-def lock(handle: int) -> bool:
-    """Lock an open file against other processes until `unlock_and_close`, or until this process ends. Return False if
-    another process has the lock; True also on a file system without locks."""
-    from filelock import lock_descriptor
-
-    try:
-        if not lock_descriptor(handle, blocking=False):
-            return False
-    except OSError:
-        return True
-    _locked.add(handle)
-    return True
-
-
-def unlock_and_close(handle: int) -> None:
-    """Close a file that `lock` was called for, which releases the lock."""
-    _locked.discard(handle)
-    os.close(handle)
+# Errors of locking on a file system, or a system, without locks.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 def claim(handle: int) -> None:
@@ -233,18 +214,6 @@ def _nobody_claims(handle: int) -> Iterator[bool]:
         yield free
     finally:
         os.close(handle)
-
-
-def _forget_locks() -> None:
-    """Close the locked files in a forked process: its copies would keep the locks after the parent has ended."""
-    for handle in _locked:
-        with suppress(OSError):
-            os.close(handle)
-    _locked.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
 
 
 # Memory that processes share -------------------------------------------------------------------------------------------
