@@ -1,7 +1,7 @@
-"""Console to the person on stderr: sentences, tables, and progress with rate and time left.
+"""Messages, tables and progress on stderr; stdout is for data.
 
-In a terminal aligned columns and a rich bar; elsewhere plain lines, of progress the first after a second, then every
-ten. stdout is for data.
+In a terminal aligned columns and a rich progress bar; elsewhere plain lines, of progress one after the first second,
+then every ten seconds.
 """
 
 import time
@@ -23,7 +23,7 @@ NAME_WIDTH = 10  # of the names in a summary
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a row of a table. `rank`: cells of a high rank are the first to go where the terminal is narrow."""
+    """One value in a row of a table. `rank`: in a narrow terminal the cells of the highest ranks are left out first."""
 
     head: str
     text: str
@@ -33,7 +33,7 @@ class Cell:
 
 
 class Console:
-    """Where verbs say things. `Console(quiet=True)` says nothing but warnings."""
+    """Prints the messages of a command. `Console(quiet=True)` prints warnings only."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -42,22 +42,24 @@ class Console:
         self._heads = ""  # of the table under way
 
     def __deepcopy__(self, memo: dict) -> "Console":
-        return self  # copies of a module (its moving average) speak through the same terminal
+        return self  # copies of a module (its moving average) share the console
 
     def info(self, text: str) -> None:
+        """Print a message unless quiet."""
         if not self.quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """Said even when quiet: the user must know."""
+        """Print a warning, also when quiet."""
         self._print(f"warning: {text}", "yellow")
 
     @property
     def in_terminal(self) -> bool:
+        """Whether messages go to a terminal."""
         return self.terminal.is_terminal and not self.quiet
 
     def summary(self, rows: Sequence[tuple[str, str]]) -> None:
-        """A short table of names and what they are; elsewhere than in a terminal `name: what it is`."""
+        """Print pairs of a name and a text as a table; outside a terminal as `name: text`."""
         for name, text in rows if not self.quiet else ():
             if not self.in_terminal:
                 self._print(f"{name}: {text}" if name else f"    {text}")
@@ -68,7 +70,7 @@ class Console:
                 self._live.print(head + Text(line.plain.rstrip()))
 
     def row(self, cells: Sequence[Cell], sentence: str) -> None:
-        """A row of a table in a terminal, as many of its cells as fit, beneath their heads; elsewhere the sentence."""
+        """Print a row of a table in a terminal, with the cells that fit, under their heads; elsewhere the sentence."""
         if self.quiet:
             return
         if not self.terminal.is_terminal:
@@ -86,13 +88,14 @@ class Console:
 
     @contextmanager
     def progress(self, doing: str, total: int | None, unit: str, done: int = 0) -> Iterator["Steps"]:
-        """`with console.progress('embedding', 5400, 'images') as steps: steps.advance(32)`. `done`: before it begins."""
+        """Show progress: `with console.progress('embedding', 5400, 'images') as steps: steps.advance(32)`. `done`: the
+        number of units that were finished before."""
         if not self.in_terminal:
             steps = _PlainSteps(self, doing, total, unit, done)
             yield steps
             steps.end()
             return
-        if self._bar is not None:  # one live display at a time: a second progress is a second line of it
+        if self._bar is not None:  # rich allows one live display: a nested progress is another line of it
             task = self._bar.add_task(doing, total=total, completed=done)
             yield _BarSteps(self._bar, task)
             self._bar.remove_task(task)
@@ -124,7 +127,7 @@ def _width(cell: Cell) -> int:
 
 
 class SilentConsole(Console):
-    """Says nothing, warnings included: for those who look at the outcome and say what matters of it themselves."""
+    """Prints nothing, not even warnings: for callers that report the outcome themselves."""
 
     def __init__(self):
         super().__init__(quiet=True)
@@ -134,11 +137,13 @@ class SilentConsole(Console):
 
 
 class Steps(Protocol):
-    """What `Console.progress` yields."""
+    """The progress of one task, as `Console.progress` yields it."""
 
-    def advance(self, count: int = 1) -> None: ...
+    def advance(self, count: int = 1) -> None:
+        """Add `count` finished units."""
 
-    def describe(self, doing: str) -> None: ...
+    def describe(self, doing: str) -> None:
+        """Change what the task is called."""
 
 
 class _BarSteps:
@@ -155,7 +160,7 @@ class _BarSteps:
 class _PlainSteps:
     def __init__(self, console: Console, doing: str, total: int | None, unit: str, done: int):
         self.console, self.doing, self.total, self.unit = console, doing, total, unit
-        self.before, self.done, self.start, self.spoken = done, done, time.monotonic(), False
+        self.before, self.done, self.start, self.printed = done, done, time.monotonic(), False
         self.due = self.start + FIRST_LINE_S
 
     def advance(self, count: int = 1) -> None:
@@ -168,11 +173,11 @@ class _PlainSteps:
         self.doing = doing
 
     def end(self) -> None:
-        if self.spoken and self.done != self.total:
+        if self.printed and self.done != self.total:
             self._line()
 
     def _line(self) -> None:
-        self.spoken = True
+        self.printed = True
         rate = (self.done - self.before) / max(1e-9, time.monotonic() - self.start)
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate else ""
         of = f"/{self.total}" if self.total else ""
@@ -190,12 +195,12 @@ class _Rate(ProgressColumn):
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 epoch`, `2 epochs`."""
+    """Return `1 epoch`, `2 epochs`."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:
-    """95 -> '1 min 35 s'."""
+    """Return seconds as text: 95 -> '1 min 35 s'."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -1,4 +1,4 @@
-"""The processes of one run: which one this is, how many a launcher started, and how `embed` divides work among them.
+"""The processes of one run: the rank of this one, how many a launcher started, and how `embed` divides the images.
 
 During training Lightning handles the communication; `embed` uses `distributed_context`.
 """
@@ -15,29 +15,29 @@ from .files import short_message
 
 
 def is_first_process() -> bool:
-    """Whether this is the process the user started, or the first of those that torchrun or SLURM did. Lightning starts
-    the other ranks by running the same command again."""
+    """Return whether this is the process that the user started, or the first of those that torchrun or SLURM started.
+    Lightning starts the other ranks by running the same command again."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "").strip() in ("", "0") for name in ranks)
 
 
 def started_processes() -> int | None:
-    """How many processes torchrun or SLURM's srun started, this one among them; None if neither did."""
+    """Return how many processes torchrun or SLURM's srun started, this one included; None if neither did."""
     for mark, count in (("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_TASKS")):
         if mark in os.environ and os.environ.get(count, "").isdigit():
             number = int(os.environ[count])
-            # a batch script is itself a step of one task, whatever the job may start
+            # a batch script itself is a step of one task, however many the job starts
             return number if mark == "TORCHELASTIC_RUN_ID" or number > 1 else None
     return None
 
 
 _TO_START = timedelta(minutes=10)
-_TO_FINISH = timedelta(days=7)  # ranks wait for the slowest; one that is gone is noticed at once, by its connection
+_TO_FINISH = timedelta(days=7)  # ranks wait for the slowest one; the lost connection of an ended one raises at once
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `world`."""
+    """The place of this process among `world` processes: its `rank`, from 0."""
 
     rank: int = 0
     world: int = 1
@@ -45,22 +45,22 @@ class Ranks:
     group: Any = None  # of torch.distributed
 
     def block(self, items: int, batch_size: int) -> range:
-        """This rank's items: consecutive, in whole batches, so that every batch is the one a single process would make."""
+        """Return this rank's share of the items: consecutive whole batches, the same that a single process would make."""
         batches = -(-items // batch_size)
         first, last = (batches * number // self.world * batch_size for number in (self.rank, self.rank + 1))
         return range(first, min(last, items))
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so for one of them."""
-        everything = [mine] * self.world
+    def of_first(self, value: Any) -> Any:
+        """Return the `value` that rank 0 has, on all ranks. Raises RuntimeError if one of them has ended."""
+        values = [value]
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.all_gather_object(everything, mine, self.group)
-        return any(everything)
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def wait(self) -> None:
-        """For all the others to get here. Raises RuntimeError if one of them has ended."""
+        """Wait for all other ranks to call this. Raises RuntimeError if one of them has ended."""
         if self.world > 1:
             import torch.distributed as dist
 
@@ -68,8 +68,8 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Join the processes of this launch, each with a GPU of its own where there are GPUs."""
+def distributed_context() -> Iterator[Ranks]:
+    """Connect the processes of this launch (gloo), each with its own GPU where there are GPUs."""
     place = _place()
     if place is None or place.world_size() == 1:
         yield Ranks()
@@ -90,7 +90,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def _place() -> Any:
-    """Lightning's word for how this process was started; None if by hand."""
+    """Return Lightning's description of the launch (rank, world size, addresses); None without a launcher."""
     if started_processes() is None:
         return None
     from lightning_fabric.plugins import environments  # seconds to import
@@ -101,5 +101,5 @@ def _place() -> Any:
         return environments.SLURMEnvironment()
     except RuntimeError as error:
         raise EarTeachError(
-            f"SLURM: {short_message(error)}; start it as Lightning wants it (srun --ntasks-per-node N)"
+            f"SLURM: {short_message(error)}; start it as Lightning requires (srun --ntasks-per-node N)"
         ) from error

@@ -1,8 +1,7 @@
-"""Files that appear under their name only when whole, folders with one writer, names that are safe to print.
+"""Files that appear under their name only when complete, folders with one writer, text that is safe to print.
 
-What a killed process leaves is known by its lock: the system releases the locks of a dead process, so a temporary file
-that nobody holds is nobody's, and the next writer removes it. (On Windows a file that is open cannot be removed, which
-comes to the same.)
+A process locks its temporary files. The system releases the locks of a process that ends, so a temporary file without
+a lock was left by a killed process, and the next writer removes it. (Windows refuses to remove an open file instead.)
 """
 
 import glob
@@ -14,6 +13,7 @@ import tempfile
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from . import platform
@@ -41,7 +41,10 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Pa
 
 
 def refuse_existing_folder(path: str | Path, overwrite: bool) -> Path:
-    """The same of a folder that is to be written whole: an empty one may be there."""
+    """Check the path of an output folder before any work is done for it; an empty folder may exist.
+
+    Raises UsageError if it exists (without `overwrite`) or is no folder, EarTeachError if its parent cannot be written.
+    """
     if not str(path).strip() or Path(path).name in ("", "..") or Path(path).resolve() == Path.cwd():
         raise UsageError(f"{printable(path) or repr(path)}: give the folder a name of its own")
     path = Path(path)
@@ -62,7 +65,10 @@ def _require_writable(folder: Path) -> None:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename, else delete it."""
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, else delete it.
+
+    Raises EarTeachError if it cannot be written.
+    """
     path = Path(path)
     remove_stale_temporaries(path.parent, glob.escape(path.name))
     try:
@@ -88,14 +94,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success rename it, else delete it.
 
-    An earlier folder of that name is replaced if it holds nothing but `files`: raises UsageError otherwise. It is there
-    until the new one is whole, and comes back if the new one cannot take its place.
+    An earlier folder of that name is replaced once the new one is complete, and restored if that fails. Raises UsageError
+    if it holds anything but `files`, EarTeachError if the folder cannot be written.
     """
     path = Path(path)
     strange = sorted(set(os.listdir(path)) - set(files)) if path.is_dir() else []
     if strange:
         raise UsageError(
-            f"{printable(path)}: holds {printable(strange[0])}, too, which is not ours; name another folder"
+            f"{printable(path)}: holds {printable(strange[0])}, which earteach did not write; name another folder"
         )
     remove_stale_temporaries(path.parent, glob.escape(path.name), files)
     try:
@@ -127,7 +133,7 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
 
 
 class _Claim:
-    """Shows other processes that a temporary file or folder is being written, and is nobody's leftover."""
+    """A lock that shows other processes that a temporary file or folder is in use."""
 
     def __init__(self, handle: int, marker: Path | None = None):
         self._handle: int | None = handle
@@ -136,31 +142,32 @@ class _Claim:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "_Claim":
-        """By the folder itself, or by a file in it where a folder cannot be opened."""
+        """Claim the folder itself, or a file in it where the system cannot open folders. Raises OSError."""
         if platform.OPEN_FILES_CAN_BE_REMOVED:
             return cls(os.open(folder, os.O_RDONLY))
         return cls(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), folder / _LOCK)
 
     def before_rename(self) -> None:
-        """Close it where an open file cannot be renamed or removed."""
+        """Release the claim where the system cannot rename or remove an open file."""
         if not platform.OPEN_FILES_CAN_BE_REMOVED:
             self.close()
             if self._marker is not None:
                 self._marker.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Release the claim."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
 
 
 def remove_stale_temporaries(folder: Path, name: str = "*", files: Collection[str] | None = None) -> None:
-    """Remove the temporary files of `name` (a pattern), in `folder`, that a killed process left; with `files`, the
+    """Remove the temporary files of `name` (a glob pattern) that killed processes left in `folder`; with `files`, the
     temporary folders that hold nothing else."""
     for found in glob.glob(f".{name}.*{_PART}", root_dir=folder, include_hidden=True):
         stale = folder / found
         if not _RANDOM.search(found) or stale.is_symlink() or stale.is_dir() != (files is not None):
-            continue  # somebody's own
+            continue  # not made by whole_file or whole_folder
         if files is None:
             platform.remove_unclaimed(stale)
             continue
@@ -176,91 +183,110 @@ class Writer:
         self.removes = False
 
     def remove_folder(self) -> None:
-        """Remove the folder when the lock on it is released (before, it could not be removed everywhere)."""
+        """Remove the folder at the end of `only_writer`: Windows cannot remove it while it is locked."""
         self.removes = True
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[Writer]:
-    """Be the one process that writes into `folder`, which exists. Raises EarTeachError, naming the other, if there is one."""
-    path = folder / _LOCK
-    try:  # what a stranger's folder has under this name may point anywhere
-        handle = platform.open_own_file(path, os.O_CREAT, 0o644)
-    except OSError as error:
-        raise EarTeachError(
-            f"{printable(path)}: cannot be written ({error.strerror}); choose another place, or remove it if it is a link"
-        ) from error
-    writer = Writer()
+    """Lock an existing `folder` against other writers. Raises EarTeachError, with the process and host of the other one,
+    if it is locked."""
+    from filelock import FileLock, Timeout
+
+    path, writer = folder / _LOCK, Writer()
+    # The file stays: without it two processes could each lock a file of this name.
+    lock = FileLock(path, blocking=False, preserve_lock_file=True, on_acquired=partial(_write_holder, path))
     try:
-        if not platform.is_plain_file(handle):
-            raise EarTeachError(f"{printable(path)}: is no file of its own; remove it")
-        if not platform.lock(handle):
-            holder = printable(_read_holder(handle)) or "another process"
-            raise EarTeachError(f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name")
-        os.ftruncate(handle, 0)
-        os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
-        yield writer  # the file stays: removing it would let two processes hold two files of one name
+        lock.acquire()
+    except Timeout:
+        holder = printable(_read_holder(path)) or "another process"
+        raise EarTeachError(
+            f"{printable(folder)}: {holder} is writing there; wait for it, or choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in platform.NO_LOCKS:
+            raise EarTeachError(
+                f"{printable(path)}: cannot be written ({error.strerror}); choose another place, or remove it if it is a link"
+            ) from error
+    try:
+        yield writer
     finally:
-        try:
-            if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:
-                shutil.rmtree(folder)
-        finally:
-            platform.unlock_and_close(handle)
+        if writer.removes and platform.OPEN_FILES_CAN_BE_REMOVED:  # while no other process can begin to write there
+            shutil.rmtree(folder)
+        lock.release()
         if writer.removes and not platform.OPEN_FILES_CAN_BE_REMOVED:
             with suppress(OSError):  # another process has begun to write there
                 shutil.rmtree(folder)
 
 
-def _read_holder(handle: int) -> str:
-    """`process 17 on host`. The first byte is a blank, which Windows lets nobody read while the file is locked."""
-    os.lseek(handle, 1, os.SEEK_SET)
-    return os.read(handle, 200).decode("utf-8", "replace")
+def _write_holder(path: Path, handle: int) -> None:
+    """Write ` process 17 on host` into the lock file. The first byte is a blank: on Windows it cannot be read while the
+    file is locked."""
+    if not platform.is_plain_file(handle):
+        raise EarTeachError(f"{printable(path)}: is not a regular file, or has other names; remove it")
+    os.ftruncate(handle, 0)
+    os.write(handle, f" process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _read_holder(path: Path) -> str:
+    """Return `process 17 on host`, or nothing if the lock file cannot be read."""
+    try:
+        handle = platform.open_own_file(path)
+    except OSError:
+        return ""
+    with open(handle, "rb", buffering=0) as file:
+        file.seek(1)
+        return file.read(200).decode("utf-8", "replace")
 
 
 def has_writer(folder: Path) -> bool:
-    """Whether a process is its `only_writer`."""
-    try:
-        handle = platform.open_own_file(folder / _LOCK)
-    except OSError:  # no such file
+    """Return whether a process is the `only_writer` of a folder."""
+    from filelock import FileLock, Timeout
+
+    path = folder / _LOCK
+    if not path.is_file():
         return False
     try:
-        return not platform.lock(handle)
-    finally:
-        platform.unlock_and_close(handle)
+        with FileLock(path, blocking=False, preserve_lock_file=True):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a link, another user's, or a file system without locks
+        return False
 
 
 def shell_word(name: object) -> str:
-    """A path as it can be typed again."""
+    """Return a path quoted for this system's shell."""
     return platform.quoted(printable(name))
 
 
 _LOCK, _PART = ".lock", ".part"
-_RANDOM = re.compile(r"\.[a-z0-9_]{8}\.part$")  # tempfile's way of naming
+_RANDOM = re.compile(r"\.[a-z0-9_]{8}\.part$")  # as tempfile names files
 
 
 def printable(name: object) -> str:
-    """`name` with control characters escaped: file names may come from anyone, and terminals obey them."""
+    """Return `name` with control characters escaped: file names are untrusted, and terminals execute control codes."""
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSAFE else c for c in str(name))
 
 
 def short_message(error: BaseException) -> str:
-    """What a library says, on one short line; a KeyError's text is no more than the key."""
-    said = printable(" ".join(str(error).split())[:100])
-    return f"{type(error).__name__} {said}".strip() if isinstance(error, KeyError) or not said else said
+    """Return the message of a library's error on one short line, with the class where the message says too little."""
+    text = printable(" ".join(str(error).split())[:100])
+    return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else text
 
 
 def escape_csv(text: str) -> str:
-    """`text` for a CSV that people open in a spreadsheet: printable, and with a quote before what would be a formula."""
+    """Return `text` for a CSV that is opened in a spreadsheet: printable, and with a quote before a formula."""
     text = printable(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def unescape_csv(text: str) -> str:
-    """What `cell` was given, except for control characters, which stay escaped."""
+    """Return what `escape_csv` was given, except that control characters stay escaped."""
     return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
 
 
-_FORMULA = ("=", "+", "-", "@", "'=", "'+", "'-", "'@")  # and what unescape_csv would take a quote from
+_FORMULA = ("=", "+", "-", "@", "'=", "'+", "'-", "'@")  # the latter so that unescape_csv gives back what was there
 # Control, format (bidirectional overrides), surrogate, line and paragraph separators.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 

@@ -1,7 +1,7 @@
-"""Everything that differs between operating systems: signals, locks, shared memory, and what the machine has.
+"""Everything that differs between Linux, macOS and Windows: signals, locks, shared memory, free memory.
 
-Linux, macOS and Windows. No other module imports what only some of them have, or asks which one it runs on. A feature
-that a system lacks is left out there (a time limit on decoders, say), and the docstring of the function says so.
+No other module imports what only some systems have, or checks which system it runs on. Where a system lacks a feature
+(a time limit on decoders, for example), the function works without it, and its docstring says so.
 """
 
 import ctypes
@@ -21,49 +21,49 @@ from typing import Any
 
 # Windows neither removes nor replaces a file that a process has open.
 OPEN_FILES_CAN_BE_REMOVED = os.name != "nt"
-# Elsewhere than on Linux memory that processes share has limits of its own, and outlives a process that is killed.
+# Other systems than Linux limit shared memory, and keep it after the process that made it was killed.
 MEMORY_IS_SHARED_FREELY = hasattr(os, "memfd_create")
 
 # Signals ---------------------------------------------------------------------------------------------------------------
 
-# Ctrl-C; what schedulers send before they kill; a terminal that closes; on Windows Ctrl-Break and a closing console.
+# Ctrl-C; SIGTERM of schedulers; a terminal that closes; on Windows Ctrl-Break and a console that closes.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 )
 
 
 def handle_stop_signals(handler: Any, *, but: tuple[int, ...] = (), ignored_too: bool = False) -> None:
-    """Set the handler of every stop signal `but` some. A signal that was ignored when the process started (nohup, a
-    shell's background job) stays ignored unless `ignored_too`."""
+    """Set the handler of every stop signal except those in `but`. A signal that was ignored when the process started
+    (nohup, a background job of a shell) stays ignored unless `ignored_too`."""
     for number in STOP_SIGNALS:
         if number not in but and (ignored_too or signal.getsignal(number) is not signal.SIG_IGN):
             signal.signal(number, handler)
 
 
 def ignore_stop_signals() -> None:
-    """For a process that works for another one: Ctrl-C reaches them all, and the other one decides when this one ends."""
+    """Ignore stop signals in a worker process: Ctrl-C reaches all processes, and the parent ends its workers."""
     handle_stop_signals(signal.SIG_IGN, ignored_too=True)
 
 
 def _in_main_thread() -> bool:
-    """Only there handlers of signals can be set, and are they called."""
+    """Return whether this is the main thread: only there can handlers of signals be set, and are they called."""
     return threading.current_thread() is threading.main_thread()
 
 
 def interrupts_ignored() -> AbstractContextManager[None]:
-    """Ignore Ctrl-C for the few milliseconds in which processes are started, which inherit that: while Python starts and
-    imports, it would print a traceback. Windows does not let them inherit it."""
+    """Ignore Ctrl-C while child processes start, which inherit this: a Python that is still importing would print a
+    traceback. Windows processes do not inherit it."""
     return _handled("SIGINT", signal.SIG_IGN)
 
 
 def child_exits_unnoticed() -> AbstractContextManager[None]:
-    """Without torch's handler, which raises an error when a DataLoader's worker is killed. Windows has none."""
+    """Disable torch's handler, which raises an error when a DataLoader worker is killed. Windows has no such signal."""
     return _handled("SIGCHLD", signal.SIG_DFL)
 
 
 @contextmanager
 def _handled(name: str, handler: Any) -> Iterator[None]:
-    """Set the handler of a signal for a while, where the system has it and this thread may."""
+    """Set the handler of a signal in the body, where the system has the signal and this thread may set it."""
     if not hasattr(signal, name) or not _in_main_thread():
         yield
         return
@@ -77,8 +77,8 @@ def _handled(name: str, handler: Any) -> Iterator[None]:
 
 @contextmanager
 def cpu_time_limit(seconds: float, error: Callable[[], BaseException]) -> Iterator[None]:
-    """Raise `error()` in the body once it has computed for `seconds`. Only in a main thread; Windows has no such timer,
-    and there the body may take any time."""
+    """Raise `error()` in the body once it has used `seconds` of CPU time. Without effect outside the main thread, and on
+    Windows, which has no such timer."""
     if not hasattr(signal, "setitimer") or not _in_main_thread():
         yield
         return
@@ -99,41 +99,41 @@ def cpu_time_limit(seconds: float, error: Callable[[], BaseException]) -> Iterat
 
 
 def open_own_file(path: str | Path, flags: int = 0, mode: int = 0o600) -> int:
-    """Open a file for reading and writing, without following a link or waiting for a FIFO. Returns a file descriptor.
-    Raises OSError."""
+    """Open a file for reading and writing without following a symbolic link or blocking on a FIFO. Return a file
+    descriptor. Raises OSError."""
     flags |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
     return os.open(path, flags | os.O_RDWR, mode)
 
 
 def open_photograph(path: str) -> int:
-    """Open for reading without waiting for a FIFO's writer. Returns a file descriptor. Raises OSError, ValueError."""
+    """Open a file for reading without blocking on a FIFO. Return a file descriptor. Raises OSError, ValueError."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
 
 
 def is_plain_file(handle: int) -> bool:
-    """Whether it is a regular file with one name."""
+    """Return whether an open file is a regular file without further hard links."""
     status = os.fstat(handle)
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def is_private_file(handle: int) -> bool:
-    """Whether it is a plain file of this user's; Windows does not say whose it is."""
+    """Return whether an open file is a plain file that belongs to this user; Windows does not tell the owner."""
     return is_plain_file(handle) and (not hasattr(os, "geteuid") or os.fstat(handle).st_uid == os.geteuid())
 
 
 def make_private(handle: int) -> None:
-    """Let this user alone read and write the file. On Windows the folder's rights hold."""
+    """Let only this user read and write an open file. On Windows the permissions of the folder apply."""
     if hasattr(os, "fchmod"):
         os.fchmod(handle, 0o600)
 
 
 def bytes_on_disk(status: os.stat_result) -> int:
-    """What a file takes, without its holes where the system counts them."""
+    """Return the bytes that a file occupies, without its holes where the system counts them."""
     return getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
 
 
 def read_at(handle: int, count: int, offset: int) -> bytes:
-    """Up to `count` bytes from `offset`. Where there is no pread the file's position moves: one thread at a time."""
+    """Return up to `count` bytes from `offset`. Without pread (Windows) the file position moves: not thread-safe."""
     if hasattr(os, "pread"):
         return os.pread(handle, count, offset)
     os.lseek(handle, offset, os.SEEK_SET)
@@ -141,7 +141,7 @@ def read_at(handle: int, count: int, offset: int) -> bytes:
 
 
 def write_at(handle: int, data: bytes, offset: int) -> None:
-    """Write at `offset`, in one call where the system has pwrite. Raises OSError, also if not all of it was written."""
+    """Write at `offset`, in one call where the system has pwrite. Raises OSError, also if only a part was written."""
     if hasattr(os, "pwrite"):
         written = os.pwrite(handle, data, offset)
     else:
@@ -152,8 +152,8 @@ def write_at(handle: int, data: bytes, offset: int) -> None:
 
 
 def quoted(word: str) -> str:
-    """A word as it can be typed in this system's shell: sh, or on Windows both cmd and PowerShell (where `%NAME%` in a
-    word would still be replaced by cmd)."""
+    """Return a word quoted for this system's shell: sh, or on Windows both cmd and PowerShell (cmd still replaces
+    `%NAME%`)."""
     if os.name != "nt":
         return shlex.quote(word)
     return word if re.fullmatch(r"[\w.:\\/-]+", word) else f'"{word}"'
@@ -161,41 +161,22 @@ def quoted(word: str) -> str:
 
 # Locks -----------------------------------------------------------------------------------------------------------------
 
-_locked: set[int] = set()  # file descriptors with a lock
-
-
-def lock(handle: int) -> bool:
-    """Lock an open file against other processes until `unlock_and_close`, or until this process ends. Returns False if
-    another one has the lock; True too on a file system, or a system, without locks."""
-    from filelock import lock_descriptor
-
-    try:
-        if not lock_descriptor(handle, blocking=False):
-            return False
-    except OSError:
-        return True
-    _locked.add(handle)
-    return True
-
-
-def unlock_and_close(handle: int) -> None:
-    """Close what `lock` was called for."""
-    _locked.discard(handle)
-    os.close(handle)
+# Errors of locking on a file system, or a system, without locks.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 def claim(handle: int) -> None:
-    """Keep `remove_unclaimed` from removing an open file, until it is closed; several processes may claim one file. On
-    Windows nothing needs to be done: an open file cannot be removed."""
-    with suppress(ImportError, OSError):  # a system, or a file system, without locks
-        import fcntl
+    """Keep `remove_unclaimed` from removing an open file until it is closed; several processes may claim one file. On
+    Windows an open file cannot be removed anyway."""
+    with suppress(ImportError, OSError):  # Windows, or a file system without locks
+        import fcntl  # filelock has no shared locks on a file descriptor
 
         fcntl.flock(handle, fcntl.LOCK_SH)
 
 
 def remove_unclaimed(path: str | Path) -> bool:
-    """Remove a file unless a process has claimed it, it is a link, or the file system has no locks that would tell.
-    Returns whether it is gone."""
+    """Remove a file unless a process has claimed it, it is a symbolic link, or the file system has no locks. Return
+    whether the file no longer exists."""
     try:
         if OPEN_FILES_CAN_BE_REMOVED:
             with _nobody_claims(open_own_file(path)) as free:
@@ -209,7 +190,7 @@ def remove_unclaimed(path: str | Path) -> bool:
 
 
 def remove_unclaimed_folder(path: Path, marker: str) -> None:
-    """Remove a folder unless a process has claimed it (where a folder cannot be opened: the file `marker` in it).
+    """Remove a folder unless a process has claimed it (on Windows, which cannot open folders: the file `marker` in it).
     Raises OSError."""
     if OPEN_FILES_CAN_BE_REMOVED:
         with _nobody_claims(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as free:
@@ -222,7 +203,7 @@ def remove_unclaimed_folder(path: Path, marker: str) -> None:
 
 @contextmanager
 def _nobody_claims(handle: int) -> Iterator[bool]:
-    """Whether no other process has claimed an open file, which none does in the body. Closes it."""
+    """Yield whether no other process has claimed an open file, and let none claim it in the body. Close it."""
     from filelock import lock_descriptor
 
     try:
@@ -235,30 +216,18 @@ def _nobody_claims(handle: int) -> Iterator[bool]:
         os.close(handle)
 
 
-def _forget_locks() -> None:
-    """In a forked process: its copies of the descriptors would keep the locks when the parent has died."""
-    for handle in _locked:
-        with suppress(OSError):
-            os.close(handle)
-    _locked.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
-
-
 # Memory that processes share -------------------------------------------------------------------------------------------
 
 
 class SharedMemory:
-    """`size` zero bytes that other processes of this run can open by `name`, until `close`.
+    """`size` zero bytes that other processes of this run can open by `name` until `close`.
 
-    On Linux an anonymous file (memfd), which is bound by free memory alone and not by the size of /dev/shm (64 MB in a
-    container); elsewhere a block of multiprocessing.shared_memory.
+    On Linux an anonymous file (memfd), which only free memory limits, not the size of /dev/shm (64 MB in a container);
+    elsewhere a block of multiprocessing.shared_memory.
     """
 
     def __init__(self, size: int):
-        """Raises OSError."""
+        """Allocate the memory. Raises OSError."""
         self._block: shared_memory.SharedMemory | None = None
         self._handle: int | None = None
         if MEMORY_IS_SHARED_FREELY:
@@ -270,7 +239,7 @@ class SharedMemory:
             self.name = _BLOCK + self._block.name
 
     def close(self) -> None:
-        """Free it, once no process has it open."""
+        """Free the memory as soon as no other process has it open."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -285,29 +254,31 @@ _BLOCK = "block:"
 
 
 class SharedBytes:
-    """Bytes at offsets of a SharedMemory or of a file, both by name. Every process opens its own."""
+    """Access by offset to a SharedMemory or a file, opened by name in each process."""
 
     def __init__(self, name: str):
-        """Raises OSError; of a file also if it is not this user's own, or a link."""
+        """Open it. Raises OSError; for a file also if it belongs to another user or is a symbolic link."""
         self._block: shared_memory.SharedMemory | None = None
         self._handle: int | None = None
         if name.startswith(_BLOCK):
             self._block = shared_memory.SharedMemory(name=name.removeprefix(_BLOCK))
-        elif name.startswith("/proc/"):  # a link by nature, to what has no name
+        elif name.startswith("/proc/"):  # the symbolic link to a memfd
             self._handle = os.open(name, os.O_RDWR)
         else:
             self._handle = open_private_file(name)
 
     def read(self, count: int, offset: int) -> bytes:
-        """Up to `count` bytes. Raises OSError."""
+        """Return up to `count` bytes from `offset`. Raises OSError."""
         if self._block is not None:
+            assert self._block.buf is not None
             return bytes(self._block.buf[offset : offset + count])
         assert self._handle is not None
         return read_at(self._handle, count, offset)
 
     def write(self, data: bytes, offset: int) -> None:
-        """Raises OSError (no room)."""
+        """Write at `offset`. Raises OSError, also if there is not enough room."""
         if self._block is not None:
+            assert self._block.buf is not None
             if offset + len(data) > self._block.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._block.buf[offset : offset + len(data)] = data
@@ -316,6 +287,7 @@ class SharedBytes:
         write_at(self._handle, data, offset)
 
     def close(self) -> None:
+        """Close it in this process; the memory or file stays."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -325,11 +297,11 @@ class SharedBytes:
 
 
 def open_private_file(path: str | Path, flags: int = 0) -> int:
-    """A file that this user alone may read. Raises OSError if it is not this user's own, or a link."""
+    """Open a file that only this user may read. Raises OSError if it belongs to another user or is a symbolic link."""
     handle = open_own_file(path, flags)
     if not is_private_file(handle):
         os.close(handle)
-        raise OSError(errno.EPERM, f"{path} is not a file of this user's own")
+        raise OSError(errno.EPERM, f"{path} does not belong to this user, or has other names")
     make_private(handle)
     return handle
 
@@ -338,25 +310,26 @@ def open_private_file(path: str | Path, flags: int = 0) -> int:
 
 
 def usable_cores() -> int:
-    """CPU cores this process may use (fewer than the machine's in a container)."""
+    """Return the number of CPU cores that this process may use; in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> float:
-    """Bytes of memory that can be had without swapping; in a container, of its share."""
-    free = _physical_memory() / 2  # where the system does not say what is free
+    """Return the bytes of memory that are free without swapping, within the limit of the container."""
+    free = _physical_memory() / 2  # where the system does not tell what is free
     with suppress(OSError, IndexError, ValueError):
         free = int(Path("/proc/meminfo").read_text("ascii").split("MemAvailable:")[1].split()[0]) * 1024.0
     for group in _control_groups():
         for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError, IndexError):  # "max" is no number, and no limit
+            with suppress(OSError, ValueError, IndexError):  # "max" means no limit
                 room = int((group / most).read_text("ascii")) - int((group / used).read_text("ascii"))
                 cached = int((group / "memory.stat").read_text("ascii").split("inactive_file ")[1].split()[0])
-                free = min(free, room + cached)  # what only caches files is given back when asked for
+                free = min(free, room + cached)  # the kernel frees its cache of files when memory is needed
     return max(0.0, free)
 
 
 def _physical_memory() -> float:
+    """Return the bytes of memory of the machine; on Windows twice what is free; 4 GiB if the system does not tell."""
     if hasattr(os, "sysconf"):
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     windows = getattr(ctypes, "windll", None)
@@ -371,11 +344,11 @@ def _physical_memory() -> float:
 
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-    return 2.0 * status.free  # halved by the caller, to what is free now
+    return 2.0 * status.free  # which the caller halves
 
 
 def _control_groups() -> list[Path]:
-    """Folders that limit this process, of cgroups version 2 and 1, from its own upwards."""
+    """Return the folders of the cgroups (version 2 and 1) that limit this process, from its own upwards."""
     found = []
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():

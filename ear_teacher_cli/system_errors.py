@@ -1,4 +1,4 @@
-"""What errors of torch and of the system mean, with the option that helps."""
+"""Messages for errors of torch and of the system, with the option that helps."""
 
 import re
 
@@ -6,11 +6,13 @@ from .errors import EarTeachError
 
 
 def explain_system_error(error: BaseException | None) -> EarTeachError | None:
-    """An error of torch about the machine in our words, with the option that helps; None if it is another. An error that
-    was raised while cleaning up after one is taken for that one."""
+    """Return a message for an error of torch about the machine; None if the error is of another kind.
+
+    Errors that were raised while handling another one are searched down to the first (`__context__`).
+    """
     while error is not None:
         text = str(error).strip()
-        if "Traceback (most recent call last)" in text:  # a loader's: its last line is what was raised
+        if "Traceback (most recent call last)" in text:  # of a DataLoader worker: its last line is the error
             text = text.splitlines()[-1]
         text = " ".join(text.split())
         for pattern, words in _EXPLANATIONS:
@@ -20,7 +22,7 @@ def explain_system_error(error: BaseException | None) -> EarTeachError | None:
     return None
 
 
-# What torch says (class and text) and what it means. The first that fits counts: shared memory before memory.
+# (pattern of "class: text", message). The first match counts: shared memory before memory.
 _EXPLANATIONS = (
     (
         r"InvalidCxxCompiler|C\+\+ compiler|CxxCompileError|TritonMissing",
@@ -38,12 +40,12 @@ _EXPLANATIONS = (
     ),
     (
         r"DataLoader timed out",
-        "loading images: no batch came in time; look after the disk, raise --load-timeout, or find the image that "
-        "hangs with earteach validate-data",
+        "loading images: no batch came in time; check the disk, raise --load-timeout, or find the image that hangs with "
+        "earteach validate-data",
     ),
     (
         r"DataLoader worker .*(killed|exited)",
-        "loading images: a process that does it was killed, mostly for want of memory; lower --num-workers or "
+        "loading images: a worker process was killed, mostly because memory ran out; lower --num-workers or "
         "--batch-size",
     ),
     (
@@ -52,11 +54,12 @@ _EXPLANATIONS = (
     ),
     (
         r"Too many open files|received \d+ items of ancdata",
-        "open files: too many for this shell's limit; raise it (ulimit -n 65536), or lower --num-workers",
+        "open files: more than this shell's limit; raise it (ulimit -n 65536), or lower --num-workers",
     ),
     (
         r"connection (closed|reset) by peer|NCCL error|gloo/transport|^Dist(Store|Network|Backend)Error",
-        "another process of this run ended; what it said tells why. Then go on with earteach resume, or embed --resume",
+        "another process of this run ended; its last line names the cause. Then continue with earteach resume, or "
+        "embed --resume",
     ),
     (
         r"^MemoryError|can't allocate memory|not enough memory",

@@ -262,19 +262,19 @@ def test_odd_names_come_back_as_they_are(run, ears, tmp_path, earteach, monkeypa
 def killed_after(batches: int, words: list, folder: Path, number: int = signal.SIGKILL) -> None:
     """Run `earteach` in a process of its own, killed when it has written so many batches of rows."""
     script = (
-        "import os, signal, sys; from ear_teacher_cli.embedding.journal import Journal; from ear_teacher_cli.cli.app import main\n"
+        "import os, signal, sys; from ear_teacher_cli.embedding.shards import Shards; from ear_teacher_cli.cli.app import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a script's background has it ignored
-        "add, calls = Journal.add, []\n"
+        "write, calls = Shards.write, []\n"
         "def counted(self, *arguments):\n"
-        "    calls.append(add(self, *arguments))\n"
+        "    calls.append(write(self, *arguments))\n"
         f"    if len(calls) == {batches}: os.kill(os.getpid(), {int(number)})\n"
-        "Journal.add = counted\n"
+        "Shards.write = counted\n"
         "main()"
     )
     done = forked.run([sys.executable, "-c", script, *words], cwd=folder)
     assert done.returncode in (-number, 128 + number) and "Traceback" not in done.stderr, done.stderr
     if number != signal.SIGKILL:
-        assert "--resume goes on" in done.stderr
+        assert "--resume continues" in done.stderr
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_a_killed_embed_goes_on_to_the_same_bytes(kind, number, run, ears, tmp_p
     assert [p.name for p in killed.iterdir()] == [f".x.{kind}.unfinished"]
     words[2] = killed / f"x.{kind}"
     said = earteach(*words, "--resume")
-    assert said.code == 0 and "going on after 8 of 12 images" in said.err, said.err
+    assert said.code == 0 and "resuming: 8 of 12 images are done" in said.err, said.err
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
     said = earteach(*words, "--resume")
     assert said.code == 2 and "nothing unfinished" in said.err
@@ -316,31 +316,33 @@ def killed(run, ears, tmp_path_factory) -> Path:
     return folder / ".x.npy.unfinished"
 
 
-@pytest.mark.parametrize("lost", [1, 300, 10**6])
-@pytest.mark.parametrize("file", ["rows.npy", "names.csv"])
-def test_half_written_rows_and_names_are_done_again(file, lost, killed, run, ears, tmp_path, earteach):
+@pytest.mark.parametrize("lost", [1, 300, 10**6, None])
+def test_a_damaged_or_missing_shard_is_made_again(lost, killed, run, ears, tmp_path, earteach):
     words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
     shutil.copytree(killed, tmp_path / killed.name)
-    path = tmp_path / ".x.npy.unfinished" / file
-    path.write_bytes(path.read_bytes()[:-lost])
-    assert earteach(*words, "--resume").code == 0
+    shard = sorted((tmp_path / killed.name).glob("*.shard"))[1]
+    data = shard.read_bytes()
+    shard.unlink()
+    if lost is not None:
+        shard.write_bytes(data[:-lost])
+    said = earteach(*words, "--resume")
+    assert said.code == 0 and "resuming: 4 of 12 images are done" in said.err, said.err
     assert earteach(*words[:2], tmp_path / "y.npy", *words[3:]).code == 0
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
     assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "y.csv").read_bytes()
+    assert not list(tmp_path.glob(".x*"))
 
 
-def test_killed_between_the_outputs_and_the_end_nothing_final_is_touched(run, ears, tmp_path, earteach, monkeypatch):
-    """The rows have their final name, and the journal is still there."""
+def test_killed_between_the_outputs_and_the_end_the_same_is_written_again(run, ears, tmp_path, earteach, monkeypatch):
+    """The outputs have their names, and the shards are still there."""
     words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
     monkeypatch.setattr("shutil.rmtree", lambda *_: None)
-    unlink = Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda path, **options: path.name == "rows.npy" or unlink(path, **options))
     assert earteach(*words).code == 0
     monkeypatch.undo()
     before = (tmp_path / "x.npy").read_bytes()
-    held = open(tmp_path / "x.npy", "rb")  # as a reader has it open
-    assert earteach(*words, "--resume").code == 0
-    with held:
+    with open(tmp_path / "x.npy", "rb") as held:  # as a reader has it open
+        said = earteach(*words, "--resume")
+        assert said.code == 0 and "resuming: 12 of 12 images are done" in said.err, said.err
         assert held.read() == before == (tmp_path / "x.npy").read_bytes()
     assert not list(tmp_path.glob(".x*"))
 
@@ -356,38 +358,36 @@ def test_resume_refuses_other_weights_images_and_batches(killed, run, ears, tmp_
     os.utime(read_manifest(copy / "eval.csv").file(9), (1, 1))
     said = earteach(*words, "--resume")
     assert said.code == 1 and "other images or labels" in said.err and not (tmp_path / "x.npy").exists()
-    assert "start anew with --overwrite instead of --resume" in said.err
+    assert "start again with --overwrite instead of --resume" in said.err
 
 
-@pytest.mark.parametrize("number", ["", ".2-of-3"])
-def test_what_a_killed_embed_has_done_is_dropped_only_with_overwrite(number, killed, run, ears, tmp_path, earteach):
-    """Also what another number of processes left."""
+def test_what_a_killed_embed_has_done_is_removed_only_with_overwrite(killed, run, ears, tmp_path, earteach):
     words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
-    left = shutil.copytree(killed, tmp_path / f".x.npy{number}.unfinished")
+    left = shutil.copytree(killed, tmp_path / killed.name)
     before = {path.name: path.read_bytes() for path in left.iterdir()}
     (tmp_path / "x.npy").write_bytes(b"an earlier one")  # the line about it would lead to --overwrite alone
     said = earteach(*words)
     assert said.code == 2 and len(said.err.splitlines()) == 1 and "6 finished rows" in said.err
-    assert "go on with --resume, or start anew with --overwrite" in said.err
+    assert "continue with --resume, or start again with --overwrite" in said.err
     assert {path.name: path.read_bytes() for path in left.iterdir()} == before
     missing = earteach(*words[:4], tmp_path / "nobody.safetensors", *words[5:], "--overwrite")
     assert missing.code == 1 and {path.name: path.read_bytes() for path in left.iterdir()} == before
     said = earteach(*words, "--overwrite")
     assert said.code == 0 and not list(tmp_path.glob(".x*")), said.err
-    assert ("an unfinished one is dropped (--overwrite)" in said.err) == (number == "")
+    assert "the unfinished rows are removed (--overwrite)" in said.err
     assert earteach(*words[:2], "-", *words[3:]).code == 0  # nothing of it is kept
 
 
-def test_what_cannot_be_gone_on_with_is_not_in_the_way(killed, run, ears, tmp_path, earteach):
+def test_what_cannot_be_resumed_is_not_in_the_way(killed, run, ears, tmp_path, earteach):
+    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
     left = shutil.copytree(killed, tmp_path / killed.name)
     (left / "state.json").unlink()
-    assert earteach("embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS).code == 0
+    assert earteach(*words).code == 0
     shutil.copytree(killed, left)
     (left / "state.json").write_text("{")
-    words = ["embed", ears / "eval.csv", tmp_path / "x.npy", "--weights", run, *BY_TWOS]
-    assert "start anew with --overwrite instead of --resume" in earteach(*words, "--resume").err
+    assert "start again with --overwrite instead of --resume" in earteach(*words, "--resume").err
     said = earteach(*words)
-    assert said.code == 2 and "left some finished rows" in said.err and "--overwrite" in said.err
+    assert said.code == 2 and "left 6 finished rows" in said.err and "--overwrite" in said.err
     assert earteach(*words, "--overwrite").code == 0 and not list(tmp_path.glob(".x*"))
 
 

@@ -331,7 +331,7 @@ def test_mirrored_rows_are_those_of_embed(exports, drawn, tmp_path, earteach):
 
 
 def test_onnx_is_said_to_be_for_onnxruntime(exports):
-    with pytest.raises(EarTeachError, match=r"teacher.onnx: is for onnxruntime; give the checkpoint, or an export as"):
+    with pytest.raises(EarTeachError, match=r"teacher.onnx: is for onnxruntime; give the checkpoint or a"):
         load_embedder(exports / "teacher.onnx")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,21 +78,26 @@ def test_embed_of_several_processes_is_that_of_one_also_after_a_kill(many, ears,
     assert said(one).count("599 rows of 64, 1 skipped") == 1
     three = [*words[:2], tmp_path / "three.npy", *words[2:]]
     killed = start(3, *three)
-    parts = [tmp_path / f".three.npy.{number}-of-3.unfinished" / "rows.npy" for number in (1, 2, 3)]
+    folder = tmp_path / ".three.npy.unfinished"
     until = time.monotonic() + 120
-    while not any(part.exists() and part.stat().st_size > 5000 for part in parts) and time.monotonic() < until:
+    while len(list(folder.glob("*.shard"))) < 5 and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(rank_of(killed.pid, 1), signal.SIGKILL)
     said(killed)
-    assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and any(part.exists() for part in parts)
-    before = [part.read_bytes() for part in parts if part.exists()]
+    before = {path.name: path.read_bytes() for path in folder.glob("*.shard")}
+    assert killed.returncode != 0 and not (tmp_path / "three.npy").exists() and before
     again = [sys.executable, "-m", "ear_teacher_cli", *three]
     code, text = forked.ranks(again, 3)
-    assert code == 2 and text.count("go on with --resume, or start anew with --overwrite") == 1, text
-    assert [part.read_bytes() for part in parts if part.exists()] == before
+    assert code == 2 and text.count("continue with --resume, or start again with --overwrite") == 1, text
+    assert {path.name: path.read_bytes() for path in folder.glob("*.shard")} == before
+    other = shutil.copytree(folder, tmp_path / ".two.npy.unfinished")
     code, text = forked.ranks([*again, "--resume"], 3)
     assert code == 0 and text.count("599 rows of 64, 1 skipped") == 1, text
-    assert output("three") == output("one") and not list(tmp_path.glob(".*"))
+    assert output("three") == output("one") and not folder.exists()
+    two = ["embed", many, tmp_path / "two.npy", *words[2:], "--resume"]  # also with another number of processes
+    code, text = forked.ranks([sys.executable, "-m", "ear_teacher_cli", *two], 2)
+    assert code == 0 and text.count("599 rows of 64, 1 skipped") == 1, text
+    assert output("two") == output("one") and not other.exists()
     again = [sys.executable, "-m", "ear_teacher_cli", *three, "--resume", "--no-normalize"]
     code, text = forked.ranks(again, 2)
     assert "nothing unfinished" in text and code == 2  # and the finished one is not replaced

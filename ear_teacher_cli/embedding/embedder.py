@@ -1,8 +1,8 @@
-"""A backbone ready to embed, from any kind of weights, with its preprocessing and its provenance."""
+"""Load a backbone with its preprocessing from any kind of weights, and embed images with it."""
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,12 +36,11 @@ from .files import Embeddings
 
 @dataclass
 class Embedder:
-    """A backbone with its preprocessing: `embed` makes rows of images. Called, it is the backbone alone: uint8 B,3,S,S ->
-    float32 B,D on the CPU, raw, computed where the backbone lies (on the GPU, if there is one).
+    """A backbone with its preprocessing. `embed` returns rows for images; a call runs the backbone alone on crops: uint8
+    B,3,S,S -> raw float32 B,D on the CPU, computed on the device of the backbone (the GPU, if there is one).
 
-    `source`, `sha256`: which file. `fingerprint`: of weights and preprocessing, wherever they are kept
-    (weights.fingerprint). `whitening`: what the run fitted to its training embeddings; None if it did not, or if
-    it is not wanted.
+    `source`, `sha256`: the file of the weights. `fingerprint`: of weights and preprocessing, the same in every form of
+    one teacher (model/weights.py). `whitening`: the one that the run fitted to its training embeddings, or None.
     """
 
     backbone: nn.Module
@@ -64,22 +63,22 @@ class Embedder:
         normalize: bool = True,
         batch_size: int = 32,
     ) -> np.ndarray:
-        """float32 [N, D], a row for each image in their order: the row that `earteach embed` writes of it.
+        """Return float32 [N, D]: for each image, in order, the row that `earteach embed` writes for it.
 
         `images`: one or many paths, PIL images, or arrays uint8 H x W x 3 (RGB, upright); an iterator is read a batch at
         a time. `boxes`: x1, y1, x2, y2 in pixels of the upright image; for many images a list with a box or None for
-        each; None: the images are crops. `sides`: 'left', 'right' or None, likewise; only weights that were trained with
-        --side-policy mirror heed it.
-        `whiten`: as the run fitted it, where it did; False: as `embed --no-whiten`. `normalize`: rows of unit length;
-        False: the backbone's numbers, neither whitened nor of unit length, as `embed --no-normalize`.
-        `batch_size`: crops in memory at a time. Raises ImageError for the first image or box that cannot be used, by
-        its place from 0; EarTeachError where there are no images, or not as many boxes.
+        each; None: the images are crops. `sides`: 'left', 'right' or None, likewise; used only by weights that were
+        trained with --side-policy mirror.
+        `whiten`: apply the whitening of the run, if it has one; False: as `embed --no-whiten`. `normalize`: rows of unit
+        length; False: raw embeddings, neither whitened nor of unit length, as `embed --no-normalize`.
+        `batch_size`: crops in memory at a time. Raises ImageError for the first image or box that cannot be used, with
+        its position from 0; EarTeachError if there are no images, or another number of boxes.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: {batch_size} is less than 1; leave it out")
         if self.preprocessing.mirror and sides is None:
             warnings.warn(
-                "these weights want right ears mirrored, and no sides were given: embedded as they are; give sides=",
+                "these weights want right ears mirrored, and no sides were given: embedded unchanged; give sides=",
                 stacklevel=2,
             )
         crops = crops_given(images, boxes, sides, preprocessing=self.preprocessing)
@@ -89,13 +88,23 @@ class Embedder:
             rows.append(self.unit_rows(vectors, whiten) if normalize else vectors.numpy())
         return np.concatenate(rows)
 
+    @property
+    def row_dim(self) -> int:
+        """Numbers in a row: fewer than the backbone's where whitening reduces them."""
+        if self.whitening is None:
+            return self.embedding_dim
+        assert self.whitening.matrix is not None  # a run fits more than a mean
+        return self.whitening.matrix.shape[1]
+
     def unit_rows(self, embeddings: torch.Tensor, whiten: bool = True) -> np.ndarray:
-        """float32 B,D -> float32 rows of unit length, B,D, or B,K whitened where the run fitted a whitening."""
+        """Return raw embeddings, float32 B,D, as rows of unit length: float32 B,D, or B,K whitened with the whitening of
+        the run."""
         rows = F.normalize(embeddings, dim=1).numpy()
         return self.whitening.apply(rows) if self.whitening and whiten else rows
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return raw embeddings, float32 B,D on the CPU, of crops uint8 B,3,S,S."""
         device = next(self.backbone.parameters()).device
         images = normalise(pixels.to(device, non_blocking=True), self.preprocessing)
         return self.backbone(images.to(memory_format=torch.channels_last)).float().cpu()
@@ -104,11 +113,11 @@ class Embedder:
 def load_embedder(
     path: str | Path | None, backbone: str | None = None, image_size: int | None = None, whiten: bool = True
 ) -> Embedder:
-    """An Embedder of a run folder, a checkpoint, an export (.safetensors or folder), `timm:NAME`, or (with `backbone`, a
-    name in timm, and its input size in pixels) a plain state dict. Not of a .onnx, which is for onnxruntime.
+    """Return the Embedder of a run folder, a checkpoint, an export (.safetensors or folder), `timm:NAME`, or (with
+    `backbone`, a name in timm, and `image_size` in pixels) a plain state dict. A .onnx is for onnxruntime instead.
 
-    None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. `whiten`: with the whitening
-    that the run fitted, if it did; False: its file need not be there, and all rows are raw. Raises EarTeachError.
+    `path` None: the environment's EARTEACH_WEIGHTS, else the best checkpoint of the newest run. `whiten`: load the
+    whitening that the run fitted, if any; False: its file is not needed, and all rows are raw. Raises EarTeachError.
     """
     if path is not None and not str(path):
         raise UsageError("weights: no path was given; name an export, a checkpoint or a run")
@@ -129,7 +138,7 @@ def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whi
     elif path.is_dir():
         path = run_folder.checkpoint_of(path, best=True)
     if path.suffix == ".onnx":
-        raise UsageError(f"{printable(path)}: is for onnxruntime; give the checkpoint, or an export as .safetensors")
+        raise UsageError(f"{printable(path)}: is for onnxruntime; give the checkpoint or a .safetensors export")
     try:
         embedder = (
             embedder_of_export(path, whiten)
@@ -139,7 +148,7 @@ def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whi
     except ForeignWeightsError as error:
         if backbone is None:
             raise WeightsError(
-                f"{printable(path)}: is not of earteach; say of which model it is with --backbone NAME"
+                f"{printable(path)}: was not written by earteach; name its model with --backbone NAME"
             ) from error
         preprocessing = _default_preprocessing(backbone, image_size)
         module = build_backbone(backbone, preprocessing.image_size)
@@ -147,19 +156,17 @@ def _embedder_of(weights: str, backbone: str | None, image_size: int | None, whi
         return _ready(module, backbone, preprocessing, receipt)
     name, size = embedder.architecture, embedder.preprocessing.image_size
     if backbone not in (None, name) or image_size not in (None, size):
-        raise UsageError(
-            f"{printable(path)}: is of {name} at {size} px and says so; leave --backbone and --image-size out"
-        )
+        raise UsageError(f"{printable(path)}: was made for {name} at {size} px; leave --backbone and --image-size out")
     return embedder
 
 
 def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Module, Preprocessing]:
-    """(module, preprocessing) of an export (a .safetensors or a folder), a checkpoint or a run; frozen, on the CPU.
+    """Return (module, preprocessing) of an export (a .safetensors or a folder), a checkpoint or a run; frozen, on the CPU.
 
-    module: float32 B,3,S,S, normalised as `ear_teacher_cli.normalise(pixels, preprocessing)` does, -> float32 B,D, raw:
-    neither whitened nor of unit length, so not the rows of `earteach embed` (those are `load_embedder`'s); with
-    `features_only` -> list of maps B,C,S/stride,S/stride, fine to coarse, as timm's `features_only` gives them, with
-    timm's `feature_info`. Crops: `ear_teacher_cli.load_crop(image, box, preprocessing)`, uint8 3,S,S.
+    The module maps float32 B,3,S,S, normalised by `ear_teacher_cli.normalise(pixels, preprocessing)`, to float32 B,D,
+    raw: neither whitened nor of unit length (`load_embedder` returns the rows of `earteach embed`). With `features_only`
+    it returns a list of maps B,C,S/stride,S/stride, fine to coarse, like timm's `features_only`, and has timm's
+    `feature_info`. Make crops with `ear_teacher_cli.load_crop(image, box, preprocessing)`, uint8 3,S,S.
     Raises EarTeachError.
     """
     embedder = load_embedder(str(path), whiten=False)
@@ -170,6 +177,9 @@ def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Mod
     return embedder.backbone.cpu(), embedder.preprocessing
 
 
+Batch = tuple[list[int], torch.Tensor | None, list[UnreadableImage]]
+
+
 def embed_images(
     embedder: Embedder,
     manifest: Manifest,
@@ -177,33 +187,39 @@ def embed_images(
     num_workers: int,
     load_timeout: int,
     console: Console,
-    start: int = 0,
-) -> Iterator[tuple[list[int], torch.Tensor | None, list[UnreadableImage]]]:
-    """A batch at a time, in order, from the image `start` on: indices B, embeddings float32 B,D (None if B is 0), and
-    what could not be read."""
-    if embedder.preprocessing.mirror:
-        unknown = sum(manifest.side(i) is None for i in range(len(manifest)))
-        if unknown:
-            console.warn(
-                f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
-                "embedded as they are. A manifest with a side column puts it right"
-            )
+    images: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Yield a batch at a time, in order: indices B, embeddings float32 B,D (None if B is 0), and what could not be read.
+
+    `images`: the indices of those to embed; None: all.
+    """
     batches = crops_of(
-        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, console, "embedding", start
+        manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, console, "embedding", images
     )
     for good, pixels, bad in batches:
-        yield good, embedder(pixels) if good else None, bad
+        yield good, embedder(pixels) if pixels is not None else None, bad
+
+
+def warn_of_unknown_sides(embedder: Embedder, manifest: Manifest, console: Console) -> None:
+    """Warn if the weights want right ears mirrored and the manifest does not give all sides."""
+    unknown = sum(manifest.side(i) is None for i in range(len(manifest))) if embedder.preprocessing.mirror else 0
+    if unknown:
+        console.warn(
+            f"{unknown} of {len(manifest)} ears have no side, and these weights want right ears mirrored; they are "
+            "embedded unchanged; add a side column to the manifest"
+        )
 
 
 def embed_manifest(
     embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, console: Console, whiten: bool = True
 ) -> Embeddings:
-    """All that can be read, in memory, at unit length. Raises EarTeachError if nothing can."""
+    """Return the unit-length embeddings of all images that can be read, in memory. Raises EarTeachError if none can."""
+    warn_of_unknown_sides(embedder, manifest, console)
     rows, kept = [], []
     for good, vectors, _ in embed_images(
         embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, console
     ):
-        if good:
+        if vectors is not None:
             rows.append(embedder.unit_rows(vectors, whiten))
             kept += good
     if not kept:
@@ -233,22 +249,26 @@ def crops_of(
     load_timeout: int,
     console: Console,
     what: str,
-    start: int = 0,
-) -> Iterator[tuple[list[int], torch.Tensor | None, list[UnreadableImage]]]:
-    """A batch at a time, in order, from the image `start` on: indices B, uint8 B,3,H,W (None if B is 0), and what
-    could not be read, which is said. `what` is done to them: for the progress bar."""
-    workers = min(num_workers, usable_cores(), len(manifest) // batch_size)
+    images: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Yield a batch at a time, in order: indices B, uint8 B,3,H,W (None if B is 0), and what could not be read, with a
+    warning.
+
+    `images`: the indices of those to read; None: all. `what` is done to them: for the progress bar.
+    """
+    images = range(len(manifest)) if images is None else images
+    workers = min(num_workers, usable_cores(), len(images) // batch_size)
     loader = DataLoader(
         EarDataset(manifest, preprocessing),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_stopping_to_the_parent,
-        sampler=range(start, len(manifest)),
+        sampler=images,
         timeout=load_timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
-    with console.progress(what, len(manifest) - start, "pictures") as steps:
+    with console.progress(what, len(images), "images") as steps:
         for batch in loader:
             for bad in batch["bad"]:
                 console.warn(f"{manifest.where(bad.index)}: {printable(bad.detail)}; skipped")
@@ -258,7 +278,7 @@ def crops_of(
 
 
 def embedder_of(checkpoint: Checkpoint, whiten: bool = True) -> Embedder:
-    """From a checkpoint that was read."""
+    """Return the Embedder of a checkpoint."""
     name, preprocessing = checkpoint.config.backbone, checkpoint.preprocessing
     module = build_backbone(name, preprocessing.image_size)
     receipt = load_state(
@@ -268,22 +288,27 @@ def embedder_of(checkpoint: Checkpoint, whiten: bool = True) -> Embedder:
     return _ready(module, name, preprocessing, receipt, whitening_of(fitted) if fitted else None)
 
 
-def untouched(module: nn.Module, architecture: str, preprocessing: Preprocessing, receipt: Receipt | None) -> Embedder:
-    """From a backbone that has learned nothing yet; without a receipt its weights are random."""
+def pretrained_baseline(
+    module: nn.Module, architecture: str, preprocessing: Preprocessing, receipt: Receipt | None
+) -> Embedder:
+    """Return the Embedder of a backbone before training; without a receipt its weights are random."""
     return _ready(module, architecture, preprocessing, receipt or Receipt("random weights", "timm", 0, 0, ""))
 
 
 def embedder_of_export(path: Path, whiten: bool = True, trusted: bool = False) -> Embedder:
-    """From a .safetensors of export-backbone. Raises WeightsError if its weights or preprocessing are not those that the
-    fingerprint in its header is of, unless it is `trusted`; an export older than fingerprints always is."""
+    """Return the Embedder of a .safetensors export.
+
+    Raises WeightsError if its weights or preprocessing do not match the fingerprint in its header, unless it is
+    `trusted` or has none (earlier versions).
+    """
     about, state = read_export(path)
     whitening = read_whitening(path, about.whitening_sha256) if whiten and about.whitening_sha256 else None
     try:
         module = build_backbone(about.architecture, about.preprocessing.image_size)
     except ConfigError as error:
         raise WeightsError(
-            f"{printable(path)}: says it is of {printable(about.architecture)}, which timm does not have; update timm, or "
-            "export it again"
+            f"{printable(path)}: is of a model {printable(about.architecture)}, which timm does not have; update timm, or "
+            "export again"
         ) from error
     receipt = load_state(module, about.architecture, state, printable(path), sha256_of(path))
     embedder = _ready(module, about.architecture, about.preprocessing, receipt, whitening)
@@ -312,7 +337,7 @@ def _ready(
 ) -> Embedder:
     dim = embedding_size(backbone, preprocessing.image_size)
     mark = fingerprint(name, backbone.state_dict(), preprocessing)
-    backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # what convolutions are fast in
+    backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # convolutions are faster in it
     if torch.cuda.is_available():
         backbone.cuda()
     return Embedder(backbone, name, dim, preprocessing, receipt.source, receipt.sha256, receipt, mark, whitening)

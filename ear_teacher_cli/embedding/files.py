@@ -1,4 +1,4 @@
-"""The one reader of what `embed` writes: `x.npy` (with `x.csv` beside it), `x.npz`, or `x.csv`.
+"""Read what `embed` writes: `x.npy` (with `x.csv` beside it), `x.npz`, or `x.csv`.
 
 The rows of a `.npy` stay on the disk until they are used.
 """
@@ -22,7 +22,7 @@ EMBEDDING_SUFFIXES = (".npy", ".npz", ".csv")
 
 @dataclass(frozen=True)
 class Embeddings:
-    """[N, D] rows of any length, and N paths, boxes and, where known, identities and sides ('' where one is not)."""
+    """Embeddings [N, D] of any length, and N paths, boxes and, if known, identities and sides ('' for unknown ones)."""
 
     source: str
     rows: np.ndarray
@@ -30,21 +30,21 @@ class Embeddings:
     boxes: Sequence[Box | None]
     identities: Sequence[str] | None = None
     sides: Sequence[str] | None = None
-    weights: str = ""  # the name of the weights' file, if `x.json` says it
-    whitened: bool = False  # by the run that made them, as `x.json` says
-    fingerprint: str = ""  # of the weights and their preprocessing, if `x.json` says it
-    root: Path | None = None  # where the images lie, if they were embedded just now
+    weights: str = ""  # file name of the weights, from `x.json`
+    whitened: bool = False  # from `x.json`
+    fingerprint: str = ""  # of the weights and their preprocessing, from `x.json`
+    root: Path | None = None  # folder of the images, if they were embedded by this process
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def where(self, row: int) -> str:
-        """`x.npy row 17 (s03/left.jpg)`, for messages."""
+        """Return `x.npy row 17 (s03/left.jpg)`, for messages."""
         return f"{printable(Path(self.source).name)} row {row} ({printable(self.paths[row])})"
 
 
 def read_rows(source: str | Path) -> np.ndarray:
-    """The numbers alone, [N, D]: what a mean or a whitening is fitted on needs no names. Raises ManifestError."""
+    """Return the embeddings [N, D] without their names, to fit a mean or a whitening on. Raises ManifestError."""
     path = Path(source)
     where = printable(path)
     if path.suffix.lower() == ".csv":
@@ -53,7 +53,8 @@ def read_rows(source: str | Path) -> np.ndarray:
 
 
 def read_embeddings(source: str | Path) -> Embeddings:
-    """Rows with their names. Raises ManifestError if it is none, or if names, rows and `x.json` do not agree."""
+    """Return embeddings with their names. Raises ManifestError if the file cannot be read, or if names, rows and `x.json`
+    do not agree."""
     path = Path(source)
     where = printable(path)
     if path.suffix.lower() == ".csv":
@@ -74,7 +75,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
 
 def _array(path: Path, where: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if path.suffix.lower() not in EMBEDDING_SUFFIXES:
-        raise ManifestError(f"{where}: no embeddings by its name; give a .npy, .npz or .csv that embed wrote")
+        raise ManifestError(f"{where}: not the name of embeddings; give a .npy, .npz or .csv that embed wrote")
     _require_regular(path)
     archive = read_npz(path) if path.suffix.lower() == ".npz" else {"embeddings": map_npy(path)}
     rows = archive.get("embeddings")
@@ -88,8 +89,8 @@ def _named(rows: np.ndarray, path: Path, names: Path, where: str) -> Embeddings:
     table = [line for line in _table(names) if line.get("row")]
     if [line["row"] for line in table] != [str(i) for i in range(len(rows))]:
         raise ManifestError(
-            f"{where}: has {len(rows)} rows, but {printable(names.name)} names {len(table)}, or in another order; "
-            "they are not of one embed: embed again"
+            f"{where}: has {len(rows)} rows, but {printable(names.name)} lists {len(table)}, or in another order; "
+            "they are not from the same embed: embed again"
         )
     return Embeddings(str(path), rows, *_columns(table, printable(names)))
 
@@ -112,7 +113,7 @@ _NAMES = ("path", "x1", "y1", "x2", "y2", "identity", "side")
 
 
 def _columns(table: list[dict[str, str]], where: str) -> tuple[list, list, list | None, list | None]:
-    """Paths, boxes, identities, sides."""
+    """Return paths, boxes, identities and sides."""
     if "path" not in table[0]:
         raise ManifestError(f"{where}: has no column 'path'; give what embed wrote")
     boxes: list[Box | None] = []
@@ -133,8 +134,8 @@ def _box_of(corners: Sequence[str]) -> Box:
 
 
 def _require_regular(path: Path) -> None:
-    if path.exists() and not path.is_file():  # a FIFO would wait for ever
-        raise ManifestError(f"{printable(path)}: is no regular file; give what embed wrote")
+    if path.exists() and not path.is_file():  # opening a FIFO would block
+        raise ManifestError(f"{printable(path)}: is not a regular file; give what embed wrote")
 
 
 def _table(path: Path) -> list[dict[str, str]]:
@@ -148,7 +149,9 @@ def _table(path: Path) -> list[dict[str, str]]:
         ) from error
     for row, line in enumerate(table):
         if None in line or None in line.values():
-            raise ManifestError(f"{printable(path)} row {row}: not as many cells as the header; embed again")
+            raise ManifestError(
+                f"{printable(path)} row {row}: has another number of cells than the header; embed again"
+            )
     return table
 
 
@@ -166,15 +169,15 @@ def _checked(found: Embeddings, path: Path, where: str, about: dict[str, Any]) -
     if about.get("rows", len(found)) != len(found):
         raise ManifestError(
             f"{where}: has {len(found)} rows, but {printable(path.with_suffix('.json').name)} says "
-            f"{printable(about['rows'])}; they are not of one embed: embed again"
+            f"{printable(about['rows'])}; they are not from the same embed: embed again"
         )
     mark, whitened = _space(about)
     return replace(found, weights=str(about.get("weights", "")), whitened=whitened, fingerprint=mark)
 
 
 def space_of(source: str | Path) -> tuple[str, bool]:
-    """(fingerprint or '', whether whitened) of what embed wrote, as `x.json` beside it says: only rows of one space may
-    be compared."""
+    """Return (fingerprint or '', whether whitened) of an output of embed, from the `x.json` beside it. Only embeddings
+    that agree in both can be compared."""
     return _space(_about(Path(source).with_suffix(".json")))
 
 

@@ -1,7 +1,7 @@
-"""`embed`: images in, one row of numbers per readable image out, with names and provenance beside it.
+"""`embed`: write one embedding per readable image, with names and provenance beside it.
 
-Rows stream to disk: memory does not grow with their number, and a killed `embed` goes on with `--resume`. An image
-that cannot be read has no row; the list beside the embeddings says why.
+Rows go to the disk batch by batch (embedding/shards.py): memory does not grow with their number, and `--resume`
+continues a killed `embed`. An image that cannot be read has no row; the list beside the embeddings says why.
 """
 
 import csv
@@ -12,37 +12,65 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.lib import format as npy_format
 
 from .. import __version__
 from ..config import Reading
 from ..console import Console
-from ..data.dataset import UnreadableImage
 from ..data.manifest import Manifest, print_summary, read_input
-from ..distributed import Ranks, joined
+from ..distributed import Ranks, distributed_context
 from ..errors import EarTeachError, UsageError
-from ..files import only_writer, printable, refuse_existing, whole_file
+from ..files import escape_csv, printable, refuse_existing, whole_file
 from ..platform import usable_cores
-from .embedder import Embedder, embed_images, load_embedder
-from .journal import STATE, Journal, folder_of, input_mark, join_journals, parts_of, put_rows, rows_in, unfinished
+from .embedder import Batch, Embedder, embed_images, load_embedder, warn_of_unknown_sides
+from .shards import Shards, finished_rows, folder_of, input_digest, unfinished_folder
 
 FORMATS = ("npy", "npz", "csv")
 
 
 @dataclass(frozen=True)
 class Embedded:
+    """What `embed` wrote: `rows` of `dim` numbers each to `out`; `skipped` images could not be read."""
+
     rows: int
     skipped: int
     dim: int
     out: str
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The content of the outputs. `kept`: indices of the images that have a row; `unreadable`: by index, why the others
+    have none."""
+
+    manifest: Manifest
+    shards: Shards
+    kept: list[int]
+    unreadable: dict[int, str]
+
+    @property
+    def labels(self) -> dict[str, Sequence[str]]:
+        """The columns of labels that the manifest has, by name."""
+        columns = {"identity": self.manifest.identities, "side": self.manifest.sides}
+        return {name: column for name, column in columns.items() if column is not None}
+
+    def name_of(self, index: int) -> list[Any]:
+        """Return path and box of an image, as cells of a CSV."""
+        return [escape_csv(self.manifest.paths[index]), *(self.manifest.boxes[index] or ("",) * 4)]
+
+    def labels_of(self, index: int) -> list[str]:
+        """Return the labels of an image, as cells of a CSV."""
+        return [escape_csv(column[index]) for column in self.labels.values()]
 
 
 def embed(
@@ -74,8 +102,8 @@ def embed(
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
     if resume and out == "-":
-        raise UsageError("--resume: what went to stdout is not kept; name a file")
-    with joined() as ranks:
+        raise UsageError("--resume: stdout keeps nothing to resume from; name a file")
+    with distributed_context() as ranks:
         if ranks.world > 1 and (out == "-" or source == "-"):
             raise UsageError("-: cannot be shared by several processes; name files")
         if out != "-":
@@ -83,169 +111,133 @@ def embed(
         manifest = read_input(source, root_dir, reading)
         console = Console(quiet=True) if ranks.rank else console
         embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
-        console.info(
-            f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers an image, "
-            f"{embedder.preprocessing.image_size} px"
-        )
-        if embedder.whitening:
-            console.info("whitened as the run fitted it (--no-whiten: raw)")
-        print_summary(manifest, console)
-        dim = embedder.whitening.matrix.shape[1] if embedder.whitening else embedder.embedding_dim
-        about = _provenance(embedder, manifest, dim, normalize)
-        mine = ranks.block(len(manifest), batch_size)
-        part = manifest if ranks.world == 1 else manifest.subset(mine)
-        going_on = resume and _has_part(out, ranks)
-        if overwrite and not resume and out != "-" and ranks.rank == 0:
-            _drop_other_parts(out, ranks)
-        with _files(out, about, batch_size, part, going_on, console, ranks) as files:
-            journal = Journal(*files, part, dim, batch_size)
-            if journal.done:
-                console.info(f"going on after {journal.done} of {len(part)} images")
-            workers = min(num_workers, max(1, usable_cores() // ranks.local))
-            try:
-                for good, vectors, bad in embed_images(
-                    embedder, part, batch_size, workers, load_timeout, console, journal.done
-                ):
-                    rows = None
-                    if good:
-                        rows = embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy()
-                    _add(journal, good, rows, bad, out)
-            except KeyboardInterrupt:
-                if journal.count and out != "-":
-                    console.info(
-                        f"interrupted: {journal.done} of {len(part)} images are kept; --resume goes on with them"
-                    )
-                raise
-            journal.finish()
-            ranks.wait()  # now all parts are whole
-            count = journal.count
-            if ranks.rank == 0:
-                with _joined_parts(journal, out, manifest, ranks) as whole:
-                    count = whole.count
-                    if count == 0:
-                        raise EarTeachError(
-                            f"{printable(source)}: not one of {len(manifest)} images could be read; nothing was written"
-                        )
-                    _put(whole, out, kind, sidecars, about)
-            ranks.wait()  # and so is the output: the parts may go
-    return Embedded(count, len(manifest) - count, dim, out)
+        _describe(embedder, manifest, console)
+        if ranks.rank == 0:
+            warn_of_unknown_sides(embedder, manifest, console)
+        about = _provenance(embedder, manifest, normalize)
+        workers = min(num_workers, max(1, usable_cores() // ranks.local))
+        with _open_shards(out, about, manifest, batch_size, resume, console, ranks) as shards:
+            mine = ranks.block(len(manifest), batch_size)
+            batches = partial(embed_images, embedder, manifest, batch_size, workers, load_timeout, console)
+            _embed_missing(shards, mine, batches, embedder.unit_rows if normalize else torch.Tensor.numpy, out, console)
+            ranks.wait()  # now all shards are there
+            rows = _write_outputs(shards, manifest, out, kind, sidecars, about) if ranks.rank == 0 else 0
+            rows = ranks.of_first(rows)
+    return Embedded(rows, len(manifest) - rows, about["dim"], out)
+
+
+def _describe(embedder: Embedder, manifest: Manifest, console: Console) -> None:
+    console.info(
+        f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers an image, "
+        f"{embedder.preprocessing.image_size} px"
+    )
+    if embedder.whitening:
+        console.info("whitened with the whitening of the run (--no-whiten: raw)")
+    print_summary(manifest, console)
 
 
 def _refuse_outputs(
     outputs: list[str | Path], inputs: tuple[str | None, ...], resume: bool, overwrite: bool, ranks: Ranks
 ) -> None:
-    """Raise UsageError if something would be lost: an output, or what a killed embed has done of it."""
+    """Raise UsageError if an output or the finished rows of a killed embed would be lost, or if there is nothing to
+    resume from."""
     out = Path(outputs[0])
-    parts = parts_of(out)
-    if ranks.any(bool(parts)) and not resume and not overwrite:  # asked of all before one of them writes
-        held = sum(map(rows_in, parts)) or "some"
+    left = ranks.of_first(finished_rows(out) if ranks.rank == 0 else None)
+    if left and not resume and not overwrite:
         raise UsageError.on_all_ranks(
-            f"{printable(out)}: an embed that was killed left {held} finished rows of it; go on with --resume, or start "
-            "anew with --overwrite"
+            f"{printable(out)}: an embed that was killed left {left} finished rows of it; continue with --resume, or "
+            "start again with --overwrite"
         )
+    if left is None and resume:
+        remedy = "it is finished; --overwrite writes it again" if out.exists() else "leave --resume out"
+        raise UsageError.on_all_ranks(f"{printable(out)}: nothing unfinished of it is there; {remedy}")
     for path in outputs:
         refuse_existing(path, overwrite or resume, inputs)
 
 
-def _drop_other_parts(out: str, ranks: Ranks) -> None:
-    """Remove what another number of processes left unfinished of `out`; this number's is dropped where it is opened."""
-    mine = {folder_of(_part(out, replace(ranks, rank=rank))) for rank in range(ranks.world)}
-    for folder in set(parts_of(Path(out))) - mine:
-        with only_writer(folder) as writer:
-            writer.remove_folder()
-
-
-def _put(journal: Journal, out: str, kind: str, sidecars: dict[str, Path], about: dict[str, Any]) -> None:
-    """Write the outputs of a finished journal of all images."""
-    if out == "-":
-        _to_stdout(journal, kind)
-        return
-    with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
-        temporary = stack.enter_context(whole_file(out))
-        if kind == "npy":
-            put_rows(journal.rows, temporary)
-        else:
-            with open(temporary, "w+b") as file:
-                _WRITERS[kind](journal, file)
-        if "names" in sidecars:
-            shutil.copyfile(journal.names.buffer.name, stack.enter_context(whole_file(sidecars["names"])))
-        figures = {"rows": journal.count, "skipped": len(journal.manifest) - journal.count}
-        beside = stack.enter_context(whole_file(sidecars["about"]))
-        beside.write_text(json.dumps(figures | about, indent=2) + "\n", encoding="utf-8")
-
-
 @contextmanager
-def _joined_parts(journal: Journal, out: str, manifest: Manifest, ranks: Ranks) -> Iterator[Journal]:
-    """All ranks' finished journals as one."""
-    if ranks.world == 1:
-        yield journal
-        return
-    parts = [folder_of(_part(out, replace(ranks, rank=rank))) for rank in range(ranks.world)]
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parts[0])))
-        rows, names = (stack.enter_context(open(folder / name, "w+b")) for name in ("rows", "names"))
-        join_journals(parts, rows, names)
-        whole = Journal(rows, names, manifest, journal.dim, journal.batch_size)
-        if whole.done < len(manifest):
-            raise EarTeachError(
-                f"{printable(out)}: {whole.done} of {len(manifest)} images are there after all are done; "
-                "is its folder the same for all processes? Nothing was written"
-            )
-        whole.finish()
-        yield whole
+def _open_shards(
+    out: str,
+    about: dict[str, Any],
+    manifest: Manifest,
+    batch_size: int,
+    resume: bool,
+    console: Console,
+    ranks: Ranks,
+) -> Iterator[Shards]:
+    """Open the shards of `out`. All ranks write into one folder, which rank 0 makes, locks and removes."""
+    shards = partial(Shards, len(manifest), batch_size, about["dim"])
+    if out == "-":
+        with tempfile.TemporaryFile() as file:
+            yield shards(file)
+    elif ranks.rank:
+        yield shards(folder_of(Path(out)), ranks.of_first(""))
+    else:
+        threads = torch.get_num_threads()  # on which the last bits of sums of floats depend
+        digest = input_digest(manifest)
+        state = {**about, "batch_size": batch_size, "threads": threads, "images_or_labels": digest}
+        with unfinished_folder(Path(out), state, resume, console) as (folder, mark):
+            yield shards(folder, ranks.of_first(mark))
 
 
-def _has_part(out: str, ranks: Ranks) -> bool:
-    """Whether this rank has something to go on with; one that was killed at its first image has not, but others may.
-    Raises UsageError if none has."""
-    mine = (folder_of(_part(out, ranks)) / STATE).is_file()
-    if ranks.any(mine):
-        return mine
-    path = Path(out)
-    others = [p.name for p in path.parent.glob(f".{path.name}*.unfinished") if (p / STATE).is_file()]
-    worlds = {int(name.split("-of-")[1].split(".")[0]) if "-of-" in name else 1 for name in others}
-    if not worlds:
-        mend = "it is finished; --overwrite writes it anew" if path.exists() else "leave --resume out"
-        raise UsageError(f"{printable(out)}: there is nothing unfinished of it; {mend}")
-    raise UsageError(
-        f"{printable(out)}: there is nothing unfinished of it by {ranks.world} process(es); start {min(worlds)} processes, as "
-        "it was"
-    )
-
-
-def _part(out: str, ranks: Ranks) -> Path:
-    """What a rank's part of the output would be called."""
-    path = Path(out)
-    return path if ranks.world == 1 else path.with_name(f"{path.name}.{ranks.rank + 1}-of-{ranks.world}")
-
-
-def _add(journal: Journal, good: list[int], rows: np.ndarray | None, bad: list[UnreadableImage], out: str) -> None:
+def _embed_missing(
+    shards: Shards,
+    block: range,
+    embed: Callable[[list[int]], Iterator[Batch]],
+    rows_of: Callable[[torch.Tensor], np.ndarray],
+    out: str,
+    console: Console,
+) -> None:
+    """Write the shards of a block of images that are not there yet. `embed` yields the batches of a list of images."""
+    missing = shards.missing(block)
+    images = [i for shard in missing for i in shard]
+    done = len(block) - len(images)
+    if done:
+        console.info(f"resuming: {done} of {len(block)} images are done")
     try:
-        journal.add(good, rows, bad)
-    except OSError as error:
-        kept = f"{journal.done} of {len(journal.manifest)} images are kept: make room, and go on with --resume"
-        raise EarTeachError(f"{printable(out)}: cannot be written ({error.strerror or error}); {kept}") from error
+        for shard, (index, vectors, unreadable) in zip(missing, embed(images), strict=True):
+            try:
+                shards.write(shard, index, None if vectors is None else rows_of(vectors), unreadable)
+            except OSError as error:
+                raise EarTeachError(
+                    f"{printable(out)}: cannot be written ({error.strerror or error}); {done} of {len(block)} images are "
+                    "done: make room, and continue with --resume"
+                ) from error
+            done += len(shard)
+    except KeyboardInterrupt:
+        if done and out != "-":
+            console.info(f"interrupted: {done} of {len(block)} images are done; --resume continues after them")
+        raise
 
 
-@contextmanager
-def _files(
-    out: str, about: dict[str, Any], batch_size: int, manifest: Manifest, resume: bool, console: Console, ranks: Ranks
-) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _write_outputs(
+    shards: Shards, manifest: Manifest, out: str, kind: str, sidecars: dict[str, Path], about: dict[str, Any]
+) -> int:
+    """Write the outputs when all shards are there. Returns the number of rows."""
+    whole = Whole(manifest, shards, *shards.index())
+    if not whole.kept:
+        raise EarTeachError(
+            f"{printable(manifest.source)}: not one of {len(manifest)} images could be read; nothing was written"
+        )
     if out == "-":
-        with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as names:
-            yield rows, names
-        return
-    threads = torch.get_num_threads()  # sums of floats depend on it
-    state = {**about, "batch_size": batch_size, "threads": threads, "pictures_or_labels": input_mark(manifest)}
-    part = _part(out, ranks)
-    with unfinished(part, state, resume, console) as files:
-        yield files
+        _to_stdout(whole, kind)
+        return len(whole.kept)
+    with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
+        with open(stack.enter_context(whole_file(out)), "w+b") as file:
+            _WRITERS[kind](whole, file)
+        if "names" in sidecars:
+            with open(stack.enter_context(whole_file(sidecars["names"])), "wb") as file:
+                _write_names(whole, file)
+        counts = {"rows": len(whole.kept), "skipped": len(whole.unreadable)}
+        beside = stack.enter_context(whole_file(sidecars["about"]))
+        beside.write_text(json.dumps(counts | about, indent=2) + "\n", encoding="utf-8")
+    return len(whole.kept)
 
 
-def _provenance(embedder: Embedder, manifest: Manifest, dim: int, normalize: bool) -> dict[str, Any]:
-    """What `out.json` says: how to read the numbers, and whether two files may be compared."""
+def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool) -> dict[str, Any]:
+    """Return what `out.json` says: how to read the numbers, and whether two files may be compared."""
     return {
-        "dim": dim,
+        "dim": embedder.row_dim,
         "dtype": "float32",
         "normalized": normalize,
         "whitened": embedder.whitening is not None,
@@ -274,7 +266,7 @@ def _format_of(out: str, format: str | None) -> str:
 
 
 def _sidecars(out: str, kind: str) -> dict[str, Path]:
-    """Beside `x.npy`: `x.csv` with names, `x.json` with provenance. A `.csv` holds the names itself."""
+    """Return the files beside `x.npy`: `x.csv` with names, `x.json` with provenance. A `.csv` output includes the names."""
     if out == "-":
         return {}
     path = Path(out)
@@ -282,46 +274,67 @@ def _sidecars(out: str, kind: str) -> dict[str, Path]:
     return sidecars if kind == "csv" else {**sidecars, "names": path.with_suffix(".csv")}
 
 
-def _to_stdout(journal: Journal, kind: str) -> None:
+def _to_stdout(whole: Whole, kind: str) -> None:
     with tempfile.TemporaryFile() as file:
-        _WRITERS[kind](journal, file)
+        _WRITERS[kind](whole, file)
         file.seek(0)
         try:
             shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
             sys.stdout.buffer.flush()
-        except BrokenPipeError:  # the reader has all it wants; what is left to flush at exit goes nowhere
+        except BrokenPipeError:  # the reader has ended; discard what is flushed at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _write_npy(journal: Journal, file: IO[bytes]) -> None:
-    """float32 [N, D]."""
-    journal.rows.seek(0)
-    shutil.copyfileobj(journal.rows, file, 2**20)
+def _write_npy(whole: Whole, file: IO[bytes]) -> None:
+    """Write float32 [N, D]."""
+    shape = (len(whole.kept), whole.shards.dim)
+    npy_format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    for rows in whole.shards.rows():
+        file.write(rows.tobytes())
 
 
-def _write_npz(journal: Journal, file: BinaryIO) -> None:
-    """`embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole image)."""
-    manifest = journal.manifest
-    paths = np.array([manifest.paths[i] for i in journal.kept])
-    boxes = np.array([manifest.boxes[i] or (float("nan"),) * 4 for i in journal.kept], np.float32)
+def _write_npz(whole: Whole, file: BinaryIO) -> None:
+    """Write `embeddings` float32 [N, D], `paths` [N], `boxes` float32 [N, 4] (NaN: the whole image)."""
+    manifest = whole.manifest
+    paths = np.array([manifest.paths[i] for i in whole.kept])
+    boxes = np.array([manifest.boxes[i] or (float("nan"),) * 4 for i in whole.kept], np.float32)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("embeddings.npy", "w", force_zip64=True) as member:
-            _write_npy(journal, member)
+            _write_npy(whole, member)
         for name, column in (("paths", paths), ("boxes", boxes)):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, column, allow_pickle=False)
+                npy_format.write_array(member, column, allow_pickle=False)
 
 
-def _write_csv(journal: Journal, file: BinaryIO) -> None:
-    """row, path, x1, y1, x2, y2, identity and side where known, then e0 ... e(D-1), each float32 in the fewest digits
-    that give it back."""
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-    writer = csv.writer(text)
-    numbers = (f"e{i}" for i in range(journal.dim))
-    writer.writerow(["row", "path", "x1", "y1", "x2", "y2", *journal.labels, *numbers])
-    for row, (index, vector) in enumerate(zip(journal.kept, journal.array(), strict=True)):
-        writer.writerow([row, *journal.name_of(index), *journal.labels_of(index), *vector.astype(str)])
-    text.detach()  # the file stays open: it is not ours to close
+def _write_csv(whole: Whole, file: BinaryIO) -> None:
+    """Write row, path, x1, y1, x2, y2, identity and side where known, then e0 ... e(D-1), each float32 in the fewest
+    digits that give it back."""
+    with _csv_writer(file) as writer:
+        numbers = (f"e{i}" for i in range(whole.shards.dim))
+        writer.writerow(["row", *_NAME_COLUMNS, *whole.labels, *numbers])
+        vectors = (vector for rows in whole.shards.rows() for vector in rows)
+        for row, (index, vector) in enumerate(zip(whole.kept, vectors, strict=True)):
+            writer.writerow([row, *whole.name_of(index), *whole.labels_of(index), *vector.astype(str)])
 
 
+def _write_names(whole: Whole, file: BinaryIO) -> None:
+    """Write row, path, x1, y1, x2, y2, status, identity and side where known, of all images; row is empty, and status
+    says why, where there is none."""
+    with _csv_writer(file) as writer:
+        writer.writerow(["row", *_NAME_COLUMNS, "status", *whole.labels])
+        rows = dict(zip(whole.kept, range(len(whole.kept)), strict=True))
+        for index in range(len(whole.manifest)):
+            status = escape_csv(whole.unreadable.get(index, "ok"))
+            writer.writerow([rows.get(index, ""), *whole.name_of(index), status, *whole.labels_of(index)])
+
+
+@contextmanager
+def _csv_writer(file: BinaryIO) -> Iterator[Any]:
+    """Yield a csv.writer into a binary file, which stays open."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    yield csv.writer(text)
+    text.detach()  # flushes
+
+
+_NAME_COLUMNS = ("path", "x1", "y1", "x2", "y2")
 _WRITERS = {"npy": _write_npy, "npz": _write_npz, "csv": _write_csv}

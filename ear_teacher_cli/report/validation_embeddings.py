@@ -13,7 +13,7 @@ from ..data.crop import cut, read_image
 from ..data.datamodule import read_val_manifest
 from ..data.image_checks import PREVIEW
 from ..data.manifest import Manifest
-from ..embedding.embedder import Embedder, embed_manifest, embedder_of, untouched
+from ..embedding.embedder import Embedder, embed_manifest, embedder_of, pretrained_baseline
 from ..embedding.files import Embeddings
 from ..errors import EarTeachError
 from ..model.checkpoint import Checkpoint
@@ -70,4 +70,4 @@ def _untouched(config: TrainConfig) -> Embedder:
         pl.seed_everything(config.seed, verbose=False)
         module = EarTeacherLightningModule(config)
         receipt = module.load_pretrained() if config.pretrained else None
-    return untouched(module.model.backbone, config.backbone, module.preprocessing, receipt)
+    return pretrained_baseline(module.model.backbone, config.backbone, module.preprocessing, receipt)

@@ -18,10 +18,10 @@ import numpy as np, torch
 from ear_teacher_cli.embedding import writer
 from ear_teacher_cli.console import Console
 
-def constant_embeddings(embedder, manifest, batch_size, workers, timeout, console, start):
-    for first in range(start, len(manifest), batch_size):
-        rows = list(range(first, min(first + batch_size, len(manifest))))
-        yield rows, torch.ones(len(rows), 64), []
+def constant_embeddings(embedder, manifest, batch_size, workers, timeout, console, images):
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        yield batch, torch.ones(len(batch), 64), []
 
 writer.embed_images = constant_embeddings
 writer.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))

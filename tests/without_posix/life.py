@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def main(ears: str, out: str, workers: str, cache: str) -> None:
-    from ear_teacher_cli.embedding.journal import Journal
+    from ear_teacher_cli.embedding.shards import Shards
     from ear_teacher_cli.training.module import EarTeacherLightningModule
 
     os.chdir(out)
@@ -44,7 +44,7 @@ def main(ears: str, out: str, workers: str, cache: str) -> None:
             )
         earteach("resume", "outputs/first")
         earteach("export-backbone", "outputs/first", "teacher", "--num-workers", "0")
-    with interrupted(Journal, "add", 3):
+    with interrupted(Shards, "write", 3):
         earteach(*embed)
     earteach(*embed, "--resume")
     if workers == "0":

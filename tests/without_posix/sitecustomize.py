@@ -2,7 +2,7 @@
 
 - What Windows lacks is missing: modules (fcntl, resource, ...), signals (SIGHUP, SIGKILL, ...) and functions of os (fork,
   memfd_create, sched_getaffinity, ...). os.name is "nt". The standard library and others, which would ask sys.platform
-  there, still see all of it; fcntl is hidden from all of them, so that nothing can be locked.
+  there, still see all of it; fcntl is hidden from all of them but filelock, which locks files on Windows, too.
 - Processes are spawned, never forked.
 - A file that this process has open or mapped cannot be removed or replaced by the package, a folder with one in it
   cannot be renamed, and os.rename replaces nothing.
@@ -21,6 +21,8 @@ import signal
 import subprocess  # noqa: F401  (like popen_fork: before fcntl is gone)
 import sys
 import types
+
+import filelock  # noqa: F401  (before fcntl is gone)
 
 PACKAGE = f"{os.sep}ear_teacher_cli{os.sep}"
 MODULES = {"fcntl", "resource", "termios", "pwd", "grp", "posix", "pty", "tty", "syslog"}
