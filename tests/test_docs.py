@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import read_table
 
-from ear_teacher_cli.config import PRESETS, TrainConfig, read_toml
+from ear_teacher_cli.config import PRESETS, EmbedConfig, TrainConfig
+from ear_teacher_cli.config_files import read_toml
 from ear_teacher_cli.console import Console
 
 ROOT = Path(__file__).parent.parent
@@ -334,8 +335,8 @@ def opened(run, ears, tmp_path_factory) -> Path:
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         export_backbone(whitened, folder / "x.onnx")
     for out, options in (("out.npy", {}), ("all.csv", {}), ("raw.npy", {"whiten": False}), ("zipped.npz", {})):
-        words = {"weights": str(folder / "x.safetensors"), "root_dir": str(ears), "num_workers": 0, "console": quiet}
-        embed(str(folder / "list.csv"), str(folder / out), **words, **options)
+        config = EmbedConfig(weights=str(folder / "x.safetensors"), root_dir=str(ears), num_workers=0, **options)
+        embed(str(folder / "list.csv"), str(folder / out), config, quiet)
     (folder / "zipped.npz").rename(folder / "out.npz")
     shutil.copy(ears / "images" / "p008" / "00.jpg", folder / "photo.jpg")
     return folder

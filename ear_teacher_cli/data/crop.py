@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
-from .. import platform
+from .. import library_messages, platform
 from ..errors import ImageError
 from ..files import printable, short_message
 from .boxes import Box
@@ -118,7 +118,7 @@ def _decoding() -> Iterator[None]:
     try:
         with platform.cpu_time_limit(_DECODE_SECONDS, _too_slow), warnings.catch_warnings():
             # Oddities short of an error (bomb warning, EXIF, palette) are validate-data's to report, not noise here.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter(library_messages.warning_action())
             yield
     except UnidentifiedImageError as error:
         raise ImageError("not-an-image", "the file is no image") from error

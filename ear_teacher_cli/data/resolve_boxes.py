@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .. import library_messages
 from ..config import AUTO, Reading
 from ..errors import ImageError, ManifestError
 from ..files import printable
@@ -220,7 +221,7 @@ class Files:
 
 def _sizes(paths: list[str | None]) -> Iterator[tuple[float, float]]:
     with warnings.catch_warnings():  # of odd headers, which validate-data reports
-        warnings.simplefilter("ignore")
+        warnings.simplefilter(library_messages.warning_action())
         if len(paths) < 64:
             yield from map(_size, paths)
             return

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import library_messages
 from ..data.preprocessing import Preprocessing, normalise
 from ..errors import EarTeachError, WeightsError
 from ..files import printable, short_message
@@ -167,10 +168,10 @@ def _forget_where_it_was_made(model: Any) -> None:
 def _quiet():
     """The exporter talks to stdout, to loggers and in warnings."""
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    logging.disable(before if library_messages.are_shown() else logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+            warnings.simplefilter(library_messages.warning_action())
             yield
     finally:
         logging.disable(before)

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from .. import library_messages
 from ..data.preprocessing import pretrained_cfg_of
 from ..errors import WeightsError
 
@@ -50,7 +51,9 @@ def open_local_dir(folder: str | Path) -> tuple[nn.Module, nn.Module]:
     """(backbone, maps) of an exported folder with nothing but timm's own loader, as users open it."""
     log = logging.getLogger("timm")
     level = log.level
-    log.setLevel(logging.ERROR)  # it tells of a head that the maps do not need
+    log.setLevel(
+        log.level if library_messages.are_shown() else logging.ERROR
+    )  # it tells of a head that the maps do not need
     try:
         whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
         maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)

@@ -14,6 +14,7 @@ from photos import drawn
 SCRIPT = """
 import sys
 import numpy as np, torch
+from ear_teacher_cli.config import EmbedConfig
 from ear_teacher_cli.embedding import writer as verb
 from ear_teacher_cli.console import Console
 
@@ -23,7 +24,8 @@ def made_up(embedder, manifest, batch_size, workers, timeout, console, start):
         yield rows, torch.ones(len(rows), 64), []
 
 verb.embed_images = made_up
-verb.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))
+config = EmbedConfig(weights=sys.argv[3], backbone="test_convnext", image_size=64)
+verb.embed(sys.argv[1], sys.argv[2], config, Console(quiet=True))
 # not getrusage: its peak is that of the process that started this one, too
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """

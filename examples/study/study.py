@@ -42,8 +42,9 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# How one fine-tunes is that of the recommended preset in every row but the seed's: two strongly varied views, early
-# stages and batch-norm statistics kept. Rows differ in what is asked. The rivals take it too.
+# How one fine-tunes is that of the recommended preset in every row but that of the original package: two strongly varied
+# views, early stages and batch-norm statistics kept. Rows differ in what is asked. The rivals take it too. The labels of
+# the original package are those of its code, the image's place in the batch.
 ALONE = {"contrastive_weight": 0.0}
 # Margin and scale of unsupervised speaker verification (see the README), and no ramp: the runs are short.
 CLASSES = {**ALONE, "metric_weight": 1.0, "arcface_margin": 0.2, "arcface_scale": 30.0, "margin_warmup_epochs": 0}
@@ -51,7 +52,7 @@ CLASSES = {**ALONE, "metric_weight": 1.0, "arcface_margin": 0.2, "arcface_scale"
 ROWS = {
     "random": Row("Random weights", "start", {"pretrained": False}),
     "untouched": Row("Untouched backbone", "start"),
-    "seed": Row("Seed recipe, made runnable", "earteach", {"preset": "seed"}),
+    "seed": Row("Seed recipe, made runnable", "earteach", {"preset": "original", "pseudo_classes": "batch"}),
     "reconstruction": Row("Reconstruction only", "earteach", {**ALONE, "pseudo_classes": "none"}),
     "fixed": Row("Fixed random classes (control)", "earteach", {**CLASSES, "pseudo_classes": "fixed"}),
     "instance": Row("Each image a class", "earteach", {**CLASSES, "pseudo_classes": "instance"}),
