@@ -155,9 +155,9 @@ class Checked:
     """Convert the values of a dataclass of options to plain ones and check them. Raises ConfigError."""
 
     def __post_init__(self) -> None:
-        specs: Any = fields(self)  # type: ignore[arg-type]  # of the subclasses, which are dataclasses
-        for spec in specs:
-            value = plain(spec.name, getattr(self, spec.name), kinds_of(type(self))[spec.name])
+        owner: Any = type(self)  # a dataclass
+        for spec in fields(owner):
+            value = plain(spec.name, getattr(self, spec.name), kinds_of(owner)[spec.name])
             if isinstance(value, str) and "\0" in value:
                 raise ConfigError(spec.name, "holds a NUL byte", "give a name without one")
             check(spec.name, value, spec.metadata)
@@ -193,7 +193,7 @@ class ListOptions(Checked):
 
 
 @cache
-def kinds_of(owner: type) -> dict[str, Any]:
+def kinds_of(owner: Any) -> dict[str, Any]:
     """Return the types of a class's fields, by name."""
     return get_type_hints(owner)
 

@@ -12,10 +12,10 @@ import pytest
 from ear_teacher_cli.cli import help_format
 from ear_teacher_cli.config import PRESETS, TrainConfig
 
-COMMON = {spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata.get("common")}
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "docs"))
 import make
 
+COMMON = {spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata.get("common")}
 PAGES = [([], None), *(([name], name) for name in make.commands())]
 PAGES = [*((words, name, "--help") for words, name in PAGES), (["train"], "train", "--help-all")]
 NAMES = [" ".join(["earteach", *words, flag]) for words, _, flag in PAGES]
