@@ -26,9 +26,9 @@ def option(default: Any, panel: str, help: str, **more: Any) -> Any:
 
     `more` holds its checks: `low`, `high` (inclusive), `above` (exclusive), `choices`, `multiple`; and what it is:
     `private` (holds a path or a name, which no logger receives), `environment` (EARTEACH_NAME is its default),
-    `common` (in `train --help`, not only in --help-all), `resumable` (`resume` can change it), `earlier` (its name in
-    earlier versions, still accepted), `earlier_choices` (values of earlier versions, still accepted), `switch` (a flag without a --no- form), `short` (-o), `metavar`, and `callback`
-    (called with the value before all others are read).
+    `common` (in `train --help`, not only in --help-all), `resumable` (`resume` can change it), `earlier` and
+    `earlier_choices` (its name and values in earlier versions, still accepted), `switch` (a flag without a --no- form),
+    `short` (-o), `metavar`, and `callback` (called with the value before all others are read).
     """
     return field(default=default, metadata={"panel": panel, "help": help, **more})
 
@@ -38,8 +38,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     "root_dir": {
         "default": None,
         "panel": LISTS,
-        "help": "Folder that the paths in a list start from, and must not leave. Default: the working directory, or the "
-        "list's own folder if the images are only there.",
+        "help": "Folder that the paths in a list start from, and must not leave. Default: the working directory, or "
+        "the list's own folder if the images are only there.",
         "private": True,
         "environment": True,
         "common": True,
@@ -102,7 +102,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     "consent": {
         "default": None,
         "panel": OPTIONS,
-        "help": "Text of the card on the consent of the people photographed. Default: EARTEACH_CONSENT, else not stated.",
+        "help": "Text of the card on the consent of the people photographed. Default: EARTEACH_CONSENT, else not "
+        "stated.",
         "private": True,
     },
     "license": {

@@ -18,7 +18,7 @@ _BEFORE = {"box_format": "xyxy", "box_units": "pixels", "allow_overlap": True, "
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
-    """Return the config of a checkpoint's dict; options that an older version did not have get the values of what it did.
+    """Return the config of a checkpoint's dict; an option that its version did not have gets the value of what that did.
 
     Raises EarTeachError if there are names that this version does not know.
     """

@@ -1,4 +1,4 @@
-"""Warnings and log messages of libraries (Lightning, timm, PIL, torch's ONNX exporter): hidden, unless -v asks for them.
+"""Warnings and log messages of libraries (Lightning, timm, PIL, torch's ONNX exporter): shown only with --verbose.
 
 Code that hides them asks `are_shown` or `warning_action`; only the command line calls `show`.
 """

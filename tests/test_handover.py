@@ -356,7 +356,7 @@ def test_strange_whitenings_are_refused(exports, tmp_path, earteach, tensors):
 
 def test_another_teacher_is_told_by_its_fingerprint(exports, run, tmp_path, earteach):
     said = earteach("verify", exports / "teacher.onnx", "--against", run)
-    assert said.code == 1 and b"another teacher" in said.out and "is in order, but not the same" in said.err
+    assert said.code == 1 and b"another teacher" in said.out and "is intact, but differs from" in said.err
 
 
 @pytest.mark.slow
@@ -410,7 +410,7 @@ def test_the_card_says_what_was_said_and_the_figures(exports, whitened):
 @pytest.mark.slow
 def test_half_precision_is_another_teacher_and_says_how_far_off(whitened, ears, tmp_path, earteach, exports):
     said = earteach("export-backbone", whitened, tmp_path / "half.safetensors", "--half")
-    assert said.code == 0 and "float16 moves the embeddings by" in said.err
+    assert said.code == 0 and "float16 changes the embeddings by" in said.err
     tensors = load_file(tmp_path / "half.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
     assert earteach("verify", tmp_path / "half.safetensors").code == 0

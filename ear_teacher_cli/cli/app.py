@@ -27,8 +27,7 @@ _EARLIER = {earlier.replace("_", "-"): name.replace("_", "-") for earlier, name 
 
 
 def _normalised(word: str) -> str:
-    """Return an option's name with hyphens, as the original package's has underscores, and not as an earlier version had
-    it."""
+    """Return the name of an option as it is here: with hyphens for underscores, and the new name of a renamed one."""
     word = word.replace("_", "-")
     return _EARLIER.get(word, word)
 

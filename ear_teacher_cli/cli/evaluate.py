@@ -43,8 +43,8 @@ def evaluate(
         str | None,
         argument(
             "LABELS",
-            "A manifest with identities, for example a CSV of image_path,identity[,side]. Default: the manifest that was "
-            "embedded, else the names of the images' folders (identity/image.jpg).",
+            "A manifest with identities, for example a CSV of image_path,identity[,side]. Default: the manifest that "
+            "was embedded, else the names of the images' folders (identity/image.jpg).",
         ),
     ] = None,
 ) -> None:

@@ -123,8 +123,8 @@ def verify(
 def _described(made: "Export") -> str:
     kind = "compared with torch in onnxruntime" if made.kind == "onnx" else "loaded back into timm strictly"
     return (
-        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers an image; {kind}, "
-        f"largest difference {made.difference:.2g}"
+        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} numbers an image; "
+        f"{kind}, largest difference {made.difference:.2g}"
         + (f"; maps of strides {', '.join(map(str, made.maps))}" if made.maps else "")
         + (
             f"; float16 changes the embeddings by {made.rounding:.2g} of the largest"

@@ -99,12 +99,13 @@ def command(name: str, example: str) -> Callable[[Callable[..., None]], Register
         def run(**values: Any) -> None:
             context = values.pop("context")
             console = _console(context, values)
+            words: dict[str, Any] = {}
             for each, hint in hints.items():
                 if each in owners:
-                    values[each] = _taken(owners[each], hint, context, values)
-                elif hint is Console:
-                    values[each] = console
-            function(**{each: values[each] for each in hints})
+                    words[each] = _made(owners[each], hint, context, values)
+                else:
+                    words[each] = console if hint is Console else values[each]
+            function(**words)
 
         specs: dict[str, dict[str, Any]] = {}
         parameters = [_keyword("context", typer.Context)]
@@ -156,9 +157,9 @@ def _option(name: str, spec: dict[str, Any]) -> inspect.Parameter:
     return _keyword(name, Annotated[kind, made], inspect.Parameter.empty if default is MISSING else default)
 
 
-def _taken(owner: Any, hint: Any, context: typer.Context, values: dict[str, Any]) -> Any:
-    """Take the fields of a dataclass from the values of all parameters, and return it, or what was Given of it."""
-    taken = {spec.name: values.pop(spec.name) for spec in fields(owner)}
+def _made(owner: Any, hint: Any, context: typer.Context, values: dict[str, Any]) -> Any:
+    """Return the dataclass with its part of the values of all options, or what was Given of it."""
+    taken = {spec.name: values[spec.name] for spec in fields(owner)}
     given = Given[Any](_from(context, taken, "COMMANDLINE"), _from(context, taken, "ENVIRONMENT"))
     if get_origin(hint) is Given:
         return given
@@ -184,8 +185,8 @@ def _source(context: typer.Context, name: str) -> str:
 
 
 def _console(context: typer.Context, values: dict[str, Any]) -> Console:
-    """Take --quiet and --verbose from the values, show the libraries' messages if asked for, and return the console."""
-    quiet, verbose = values.pop("quiet"), values.pop("verbose")
+    """Return the console that --quiet asks for; with --verbose show the messages of the libraries."""
+    quiet, verbose = values["quiet"], values["verbose"]
     if quiet and verbose:
         if _source(context, "quiet") == "COMMANDLINE":
             raise UsageError("--verbose: contradicts --quiet; give one of the two")

@@ -41,7 +41,8 @@ def prepare(
     """Make a training and a validation list from a folder of mixed sources, with no person, photo or duplicate in both.
 
     RAW may hold crops, COCO (.json), CSV (*_annotations.csv), .pts and YOLO labels. Images are not copied: paths in
-    the lists start from the working directory if RAW is below it, else from RAW, and other commands need --root-dir RAW.
+    the lists start from the working directory if RAW is below it, else from RAW, and other commands need --root-dir
+    RAW.
     """
     from ..data.prepare import prepare as prepare_lists
 

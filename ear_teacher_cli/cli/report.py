@@ -43,8 +43,7 @@ class CollageOptions(ListOptions):
 def report(
     run: Annotated[str, argument("RUN", "An experiment folder.")], options: ReportOptions, console: Console
 ) -> None:
-    """Write a run as one HTML page: curves, collages, signs of collapse, nearest neighbours, comparison with the initial
-    weights.
+    """Write a run as one HTML page: curves, collages, neighbours, comparison with the initial weights.
 
     The page is one file and loads nothing from elsewhere. `train` writes it at the end, too.
     """

@@ -45,8 +45,8 @@ class RunOptions(Checked):
     )
     dry_run: bool = shared(
         "dry_run",
-        help="Read the data, do one step, print the configuration (as TOML, to stdout) and an estimate of time and disk; "
-        "write nothing.",
+        help="Read the data, do one step, print the configuration (as TOML, to stdout) and an estimate of time and "
+        "disk; write nothing.",
     )
     overwrite: bool = shared("overwrite", help="Delete the experiment of this name and start again.")
     help_all: bool = option(

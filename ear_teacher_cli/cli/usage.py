@@ -1,4 +1,4 @@
-"""Explain in one line what is wrong with a command as it was typed: unknown names, missing or extra arguments, wrong values."""
+"""Explain in one line what is wrong with the arguments of a command: unknown, missing or extra ones, wrong values."""
 
 import re
 from collections.abc import Iterable, Iterator
