@@ -1,7 +1,7 @@
 """Ear teacher: learn ear features from unlabelled photographs, then hand them on.
 
-The command line is `earteach` (cli.py). The Python API is what the names below resolve to; they are
-looked up when first used, so that importing the package costs nothing:
+The command line is `earteach` (cli/). The Python API is what the names below resolve to; they are looked up when
+first used, so that importing the package costs nothing:
 
     from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
 """

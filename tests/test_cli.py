@@ -1,6 +1,9 @@
 """Words: what is typed, what is answered, and with which exit code."""
 
 import dataclasses
+import io
+import json
+import logging
 import os
 import re
 import shlex
@@ -11,11 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from ear_teacher_cli import __version__
-from ear_teacher_cli.cli.app import _train, app, get_command
-from ear_teacher_cli.config import ENVIRONMENT, PRESETS, TrainConfig, preset, read_toml
+from ear_teacher_cli import __version__, config_fields, library_messages
+from ear_teacher_cli.cli import help_format
+from ear_teacher_cli.cli.app import app, get_command
+from ear_teacher_cli.config import (
+    PRESETS,
+    RESUMABLE,
+    EmbedConfig,
+    EvaluateConfig,
+    TrainConfig,
+    describe_recipe,
+    preset,
+)
+from ear_teacher_cli.config_files import from_dict, read_toml
 from ear_teacher_cli.errors import ConfigError
-from ear_teacher_cli.training.run import RESUMABLE
 
 COMMANDS = [
     "prepare",
@@ -33,6 +45,7 @@ COMMANDS = [
 SEED_COMMAND = """--batch_size 64 --learning_rate 1e-3 --max_epochs 200 --reconstruction_weight 1.0 --metric_weight 0.1
     --metric_loss arcface --num_pseudo_classes 512 --arcface_margin 0.5 --precision bf16-mixed --devices 1
     --experiment_name my_experiment"""
+SMALL_AND_DRY = "--no-pretrained --backbone test_convnext --image-size 64 --num-workers 0 --dry-run -q".split()
 SEED_DEFAULTS = dict(
     train_metadata="data/preprocessed/train_teacher.npy",
     val_metadata="data/preprocessed/val_teacher.npy",
@@ -120,11 +133,165 @@ def test_every_option_of_the_seed_takes_its_underscores(option, earteach):
 
 
 def test_options_and_config_fields_are_the_same():
-    own = {"context", "config", "preset", "dry_run", "overwrite", "quiet", "help_all"}
-    assert set(_train.__signature__.parameters) - own == {f.name for f in dataclasses.fields(TrainConfig)}
+    own = {"config", "preset", "dry_run", "overwrite", "quiet", "verbose", "help_all"}
+    options = {option.name: option for option in get_command(app).commands["train"].params}
+    assert set(options) - own == {f.name for f in dataclasses.fields(TrainConfig)}
     for field in dataclasses.fields(TrainConfig):
-        assert _train.__signature__.parameters[field.name].default == field.default
-        assert field.metadata["help"].endswith((".", "again."))
+        assert options[field.name].default == field.default
+        assert field.metadata["help"].endswith(".")
+
+
+def test_every_option_is_a_field_and_written_once():
+    """Fields of one name in several commands come from one place, `shared`, or are those of TrainConfig."""
+    found: dict[str, list] = {}
+    for command in get_command(app).commands.values():
+        for option in command.params:
+            if option.param_type_name == "option":
+                spec = help_format.spec_of(option)
+                assert spec["help"] == option.help and spec["panel"] in config_fields.PANELS, option.name
+                found.setdefault(option.name, []).append((command.name, spec))
+    for name, specs in found.items():
+        several = [spec for command, spec in specs if command != "resume"]
+        if len(several) > 1 and name not in ("out", "format", "whiten", "val_metadata"):  # other options of that name
+            assert name in config_fields._SHARED, name
+            assert len({spec.get("metavar") for spec in several}) == 1
+    folder = Path(config_fields.__file__).parent
+    makers = [
+        path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if "typer.Option(" in path.read_text()
+    ]
+    assert sorted(makers) == ["cli/app.py", "cli/options.py"]  # of app.py: --version
+
+
+def test_resume_has_trains_options_and_no_defaults():
+    commands = get_command(app).commands
+    of_train = {option.name: help_format.spec_of(option) for option in commands["train"].params}
+    for option in commands["resume"].params:
+        if option.name in RESUMABLE:
+            spec = help_format.spec_of(option)
+            assert spec["default"] is None and spec["help"] == f"{of_train[option.name]['help']} Default: the run's."
+            assert option.envvar is None
+
+
+def test_options_with_a_path_or_a_name_are_private_and_not_loggable():
+    for owner in (TrainConfig, EmbedConfig, EvaluateConfig):
+        for spec in dataclasses.fields(owner):
+            free = config_fields.scalar_of(config_fields.kinds_of(owner)[spec.name]) is str
+            if free and "choices" not in spec.metadata and spec.name not in ("backbone", "accelerator"):
+                assert spec.metadata.get("private"), spec.name
+    told = TrainConfig(root_dir="/home/me", identity_column="patient").loggable()
+    assert told["metric_loss"] == "arcface" and told["batch_size"] == 32
+    private = {spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata.get("private")}
+    assert {"train_metadata", "root_dir", "identity_column", "pretrained_path", "experiment_name"} <= private
+    assert not private & set(told) and not {"num_workers", "devices", "output_dir", "precision"} & set(told)
+
+
+def test_earlier_names_of_options_still_work_and_are_not_shown(manifests, tmp_path, earteach):
+    words = ["train", *manifests, *SMALL_AND_DRY, "--batch-size", 8]
+    said = earteach(*words, "--keep-start", 0.25, "--head_rate", 3)
+    assert said.code == 0, said.err
+    assert b"baseline_weight = 0.25\n" in said.out and b"head_lr_mult = 3.0\n" in said.out
+    (tmp_path / "c.toml").write_text("keep-start = 0.75\nhead_rate = 2\n")
+    said = earteach(*words, "--config", tmp_path / "c.toml")
+    assert b"baseline_weight = 0.75\n" in said.out and b"head_lr_mult = 2.0\n" in said.out
+    old = TrainConfig().as_dict() | {"keep_start": 0.125}
+    del old["baseline_weight"]
+    assert from_dict(old, "old.ckpt").baseline_weight == 0.125
+    shown = earteach("train", "--help-all").out.decode()
+    assert "--baseline-weight" in shown and not re.search("keep.start|head.rate", shown)
+    assert "--baseline-weight: 2.0 is too large" in earteach("train", "--keep-start", 2).err
+
+
+def test_the_original_preset_clusters_as_its_document_says_and_batch_is_the_control(manifests, earteach):
+    words = ["train", *manifests, *SMALL_AND_DRY, "--batch-size", 8]
+    for name in ("original", "seed"):
+        said = earteach(*words, "--preset", name)
+        assert said.code == 0 and b'pseudo_classes = "kmeans"' in said.out and b"views = 1" in said.out, said.err
+    said = earteach(*words, "--preset", "original", "--pseudo-classes", "batch")
+    assert said.code == 0 and b'pseudo_classes = "batch"' in said.out
+    assert "seed" not in earteach("train", "--help").out.decode().split("Data:")[0]
+    # of a version that had no such option
+    old = {name: value for name, value in TrainConfig().as_dict().items() if name != "pseudo_classes"}
+    assert from_dict(old, "old.ckpt").pseudo_classes == "batch"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "recommended (defaults; the original package's documented values: --preset original)"),
+        (["--preset", "original", "--seed", 3], "original (the documented values of the original ear_teacher package)"),
+        (["--metric-loss", "cosface"], "recommended + 1 option changed: --metric-loss"),
+        (
+            ["--preset", "original", "--metric-loss", "cosface", "--max-epochs", 3],
+            "original + 2 options changed: --max-epochs, --metric-loss",
+        ),
+    ],
+)
+def test_train_prints_which_recipe_is_followed(words, line, manifests, earteach):
+    said = earteach("train", *manifests, "--dry-run", "--num-workers", 0, "--pretrained-path", "nope.pth", *words)
+    assert said.code == 1 and said.err.splitlines()[0] == f"recipe: {line}", said.err
+
+
+def test_a_recipe_with_many_changes_stays_one_line():
+    options = {"batch_size": 8, "image_size": 64, "pretrained": False, "backbone": "x", "hflip": 0.5, "denoise": True}
+    line = describe_recipe(TrainConfig(**options, temperature=0.1, max_bad=0.5, seed=4))
+    assert line.startswith("recommended + 7 options changed: --") and line.endswith(" and 1 more") and len(line) < 140
+
+
+def test_verbose_shows_the_traceback_before_the_line_and_quiet_contradicts_it(tmp_path, monkeypatch, earteach):
+    plain = earteach("embed", "nope", tmp_path / "x.npy")
+    said = earteach("embed", "nope", tmp_path / "x.npy", "-v")
+    assert plain.code == said.code == 1 and said.err.endswith(plain.err) and len(plain.err.splitlines()) == 1
+    assert said.err.startswith("Traceback (most recent call last):") and "ManifestError" in said.err
+    assert earteach("embed", "nope", tmp_path / "x.npy").err == plain.err  # the next command is not verbose
+    for command in COMMANDS:
+        arguments = {"resume": ["x"], "report": ["x"], "verify": ["x"], "collage": ["x", "-o", "y.png"]}
+        two = arguments.get(command, ["x", "y"] if command in ("prepare", "embed", "export-backbone") else [])
+        said = earteach(command, *two, "-q", "-v")
+        assert said.code == 2 and said.err == "earteach: --verbose: contradicts --quiet; give one of the two\n"
+    monkeypatch.setenv("EARTEACH_QUIET", "1")
+    assert "Traceback" in earteach("embed", "nope", tmp_path / "x.npy", "--verbose").err
+
+
+def test_messages_of_libraries_are_shown_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # whatever was tested before
+    log = logging.getLogger("some_library")
+    library_messages.show(True)
+    try:
+        log.info("loading")
+        assert library_messages.are_shown() and library_messages.warning_action() == "default"
+    finally:
+        library_messages.show(False)
+    log.info("loading again")
+    assert stream.getvalue() == "some_library: loading\n" and library_messages.warning_action() == "ignore"
+
+
+@pytest.mark.slow
+def test_results_as_json_have_the_documented_keys(run, ears, tmp_path, earteach):
+    page = (Path(__file__).parent.parent / "examples" / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = page.split("## Results as JSON")[1].split("\n## ")[0]
+    documented = [json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)]
+    out, rows = tmp_path / "teacher.safetensors", tmp_path / "rows.npy"
+    for words, keys in zip(
+        (
+            ["export-backbone", run, out],
+            ["verify", out],
+            ["embed", ears / "eval.csv", rows, "--weights", out, "--num-workers", 0],
+        ),
+        documented,
+        strict=True,
+    ):
+        target = tmp_path / f"{words[0]}.json"
+        said = earteach(*words, "--json", target)
+        assert said.code == 0, said.err
+        content = json.loads(target.read_text())
+        assert list(content) == list(keys)
+        assert earteach(*words, "--json", target).code == 2  # it exists
+        said = earteach(*words, "--json", "-", "--overwrite")
+        assert said.code == 0 and list(json.loads(said.out)) == list(keys)
+    assert (content["rows"], content["skipped"], content["dim"]) == (12, 0, 64) and content["out"] == str(rows)
+    said = earteach("embed", ears / "eval.csv", "-", "--weights", out, "--json", "-")
+    assert said.code == 2 and "--json -: stdout has the embeddings already" in said.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -179,17 +346,17 @@ def test_the_environment_has_defaults(manifests, monkeypatch, earteach, tmp_path
 
 def test_strange_variables_of_the_environment_are_said(monkeypatch, earteach):
     monkeypatch.setenv("EARTEACH_NUMWORKERS", "3")
-    assert "EARTEACH_NUMWORKERS: earteach knows no such variable" in earteach().err
+    assert "EARTEACH_NUMWORKERS: earteach knows no such environment variable" in earteach().err
     assert "did you mean EARTEACH_NUM_WORKERS?" in earteach().err
     monkeypatch.delenv("EARTEACH_NUMWORKERS")
     monkeypatch.setenv("EARTEACH_PRECISION", "8")
     said = earteach("train")
-    assert said.code == 2 and "EARTEACH_PRECISION: precision: '8' is not known" in said.err
+    assert said.code == 2 and "EARTEACH_PRECISION: '8' is not known" in said.err
 
 
-def test_every_variable_of_the_environment_is_a_trains_option_and_no_recipe():
-    assert set(ENVIRONMENT) <= {spec.name for spec in dataclasses.fields(TrainConfig)}
-    assert not set(ENVIRONMENT) & {name for values in PRESETS.values() for name in values}
+def test_no_variable_of_the_environment_is_part_of_a_recipe():
+    variables = {spec.name for spec in dataclasses.fields(TrainConfig) if spec.metadata.get("environment")}
+    assert len(variables) > 10 and not variables & {name for values in PRESETS.values() for name in values}
 
 
 @pytest.mark.parametrize(
@@ -337,9 +504,6 @@ def test_an_option_that_is_given_twice_counts_the_last_time(tmp_path, monkeypatc
 def test_impossible_values_name_the_flag_and_the_range(words, named, manifests, earteach):
     said = earteach(*words, *manifests)
     assert said.code == 2 and named in said.err and len(said.err.splitlines()) <= 2
-
-
-SMALL_AND_DRY = "--no-pretrained --backbone test_convnext --image-size 64 --num-workers 0 --dry-run -q".split()
 
 
 @pytest.mark.parametrize(

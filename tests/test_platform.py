@@ -18,7 +18,8 @@ from conftest import read_table
 from PIL import Image
 
 from ear_teacher_cli import platform
-from ear_teacher_cli.config import TrainConfig, read_toml
+from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.config_files import read_toml
 from ear_teacher_cli.data import manifest as lists
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError, ImageError

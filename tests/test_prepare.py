@@ -391,7 +391,7 @@ def test_what_cannot_be_split_says_why(raw, tmp_path, earteach):
     Path("bad/a.png").write_bytes(b"nothing")
     assert "no ear can be used (1 not-an-image)" in line("bad", "data")
     assert "--val-share: 1 is not a share" in line(raw, "data", "--val-share", 1, code=2)
-    assert "--format xml" in line(raw, "data", "--format", "xml", code=2)
+    assert "--format: 'xml' is not known" in line(raw, "data", "--format", "xml", code=2)
     Path("file").touch()
     assert "is a file" in line(raw, "file", code=2)
     assert "no such folder" in line(raw, "deep/er/data")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from conftest import BACKBONE, SMALL, read_epochs, read_table, small_config
 
 from ear_teacher_cli import run_folder
-from ear_teacher_cli.config import PRESETS, TrainConfig, from_dict
+from ear_teacher_cli.config import PRESETS, TrainConfig
+from ear_teacher_cli.config_files import from_dict
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.augment import Augment
 from ear_teacher_cli.data.datamodule import EarDataModule

@@ -1,18 +1,20 @@
-"""Say in one line what is wrong with a command as it was typed: unknown names, missing and extra words, wrong values."""
+"""Explain in one line what is wrong with the arguments of a command: unknown, missing or extra ones, wrong values."""
 
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..config import KINDS, TrainConfig, nearest
+from ..config import TrainConfig
+from ..config_fields import KINDS
+from ..config_files import nearest
 from ..errors import ConfigError
-from .help_format import choices_of, is_flag, limits_of, type_of, usage, value_name
+from .help_format import choices_of, is_flag, type_of, usage, value_name
 
 _TYPED = "ear_teacher_cli.typed"  # in a context's meta: the values that were typed, by parameter
 
 
 def look_over(command: Any, context: Any, words: list[str]) -> list[Any]:
-    """Parse the words of a command, remember them for `explain`, and return the options that were given twice.
+    """Parse the arguments of a command, keep them for `explain`, and return the options that were given twice.
 
     Raises ConfigError where an option's name stands in the place of another's value.
     """
@@ -28,13 +30,13 @@ def look_over(command: Any, context: Any, words: list[str]) -> list[Any]:
 
 
 def _holds_one(parameter: Any) -> bool:
-    """Whether it is an option of which the last one counts, and may differ from the first."""
+    """Return whether a parameter is an option with one value, so that the last one given counts."""
     same = is_flag(parameter) and not parameter.secondary_opts
     return parameter.param_type_name == "option" and not parameter.multiple and not same
 
 
 def about_repeated(option: Any, value: Any) -> str:
-    """Which of an option's values counts."""
+    """Return a sentence on which of an option's values counts."""
     if is_flag(option):
         return f"{' and '.join([*option.opts, *option.secondary_opts])}: the last one counts ({_flag(option, value)})"
     return f"{_name(option)}: given more than once; the last one counts ({' '.join(map(str, _several(value)))})"
@@ -45,7 +47,7 @@ def _flag(option: Any, value: Any) -> str:
 
 
 def explain(error: Any, program: Any, words: list[str]) -> str:
-    """What Typer found wrong (one of its usage errors), in our words."""
+    """Return the message for one of Typer's usage errors."""
     command = error.ctx.command if error.ctx else program.commands.get(words[0] if words else "", program)
     inside = command is not program and not hasattr(command, "commands")
     path = f"earteach {command.name}" if inside else "earteach"
@@ -94,30 +96,25 @@ def _is_fixed(name: str, train: Any) -> bool:
 
 
 def _about_value(error: Any) -> str:
-    """Of a value that has the wrong type or is out of range; nothing if neither is so."""
+    """Return the message on a value of the wrong type; nothing if the type is right."""
     parameter, context = error.param, error.ctx
     values = context.meta.get(_TYPED, {}).get(parameter.name)
     name = _name(parameter)
     if context.get_parameter_source(parameter.name).name == "ENVIRONMENT":
         name, values = parameter.envvar, parameter.value_from_envvar(context)
     kind = type_of(parameter)
-    low, high = limits_of(parameter, {})
     for value in _several(values):
         if kind is bool:
             return f"{name}: {value!r} is not {KINDS[bool]}; give {KINDS[bool]}"
         try:
-            number = kind(value)
+            kind(value)
         except (ValueError, TypeError):
             return f"{name}: {value!r} is not {KINDS[kind]}; give {KINDS[kind]}" if kind in KINDS else ""
-        if low is not None and number < low:
-            return f"{name}: {value} is too small; use at least {low}"
-        if high is not None and number > high:
-            return f"{name}: {value} is too large; use at most {high}"
     return ""
 
 
 def _about_count(option: Any, name: str) -> str:
-    """Of an option with fewer values than it needs, or with one where it takes none."""
+    """Return the message on an option with too few values, or with one where it takes none."""
     if option is None:
         return ""
     if is_flag(option):
@@ -128,7 +125,7 @@ def _about_count(option: Any, name: str) -> str:
 
 
 def _wanted(option: Any) -> str:
-    """`a whole number`, `one of arcface, cosface, none`."""
+    """Return `a whole number`, `one of arcface, cosface, none`."""
     if choices := choices_of(option):
         return f"one of {', '.join(choices)}"
     return option.metavar or KINDS.get(type_of(option), "one")
@@ -139,14 +136,14 @@ def _name(parameter: Any) -> str:
 
 
 def _names(command: Any, context: Any) -> Iterator[str]:
-    """Of all options of a command."""
+    """Yield the names of all options of a command."""
     for each in command.get_params(context):
         if each.param_type_name == "option":
             yield from (*each.opts, *each.secondary_opts)
 
 
 def _option(command: Any, name: str) -> Any:
-    """The option of that name; None if there is none."""
+    """Return the option of that name; None if there is none."""
     options: Iterable[Any] = (each for each in command.params if each.param_type_name == "option")
     return next((each for each in options if name in (*each.opts, *each.secondary_opts)), None)
 
@@ -156,5 +153,5 @@ def _several(value: Any) -> list[Any]:
 
 
 def _see(hint: str, path: str) -> str:
-    """`did you mean --batch-size? See ...`, or `see ...`."""
+    """Return `did you mean --batch-size? See ...`, or `see ...`."""
     return f"{hint}{'See' if hint else 'see'} `{path} --help`"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
-from .. import platform
+from .. import library_messages, platform
 from ..errors import ImageError
 from ..files import printable, short_message
 from .boxes import Box
@@ -118,7 +118,8 @@ def _decoding() -> Iterator[None]:
     """Limit the time of decoding, and turn what decoders raise into ImageError."""
     try:
         with platform.cpu_time_limit(_DECODE_SECONDS, _too_slow), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF, palettes, many pixels: validate-data reports them
+            # about EXIF, palettes, many pixels: validate-data reports them
+            warnings.simplefilter(library_messages.warning_action())
             yield
     except UnidentifiedImageError as error:
         raise ImageError("not-an-image", "the file is not an image") from error

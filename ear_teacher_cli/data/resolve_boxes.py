@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .. import library_messages
 from ..config import AUTO, Reading
 from ..errors import ImageError, ManifestError
 from ..files import printable
@@ -234,7 +235,7 @@ class ImageSizes:
 
 def _sizes(paths: list[str | None]) -> Iterator[tuple[float, float]]:
     with warnings.catch_warnings():  # about unusual headers: validate-data reports them
-        warnings.simplefilter("ignore")
+        warnings.simplefilter(library_messages.warning_action())
         if len(paths) < 64:
             yield from map(_size, paths)
             return

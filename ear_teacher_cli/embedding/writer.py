@@ -25,7 +25,7 @@ import torch
 from numpy.lib import format as npy_format
 
 from .. import __version__
-from ..config import Reading
+from ..config import EmbedConfig
 from ..console import Console
 from ..data.manifest import Manifest, print_summary, read_input
 from ..distributed import Ranks, distributed_context
@@ -76,29 +76,19 @@ class Whole:
 def embed(
     source: str,
     out: str,
-    *,
-    weights: str | None = None,
-    backbone: str | None = None,
-    image_size: int | None = None,
-    format: str | None = None,
-    normalize: bool = True,
-    whiten: bool = True,
-    root_dir: str | None = None,
-    reading: Reading | None = None,
-    batch_size: int = 32,
-    num_workers: int = 8,
-    load_timeout: int = 300,
-    resume: bool = False,
-    overwrite: bool = False,
+    config: EmbedConfig,
     console: Console,
 ) -> Embedded:
     """Embed `source` (a folder, a manifest, an image, or `-` for paths on stdin) into `out` (a file, or `-` for stdout).
 
-    `normalize`: rows at unit length (L2). `whiten`: as the run fitted it to its training embeddings, where it did;
-    rows that are not normalised are not whitened either. `resume`: go on with what a killed one left, to the same
-    bytes; without it, and without `overwrite`, raises UsageError if there is such a thing. Raises EarTeachError if not
-    one image could be embedded.
+    Rows that are not normalised are not whitened either. Raises UsageError if a killed embed left finished rows and
+    neither `resume` nor `overwrite` is given, EarTeachError if no image could be embedded.
     """
+    weights, backbone, image_size = config.weights, config.backbone, config.image_size
+    format, normalize, whiten = config.format, config.normalize, config.whiten
+    root_dir, reading = config.root_dir, config.reading
+    batch_size, num_workers, load_timeout = config.batch_size, config.num_workers, config.load_timeout
+    resume, overwrite = config.resume, config.overwrite
     kind = _format_of(out, format)
     sidecars = _sidecars(out, kind)
     if resume and out == "-":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import library_messages
 from ..data.preprocessing import Preprocessing, normalise
 from ..errors import EarTeachError, WeightsError
 from ..files import printable, short_message
@@ -244,10 +245,10 @@ def _remove_source_traces(model: Any) -> None:
 def _silenced():
     """Suppress what the exporter prints, logs and warns of."""
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    logging.disable(before if library_messages.are_shown() else logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+            warnings.simplefilter(library_messages.warning_action())
             yield
     finally:
         logging.disable(before)

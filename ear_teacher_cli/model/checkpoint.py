@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import __version__
-from ..config import TrainConfig, from_dict
+from ..config import TrainConfig
+from ..config_files import from_dict
 from ..data.preprocessing import Preprocessing
 from ..errors import ForeignWeightsError, UsageError, WeightsError
 from ..files import printable, short_message, whole_file

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Reading
+from ..config import EvaluateConfig
 from ..console import Console
 from ..data.manifest import print_summary, read_input
 from ..embedding.files import Embeddings, read_embeddings, read_rows, space_of
@@ -25,36 +25,21 @@ _BLOCK = 4096
 
 def evaluate(
     sources: Sequence[str],
-    labels: str | None = None,
-    *,
-    weights: str | None = None,
-    backbone: str | None = None,
-    image_size: int | None = None,
-    centre_on: Sequence[str] = (),
-    whiten_on: Sequence[str] = (),
-    whiten_dim: int | None = None,
-    whitened: bool = True,
-    fars: Sequence[float] = (),
-    by_sides: bool = True,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    json_file: str | None = None,
-    plots: str | None = None,
-    sheet: str | None = None,
-    root_dir: str | None = None,
-    reading: Reading | None = None,
-    batch_size: int = 32,
-    num_workers: int = 8,
-    overwrite: bool = False,
+    labels: str | None,
+    config: EvaluateConfig,
     console: Console,
 ) -> Evaluation:
     """Compute the identity metrics of one file of embeddings, or compare two on the rows that both have.
 
     `labels`: a manifest with identities; None: the identities in the embeddings' own list, else the names of the images'
-    folders. `whitened`: apply the whitening of `weights`, if it has one, to the images embedded. `centre_on`,
-    `whiten_on`: empty, or for each source a file of embeddings or 'none'. `fars` empty: those of identity_metrics.FARS
-    for which there are enough impostor pairs. Raises EarTeachError.
+    folders. Raises EarTeachError.
     """
+    weights, backbone, image_size, whitened = config.weights, config.backbone, config.image_size, not config.raw
+    centre_on, whiten_on, whiten_dim = config.center, config.whiten, config.whiten_dim
+    fars, by_sides, bootstrap, seed = config.far, config.sides, config.bootstrap, config.seed
+    json_file, plots, sheet, overwrite = config.json, config.plots, config.sheet, config.overwrite
+    root_dir, reading = config.root_dir, config.reading
+    batch_size, num_workers = config.batch_size, config.num_workers
     beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
     inputs: list[str | Path | None] = [*sources, *beside, labels, weights, *centre_on, *whiten_on]
     _refuse_outputs(json_file, plots, sheet, overwrite, inputs)

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from .. import run_folder
-from ..config import TrainConfig, from_dict, read_toml
+from ..config import TrainConfig
+from ..config_files import from_dict, read_toml
 from ..console import Console, SilentConsole
 from ..drawing import read_saved_image
 from ..embedding.files import Embeddings

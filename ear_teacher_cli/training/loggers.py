@@ -3,7 +3,6 @@
 import os
 import secrets
 from collections.abc import Iterable
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from ..config import ENVIRONMENT, MONITORS, TrainConfig
+from ..config import MONITORS, TrainConfig
 from ..distributed import is_first_process
 from ..errors import ConfigError
 from ..files import whole_file
@@ -101,7 +100,7 @@ def others(config: TrainConfig, folder: Path) -> list[Logger]:
         with whole_file(mark) as temporary:
             temporary.write_text(f"{known}\n", encoding="utf-8")
         if not begun:  # MLflow lets none change
-            logger.log_hyperparams(_told(config))
+            logger.log_hyperparams(config.loggable())
     return [logger]
 
 
@@ -123,17 +122,6 @@ def _by_name(config: TrainConfig, known: str | None) -> tuple[Logger, str]:
 def log_hyperparameters(logger: Events, config: TrainConfig, figures: Iterable[str]) -> None:
     """The options of the recipe, for TensorBoard's table of runs, beside the last values of `figures` (names of scalars)."""
     shown = {name: 0.0 for name in figures if name in _OUTCOME}  # the values are those of the scalars themselves
-    for summary in hparams(_told(config), shown):
+    for summary in hparams(config.loggable(), shown):
         logger.experiment._get_file_writer().add_summary(summary)
     logger.experiment.flush()
-
-
-def _told(config: TrainConfig) -> dict[str, Any]:
-    """The options of the recipe: nothing of this machine or its folders."""
-    return {
-        spec.name: value
-        for spec in fields(config)
-        if spec.metadata["panel"] in ("Data", "Model", "Training")
-        and spec.name not in (*ENVIRONMENT, "train_metadata", "val_metadata")
-        and (value := getattr(config, spec.name)) is not None
-    }

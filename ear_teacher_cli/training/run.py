@@ -25,8 +25,9 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from .. import run_folder
-from ..config import TrainConfig, from_dict, read_toml, with_changes
+from .. import library_messages, run_folder
+from ..config import RESUMABLE, TrainConfig, with_changes
+from ..config_files import from_dict, read_toml
 from ..console import Console, clock, counted
 from ..data.datamodule import EarDataModule
 from ..data.preprocessing import to_unit
@@ -69,10 +70,6 @@ class Estimate:
     seconds: float
     bytes: int
     loss: float
-
-
-# What a resumed run may change: how long it goes on, and what belongs to the machine.
-RESUMABLE = ("max_epochs", "devices", "num_nodes", "num_workers", "load_timeout", "cache", "cache_limit")
 
 
 def train(config: TrainConfig, console: Console, overwrite: bool = False) -> Outcome:
@@ -535,6 +532,9 @@ def _uses_cuda(config: TrainConfig) -> bool:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Lightning's tips, banners and hints on this stack's choices are not for the user of this tool."""
+    if library_messages.are_shown():
+        yield
+        return
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

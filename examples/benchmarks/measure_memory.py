@@ -15,6 +15,7 @@ from photos import drawn
 SCRIPT = """
 import sys
 import numpy as np, torch
+from ear_teacher_cli.config import EmbedConfig
 from ear_teacher_cli.embedding import writer
 from ear_teacher_cli.console import Console
 
@@ -24,7 +25,8 @@ def constant_embeddings(embedder, manifest, batch_size, workers, timeout, consol
         yield batch, torch.ones(len(batch), 64), []
 
 writer.embed_images = constant_embeddings
-writer.embed(sys.argv[1], sys.argv[2], weights=sys.argv[3], backbone="test_convnext", image_size=64, console=Console(quiet=True))
+config = EmbedConfig(weights=sys.argv[3], backbone="test_convnext", image_size=64)
+writer.embed(sys.argv[1], sys.argv[2], config, Console(quiet=True))
 # not getrusage, whose peak includes that of the parent process
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """

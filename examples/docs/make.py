@@ -15,7 +15,8 @@ from typing import Any
 
 from typer.main import get_command
 
-from ear_teacher_cli.cli.app import app, help_format
+from ear_teacher_cli.cli import help_format
+from ear_teacher_cli.cli.app import app
 
 PAGES = Path(__file__).parent / "commands"
 PICTURES = Path(__file__).parent / "pictures"
@@ -78,16 +79,16 @@ def table(command: Any, options: list[Any]) -> str:
         names = ", ".join(f"`{code(spelling(each, name))}`" for name in each.opts)
         if each.secondary_opts:
             names += " / " + ", ".join(f"`{name}`" for name in each.secondary_opts)
-        rows.append(f"| {names} | {default_of(each)} | {cell(' '.join(said(command, each)))} |")
+        rows.append(f"| {names} | {default_of(each)} | {cell(' '.join(said(each)))} |")
     return "\n".join(["| option | default | what it does |", "|---|---|---|", *rows])
 
 
-def said(command: Any, option: Any) -> Iterator[str]:
+def said(option: Any) -> Iterator[str]:
     """The help, the choices, the bounds."""
     yield option.help or ""
     if choices := help_format.choices_of(option):
         yield f"One of {', '.join(f'`{choice}`' for choice in choices)}."
-    if limits := help_format.bounds(command, option):
+    if limits := help_format.bounds(option):
         yield f"{limits[0].upper()}{limits[1:]}."
     if option.envvar:
         yield f"Environment: `{option.envvar}`."
@@ -107,7 +108,7 @@ def default_of(option: Any) -> str:
     default = help_format.default_of(option)
     if isinstance(default, bool):
         return "on" if default else "off"
-    return " ".join(f"`{code(value)}`" for value in default)
+    return f"`{code(default)}`" if default else ""
 
 
 def first(text: str | None) -> str:

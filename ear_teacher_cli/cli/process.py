@@ -1,0 +1,83 @@
+"""The process of a command: its signals, its exit code, and the end of its children."""
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import typer
+
+from .. import library_messages, platform
+from ..errors import Stopped
+from ..files import printable
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+@dataclass
+class Lifetime:
+    """The stop signals that reached this process, and the exit code that they mean."""
+
+    signals: list[int] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop signal (SIGTERM, SIGHUP; not Ctrl-C) was received."""
+        return bool(self.signals)
+
+    def exit_code(self, otherwise: Any) -> Any:
+        """Return the exit code of the first stop signal, else `otherwise`."""
+        return 128 + self.signals[0] if self.signals else otherwise
+
+
+@contextmanager
+def lifetime() -> Iterator[Lifetime]:
+    """Raise Stopped where a stop signal arrives; at the end kill the children, as one may hang in a decoder."""
+    life, process = Lifetime(), os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() == process:  # not in a loader that was just forked
+            life.signals.append(number)
+            raise Stopped(number)
+
+    def unraisable(what: Any) -> None:
+        if not isinstance(what.exc_value, Stopped):  # raised where Python cannot pass it on, in a __del__ for example
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows, or a locale, may hold few characters
+            stream.reconfigure(errors="backslashreplace")
+    platform.handle_stop_signals(stop, but=(signal.SIGINT,))  # for which Python raises KeyboardInterrupt
+    try:
+        yield life
+    finally:
+        sys.unraisablehook = lambda what: None  # half-built objects may raise while they are destroyed
+        platform.ignore_stop_signals()
+        library_messages.show(False)
+        with platform.child_exits_unnoticed():
+            for child in multiprocessing.active_children():
+                child.kill()
+                child.join(10)
+        # from here on a stop signal ends the process at once
+        platform.handle_stop_signals(signal.SIG_DFL, ignored_too=True)
+
+
+def fail(message: str, code: int, error: BaseException) -> NoReturn:
+    """Print an error as one line, below its traceback if --verbose was given, and exit."""
+    if library_messages.are_shown():
+        traceback.print_exception(error)
+    typer.echo(f"earteach: {printable(message)}", err=True)
+    sys.exit(code)
+
+
+def drop_stdout() -> NoReturn:
+    """Exit quietly after the reader of a pipe (`| head`) has closed it; what is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

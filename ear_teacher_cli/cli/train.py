@@ -1,0 +1,140 @@
+"""`earteach train` and `earteach resume`."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import EARLIER_PRESETS, PRESETS, RESUMABLE, TrainConfig, describe_recipe, preset
+from ..config_fields import OPTIONS, Checked, kinds_of, option, shared
+from ..config_files import read_toml
+from ..console import Console, clock, counted
+from ..distributed import is_first_process
+from ..errors import ConfigError
+from ..files import printable, shell_word
+from . import help_format
+from .options import Given, argument, command, variable
+
+if TYPE_CHECKING:
+    from ..training.run import Outcome
+
+
+def _print_whole_help(context: typer.Context, asked: bool) -> bool:
+    if asked:
+        context.meta[help_format.WHOLE] = True
+        typer.echo(context.get_help())
+        raise typer.Exit()
+    return asked
+
+
+@dataclass(frozen=True)
+class RunOptions(Checked):
+    """Options of `train` that are not part of the configuration of a run."""
+
+    preset: str | None = option(
+        None,
+        OPTIONS,
+        "Values of many options at once, in a table in --help-all; --config and other options win over it. Default: "
+        "recommended.",
+        choices=tuple(PRESETS),
+        earlier_choices=tuple(EARLIER_PRESETS),
+        common=True,
+    )
+    config: str | None = option(
+        None, OPTIONS, "TOML file of options; typed options win over it.", metavar="FILE", private=True, common=True
+    )
+    dry_run: bool = shared(
+        "dry_run",
+        help="Read the data, do one step, print the configuration (as TOML, to stdout) and an estimate of time and "
+        "disk; write nothing.",
+    )
+    overwrite: bool = shared("overwrite", help="Delete the experiment of this name and start again.")
+    help_all: bool = option(
+        False, OPTIONS, "Show all options and presets, and exit.", switch=True, callback=_print_whole_help, common=True
+    )
+
+
+def _resumable(name: str) -> tuple[str, Any, Any]:
+    """Return a field like that of TrainConfig, but without a default."""
+    spec = next(each for each in fields(TrainConfig) if each.name == name)
+    metadata = {key: value for key, value in spec.metadata.items() if key != "environment"}
+    metadata |= {"panel": OPTIONS, "help": f"{spec.metadata['help']} Default: the run's."}
+    return name, kinds_of(TrainConfig)[name] | None, field(default=None, metadata=metadata)
+
+
+# What `resume` may change: fields of TrainConfig.
+ResumeOptions = make_dataclass("ResumeOptions", map(_resumable, RESUMABLE), bases=(Checked,), frozen=True)
+
+
+@command("train", example="earteach train --train-metadata train.npy --val-metadata val.npy --metric-loss arcface")
+def train(options: RunOptions, given: Given[TrainConfig], console: Console) -> None:
+    """Train a teacher on two manifests of ears, without labels.
+
+    Writes checkpoints, TensorBoard events, metrics.csv, the configuration and a collage per epoch to
+    OUTPUT_DIR/EXPERIMENT_NAME.
+    """
+    console = _of_first_process(console)
+    config = _configured(options, given)
+    if given.environment:
+        console.info(f"from the environment: {', '.join(map(variable, given.environment))}")
+    console.summary([("recipe", describe_recipe(config))])
+    from ..training import run
+
+    if options.dry_run:
+        config, estimate = run.dry_run(config, console)
+        typer.echo(config.as_toml(), nl=False)
+        console.info(run.describe_estimate(estimate))
+        console.info("dry run: nothing was written")
+        return
+    _finish(run.train(config, console, options.overwrite), console)
+
+
+@command("resume", example="earteach resume ear_teacher/outputs/ear_teacher")
+def resume(
+    run: Annotated[str, argument("RUN", "An experiment folder, or one of its checkpoints.")],
+    given: Given[ResumeOptions],  # type: ignore[valid-type]  # a class that is made at run time
+    console: Console,
+) -> None:
+    """Continue an interrupted run with the options it was started with."""
+    from ..training.run import resume as resume_run
+
+    ResumeOptions(**given.typed)  # checks the values
+    console = _of_first_process(console)
+    _finish(resume_run(run, console, **given.typed), console)
+
+
+def _configured(options: RunOptions, given: Given[TrainConfig]) -> TrainConfig:
+    """Return the configuration: what is typed wins over the file, that over the environment, that over the preset."""
+    from_file = read_toml(options.config, options.preset) if options.config else {}
+    below = preset(options.preset or "recommended")
+    try:
+        return TrainConfig(**below | given.environment | from_file | given.typed)
+    except ConfigError as error:
+        given = Given(given.typed | from_file, given.environment)
+        raise given.blame_variable(error) from error
+
+
+def _of_first_process(console: Console) -> Console:
+    """Return the console, for other processes than the first one a quiet one."""
+    return console if is_first_process() else Console(quiet=True)
+
+
+def _finish(outcome: "Outcome", console: Console) -> None:
+    folder, named = printable(outcome.experiment), shell_word(outcome.experiment)
+    if outcome.interrupted:
+        console.info(
+            f"interrupted{', saved within the epoch' if outcome.saved else ''}: continue with `earteach resume {named}`"
+        )
+        raise typer.Exit(outcome.interrupted)
+    best = printable(outcome.best.name) if outcome.best else "none"
+    took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
+    console.summary(
+        [
+            ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
+            ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
+            *([("report", printable(outcome.report))] if outcome.report else []),
+            ("next", f"earteach collage {named} -o collage.png"),
+            ("", f"earteach export-backbone {named} teacher.safetensors"),
+            ("", f"tensorboard --logdir {named} --samples_per_plugin images=1000"),
+        ]
+    )
