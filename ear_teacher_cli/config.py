@@ -134,7 +134,8 @@ class Reading:
 
 
 def option(default, panel: str, help: str, **checks) -> Any:
-    """A field with its help and checks: `low`, `high` (inclusive), `above` (exclusive), `choices`, `multiple`."""
+    """A field with its help and checks: `low`, `high` (inclusive), `above` (exclusive), `choices`, `multiple`; and marks:
+    `loss_term`, the weight of a loss that is enough to learn from, `compares_views`, one that needs two views."""
     return field(default=default, metadata={"panel": panel, "help": help, **checks})
 
 
@@ -178,11 +179,11 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, then cosine to the end. A warm-up as long as the run is cut to a fifth of it.", low=0)
     max_epochs: int = option(10, "Training", "Epochs to train.", low=1)
-    reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0)
+    reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, loss_term=True)
     denoise: bool = option(False, "Training", "Reconstruct the image in its own light: augmented in place and size only.")
-    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of an image among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0)
+    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss: find the other view of an image among those of the batch (NT-Xent of SimCLR; needs --views 2).", low=0.0, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
-    consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0)
+    consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss: predict the other view's projection (SimSiam, with stop-gradient; needs --views 2).", low=0.0, loss_term=True, compares_views=True)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES)
     pseudo_classes: str = option("kmeans", "Training", "What an image's class is: its cluster of embeddings (kmeans), itself (instance), the manifest's identity, a random but constant one (fixed, the control), its place in the batch (batch: the original package's, which collapses; for comparison), or none.", choices=PSEUDO_CLASSES)
@@ -229,13 +230,13 @@ class TrainConfig:
                 f"{self.experiment_name!r} is not a plain folder name",
                 "use one without slashes; --output-dir says where it goes",
             )
-        if self.reconstruction_weight == 0 and not self.learns_classes and not self.compares_views:
+        if not self.learns_classes and not any(getattr(self, name) for name in _marked("loss_term")):
             raise ConfigError(
                 "reconstruction_weight",
                 "0 leaves nothing to learn without another loss",
                 "raise it, or choose --metric-loss arcface and a --metric-weight above 0",
             )
-        for name in ("contrastive_weight", "consistency_weight"):
+        for name in _marked("compares_views"):
             flag = name.replace("_", "-")
             if getattr(self, name) and self.views != 2:
                 raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or --{flag} 0")
@@ -262,7 +263,7 @@ class TrainConfig:
     @property
     def compares_views(self) -> bool:
         """Whether a loss between two views of an image is part of the run."""
-        return self.contrastive_weight > 0 or self.consistency_weight > 0
+        return any(getattr(self, name) > 0 for name in _marked("compares_views"))
 
     @property
     def processes(self) -> int:
@@ -312,6 +313,11 @@ class TrainConfig:
     def as_toml(self) -> str:
         """The configuration as TOML that `--config` reads back; options that are unset are left out."""
         return "".join(f"{name} = {_toml(value)}\n" for name, value in self.as_dict().items() if value is not None)
+
+
+def _marked(mark: str) -> list[str]:
+    """Return the names of the options with a mark."""
+    return [spec.name for spec in fields(TrainConfig) if spec.metadata.get(mark)]
 
 
 def preset(name: str) -> dict[str, Any]:

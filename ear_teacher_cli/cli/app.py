@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
@@ -472,14 +473,16 @@ def _train(
     console = Console(quiet or not is_first_process())
     if from_environment:
         console.info(f"from the environment: {', '.join(f'EARTEACH_{name.upper()}' for name in from_environment)}")
-    from ..training import run as verb
-
     if dry_run:
-        resolved, estimate = verb.dry_run(resolved, console)
+        from ..training.dry_run import describe_estimate, estimate
+
+        resolved, found = estimate(resolved, console)
         typer.echo(resolved.as_toml(), nl=False)
-        console.info(verb.describe_estimate(estimate))
+        console.info(describe_estimate(found))
         console.info("dry run: nothing was written")
         return
+    from ..training import run as verb
+
     _finish(verb.train(resolved, console, overwrite), console)
 
 
@@ -920,18 +923,46 @@ def _finish(outcome: Any, console: Console) -> None:
             f"interrupted{', saved within the epoch' if outcome.saved else ''}: go on with `earteach resume {named}`"
         )
         raise typer.Exit(outcome.interrupted)
+    report = _write_final_outputs(outcome, console) or outcome.report
     best = printable(outcome.best.name) if outcome.best else "none"
     took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
     console.summary(
         [
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
-            *([("report", printable(outcome.report))] if outcome.report else []),
+            *([("report", printable(report))] if report else []),
             ("next", f"earteach collage {named} -o collage.png"),
             ("", f"earteach export-backbone {named} teacher.safetensors"),
             ("", f"tensorboard --logdir {named} --samples_per_plugin images=1000"),
         ]
     )
+
+
+def _write_final_outputs(outcome: Any, console: Console) -> Path | None:
+    """What is written when all is learned. The run is whole without it, so what is amiss is said and no error."""
+    from .. import run_folder
+    from ..report.projector import write_projector
+    from ..report.summary import summarise_run, write_report
+    from ..training import loggers
+
+    config, folder = outcome.config, outcome.experiment
+    if config is None or not is_first_process():
+        return None
+    again = f"The run is whole; `earteach report {shell_word(folder)}` tries the report again"
+    try:
+        if rows := run_folder.read_metrics(folder / run_folder.METRICS):
+            loggers.log_hyperparameters(outcome.logger, config, [name for name, value in rows[-1].items() if value])
+        if not config.report and not config.projector:
+            return None
+        story = summarise_run(folder, console)
+        if config.projector and story.look:
+            write_projector(outcome.logger.experiment, story.look, config.images, story.epoch)
+        return write_report(story, folder / run_folder.REPORT, config.images, console) if config.report else None
+    except (EarTeachError, OSError, ValueError, RuntimeError) as error:
+        console.warn(f"{error}. {again}")
+    except KeyboardInterrupt:  # the last epoch is saved: nothing is lost
+        console.warn(f"interrupted. {again}")
+    return None
 
 
 def _print_report(report: Any, meanings: dict[str, str]) -> None:

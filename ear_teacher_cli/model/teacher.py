@@ -3,6 +3,8 @@
 B images, H = W = image_size pixels, D embedding, D' projection.
 """
 
+from collections.abc import Collection
+
 import timm
 import torch
 from torch import nn
@@ -36,11 +38,11 @@ class TeacherModel(nn.Module):
 
     The metric loss is asked of the prediction head's output, at the end of the chain, so that projection and
     prediction both learn (DistributedDataParallel refuses parameters without a gradient) and the embedding
-    itself is free of the pseudo-classes' last word. The contrastive loss is asked of the projection. A head that no
-    loss asks is None.
+    itself is free of the pseudo-classes' last word. The contrastive loss is asked of the projection. `heads`: those that
+    the losses of a run need (training/objectives.py), of "projection" and "prediction"; the others are None.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, heads: Collection[str] = ("projection", "prediction")):
         super().__init__()
         self.backbone = build_backbone(config.backbone, config.image_size)
         self.embedding_dim = embedding_size(self.backbone, config.image_size)
@@ -52,9 +54,8 @@ class TeacherModel(nn.Module):
             )
         freeze_to_stride(self.backbone, config.kept_stride)
         self.keep_statistics = config.keeps_statistics
-        asked = config.learns_classes or config.compares_views
-        self.projection = projection_head(self.embedding_dim, config.projection_dim) if asked else None
-        predicts = config.learns_classes or config.consistency_weight > 0
+        projects, predicts = "projection" in heads, "prediction" in heads
+        self.projection = projection_head(self.embedding_dim, config.projection_dim) if projects else None
         self.prediction = prediction_head(config.projection_dim) if predicts else None
         self.decoder = Decoder(self.embedding_dim, config.image_size)
 

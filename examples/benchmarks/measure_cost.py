@@ -36,7 +36,7 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     from ear_teacher_cli import EarTeacherLightningModule
     from ear_teacher_cli.config import TrainConfig
     from ear_teacher_cli.model.freezing import freeze_to_stride
-    from ear_teacher_cli.training.run import _one_step
+    from ear_teacher_cli.training.dry_run import one_step
 
     once = {} if views == 2 else {"contrastive_weight": 0.0}
     config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, pretrained=False, **once)
@@ -56,13 +56,13 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _one_step(module, dict(made), prototypes)
+        one_step(module, dict(made), prototypes)
     optimizer.zero_grad()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     for _ in range(steps + 1):
         start = time.perf_counter()
         with torch.autocast(device, torch.float16, enabled=device == "cuda"):
-            _one_step(module, dict(made), prototypes)
+            one_step(module, dict(made), prototypes)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":

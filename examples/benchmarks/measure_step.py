@@ -133,7 +133,7 @@ def _one_run(config: TrainConfig) -> dict[str, float]:
             super().validation_step(batch, index)
             marks["passes"] += time.perf_counter() - start
 
-    import ear_teacher_cli.training.run as verb
+    import ear_teacher_cli.training.launch as verb
 
     theirs, verb.EarTeacherLightningModule = verb.EarTeacherLightningModule, Timed
     try:
