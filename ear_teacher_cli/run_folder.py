@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         line = f" line {reader.line_num}" if not isinstance(error, UnicodeDecodeError) else ""
         raise EarTeachError(
-            f"{printable(path)}{line}: is not what earteach wrote ({short_message(error)}); repair or remove the line"
+            f"{printable(path)}{line}: is not what earteach wrote ({short_message(error)}); correct or remove the line"
         ) from error
     return rows
 
