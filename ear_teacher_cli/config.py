@@ -336,7 +336,7 @@ _EARLIER_NAMES = {"seed": "original"}  # what version 0.1.0 called it
 
 
 # Version 0.1.0 read every unnamed box as corners in pixels, and let lists overlap.
-_RENAMED = {"head_rate": "head_lr_mult", "keep_start": "baseline_weight"}  # as versions before 0.2.0 wrote them
+RENAMED = {"head_rate": "head_lr_mult", "keep_start": "baseline_weight"}  # as versions before 0.2.0 wrote them
 _BEFORE = {"box_format": "xyxy", "box_units": "pixels", "allow_overlap": True}
 
 
@@ -346,7 +346,7 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
 
     Raises EarTeachError if names are unknown to this version.
     """
-    values = {_RENAMED.get(name, name): value for name, value in values.items()}
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
     if unknown:
         raise EarTeachError(
@@ -373,7 +373,7 @@ def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
     below: dict[str, Any] = {}
     for key, value in values.items():
         name, where = key.replace("-", "_"), f"{path}{_line_of(key, text)}"
-        name = _RENAMED.get(name, name)
+        name = RENAMED.get(name, name)
         if name in found:
             raise EarTeachError(f"{where}: {key!r} is given twice, with hyphens and with underscores; keep one")
         try:

@@ -78,7 +78,7 @@ def is_on_all_ranks(module: pl.LightningModule, mine: bool) -> bool:
     return module.trainer.strategy.reduce_boolean_decision(mine, all=True)
 
 
-def require_matching_data(config: TrainConfig, preprocessing: Preprocessing, datamodule: Any) -> None:
+def require_data(config: TrainConfig, preprocessing: Preprocessing, datamodule: Any) -> None:
     """Raise EarTeachError unless an EarDataModule gives the crops and views that the module's configuration needs."""
     dataset = getattr(datamodule, "val_set", None)
     if dataset is not None and dataset.preprocessing != preprocessing:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from ..config import MONITORS, TrainConfig
+from ..config import MONITORS, RENAMED, TrainConfig
 from ..console import Console
 from ..data.datamodule import steps_into_epoch
 from ..data.dataset import Batch, EarDataset, derive_seed
@@ -26,14 +26,7 @@ from ..quality.collapse import judge
 from .averaging import Averages
 from .callbacks import FitWhitening, MeasureBaseline
 from .epoch_metrics import TrainingMeans, ValidationOutputs, ValidationRows, judged_images
-from .guards import (
-    StepGuard,
-    StopOnCollapse,
-    StopOnNonFinite,
-    UnreadableImages,
-    is_on_all_ranks,
-    require_matching_data,
-)
+from .guards import StepGuard, StopOnCollapse, StopOnNonFinite, UnreadableImages, is_on_all_ranks, require_data
 from .interruption import divide_epoch
 from .objectives import ClassTargets, Objective, Outputs
 from .optimisation import optimiser_and_schedule, steps_to_shift
@@ -58,7 +51,8 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def __init__(self, config: TrainConfig | None = None, **options: Any):
         super().__init__()
-        self.config = config or TrainConfig(**options)
+        # load_from_checkpoint passes the options of the version that wrote the checkpoint
+        self.config = config or TrainConfig(**{RENAMED.get(name, name): value for name, value in options.items()})
         self.save_hyperparameters(self.config.as_dict(), logger=False)  # loggers.py logs them
         self.objective = Objective(self.config)
         # channels_last: the layout that convolutions are fast in, on CPUs too
@@ -80,8 +74,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._validation_outputs = ValidationOutputs()
 
     def compile_model(self) -> None:
-        """Compile backbone and decoder with torch.compile, in place: names of tensors stay. Costs a minute or two at the
-        first step."""
+        """Compile backbone and decoder with torch.compile, in place: names of tensors stay. The first step is slow."""
         torch._functorch.config.donated_buffer = False  # train/grad_ratio goes back through the graph a second time
         # dynamo looks at inputs' gradients, which those in mid-model do not have
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
@@ -108,19 +101,20 @@ class EarTeacherLightningModule(pl.LightningModule):
             return
         if self.config.compile:
             self.compile_model()
-        require_matching_data(self.config, self.preprocessing, self.trainer.datamodule)
+        require_data(self.config, self.preprocessing, self.trainer.datamodule)
         if self.trainer.ckpt_path is None:  # a new run, perhaps of a module that load_from_checkpoint gave
             if self.config.pretrained and self.receipt is None and self._restored is None:
                 self.load_pretrained()
             self._restored = self.prototypes = None
             self.pseudo_labels = PseudoLabels(self.config)
         if self.config.learns_classes and self.prototypes is None:
-            manifest = self.train_set.manifest
-            self._allocate(class_count(self.config.pseudo_classes, manifest, self.config.num_pseudo_classes))
+            self._allocate(
+                class_count(self.config.pseudo_classes, self.train_set.manifest, self.config.num_pseudo_classes)
+            )
 
     def _allocate(self, count: int) -> None:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        prototypes = torch.randn(count, self.config.projection_dim, generator=generator)
+        draw = torch.Generator().manual_seed(self.config.seed)
+        prototypes = torch.randn(count, self.config.projection_dim, generator=draw)
         self.prototypes = nn.Parameter(F.normalize(prototypes, dim=1))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -200,9 +194,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.guard.before_optimizer_step(optimizer)
 
     def on_train_epoch_end(self) -> None:
-        self._log_training()  # of an epoch without validation
-
-    def _log_training(self) -> None:
+        """Also called at the end of validation, which comes first: then nothing is left to log here."""
         means = self._training_means.finish(self.trainer.strategy)
         self.log_dict({f"train/{name}": mean for name, mean in means.items()})
 
@@ -224,7 +216,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
-        self._log_training()
+        self.on_train_epoch_end()
         self.validation_embeddings, quality = self._validation_outputs.finish(self.trainer, self.current_epoch + 1)
         self.verdict = judge(quality, self.baseline, judged_images(self.trainer))
         classes = self.pseudo_labels.metrics()

@@ -73,6 +73,7 @@ class LossTerm:
     """One term of the loss. Metrics are named after it: `train/{name}_loss` and `val/{name}_loss`."""
 
     name: ClassVar[str]
+    weight_option: ClassVar[str]  # in config.py
     heads: ClassVar[tuple[str, ...]] = ()  # of TeacherModel: "projection", "prediction"
     fewest_images: ClassVar[int] = 1  # in a validation batch; a smaller one is left out of the term's mean
 
@@ -82,7 +83,7 @@ class LossTerm:
     @property
     def weight(self) -> float:
         """Return the weight from the configuration."""
-        raise NotImplementedError
+        return getattr(self.config, self.weight_option)
 
     @property
     def is_active(self) -> bool:
@@ -112,10 +113,7 @@ class Reconstruction(LossTerm):
     """Mean squared error on [-1, 1]. Always active: with weight 0 it is measured, and adds nothing to the loss."""
 
     name = "recon"
-
-    @property
-    def weight(self) -> float:
-        return self.config.reconstruction_weight
+    weight_option = "reconstruction_weight"
 
     @property
     def is_active(self) -> bool:
@@ -136,11 +134,8 @@ class Metric(LossTerm):
     """Margin softmax over pseudo-classes, at the end of the heads, so that both learn."""
 
     name = "metric"
+    weight_option = "metric_weight"
     heads = ("projection", "prediction")
-
-    @property
-    def weight(self) -> float:
-        return self.config.metric_weight
 
     @property
     def is_active(self) -> bool:
@@ -181,12 +176,9 @@ class Contrastive(LossTerm):
     """NT-Xent between two views, of the projection."""
 
     name = "contrastive"
+    weight_option = "contrastive_weight"
     heads = ("projection",)
     fewest_images = 2
-
-    @property
-    def weight(self) -> float:
-        return self.config.contrastive_weight
 
     def describe(self) -> str:
         return f"{self.weight:g} contrastive (temperature {self.config.temperature:g})"
@@ -199,12 +191,9 @@ class Consistency(LossTerm):
     """Each view's prediction against the other view's projection."""
 
     name = "consistency"
+    weight_option = "consistency_weight"
     heads = ("projection", "prediction")
     fewest_images = 2
-
-    @property
-    def weight(self) -> float:
-        return self.config.consistency_weight
 
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
         return losses.consistency_loss(outputs.prediction, outputs.projection)
