@@ -1,8 +1,8 @@
 """What stops a run that goes wrong, or skips what would spoil it: data that do not match the model, losses that are not
 finite, embeddings that collapse, unreadable images.
 
-`StepGuard` and `UnreadableImages` are parts of the module. `StopOnNonFinite` and `StopOnCollapse` are callbacks that the
-module configures itself, so that they work with any Trainer; `UnreadableImageList` needs a place for its file.
+`StepGuard` and `UnreadableImages` are parts of the module. `StopOnNonFinite` and `StopOnCollapse` are callbacks that
+the module configures itself, so that they work with any Trainer. `UnreadableImageList` needs the path of its file.
 """
 
 import csv
@@ -61,13 +61,13 @@ class StepGuard:
         return False
 
     def skip(self, module: pl.LightningModule) -> torch.Tensor:
-        """Return a loss whose gradient is zero everywhere, for a step that is skipped (Lightning takes no None on several
-        devices)."""
+        """Return a loss whose gradient is zero, for a step that is skipped: Lightning accepts no None on several
+        devices."""
         self._skipping = True
         return sum((p * 0).sum() for p in module.parameters() if p.requires_grad)
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remove the gradients of a step that is skipped: without them momentum and weight decay change nothing either."""
+        """Remove the gradients of a step that is skipped: then momentum and weight decay change nothing either."""
         if self._skipping:
             optimizer.zero_grad(set_to_none=True)
             self._skipping = False
@@ -92,7 +92,7 @@ def require_data(config: TrainConfig, preprocessing: Preprocessing, datamodule: 
 
 
 class StopOnNonFinite(Callback):
-    """Warn of each step that is skipped because its loss is not finite, and end the run after NONFINITE_STEPS in a row, or
+    """Warn of each step that is skipped because its loss is not finite. End the run after NONFINITE_STEPS in a row, or
     after an epoch whose loss is not finite, before it is saved."""
 
     def __init__(self) -> None:
@@ -156,9 +156,9 @@ class StopOnCollapse(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         state, why = pl_module.verdict
         if why:
+            verb = "collapse" if state == "COLLAPSED" else "degrade"
             raise EarTeachError.on_all_ranks(
-                f"epoch {trainer.current_epoch + 1}: the embeddings {'collapse' if state == 'COLLAPSED' else 'degrade'}: "
-                f"{why}; earlier checkpoints are kept. Lower --metric-weight or --learning-rate, or choose other "
+                f"epoch {trainer.current_epoch + 1}: the embeddings {verb}: {why}; earlier checkpoints are kept. Lower --metric-weight or --learning-rate, or choose other "
                 "--pseudo-classes"
             )
 
@@ -171,8 +171,10 @@ class UnreadableImages:
         self.errors: dict[tuple[str, int], ImageError] = {}  # of this rank
 
     def record(self, split: str, batch: Batch, trainer: pl.Trainer, *, this_rank_only: bool = False) -> None:
-        """Count the unreadable images of a batch. Raises EarTeachError, on all ranks, when they are more than `max_bad` of
-        the split. `this_rank_only`: the others are not here, so that nothing may be asked of them."""
+        """Count the unreadable images of a batch. `this_rank_only`: the other ranks do not call this.
+
+        Raises EarTeachError, on all ranks that call it, if more than `max_bad` of the split are unreadable.
+        """
         for index, reason, detail in batch["bad"]:
             self.errors[split, index] = ImageError(reason, detail)
         count = sum(which == split for which, _ in self.errors)

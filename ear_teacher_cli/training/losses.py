@@ -31,7 +31,8 @@ def arcface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, sc
 
 
 def cosface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, scale: float) -> torch.Tensor:
-    """Return scale * (cos(theta) - margin) at the label, scale * cos(theta) elsewhere (CosFace, Wang et al. 2018, eq. 4)."""
+    """Return scale * (cos(theta) - margin) at the label, scale * cos(theta) elsewhere (CosFace, Wang et al. 2018,
+    eq. 4)."""
     return scale * (cosine - margin * F.one_hot(labels, cosine.shape[1]))
 
 
@@ -41,7 +42,10 @@ LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 def metric_loss(
     kind: str, features: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor, margin: float, scale: float
 ) -> torch.Tensor:
-    """Return the mean cross-entropy of the margin softmax. `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K)."""
+    """Return the mean cross-entropy of the margin softmax.
+
+    `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K).
+    """
     with torch.autocast(features.device.type, enabled=False):
         return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)
 
@@ -65,7 +69,7 @@ def consistency_loss(predictions: torch.Tensor, projections: torch.Tensor) -> to
 
 
 def margin_at(epoch: int, margin: float, warmup_epochs: int) -> float:
-    """Return the margin in `epoch` (from 0): it grows in equal steps, 0 in epoch 0, full from epoch `warmup_epochs` on."""
+    """Return the margin in `epoch` (from 0): it grows evenly from 0 in epoch 0 to all of it in epoch `warmup_epochs`."""
     return margin if epoch >= warmup_epochs else margin * epoch / warmup_epochs
 
 

@@ -45,8 +45,8 @@ class EarTeacherLightningModule(pl.LightningModule):
     (objectives.py), train/lr, val/loss; val/retrieval, val/rank1, val/eer and the health of the validation embeddings
     (epoch_metrics.py); classes/in_use, classes/entropy, classes/largest and classes/nmi (pseudo_labels.py).
 
-    `baseline`: quality of the embeddings before training, and `verdict` of the last validation compared with it: a state
-    and what is wrong (quality/collapse.py). `validation_embeddings`, `baseline_embeddings`: what they were measured on.
+    `baseline`: quality of the embeddings before training; `verdict`: of the last validation against it, a state and the
+    reason (quality/collapse.py). `validation_embeddings`, `baseline_embeddings`: what they were measured on.
     """
 
     def __init__(self, config: TrainConfig | None = None, **options: Any):
@@ -146,7 +146,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             return from_unit(self.model.decoder(self(pixels)))
 
     def on_train_start(self) -> None:
-        """A checkpoint's tensors were loaded before the module moved; resumed within an epoch, no other hook comes first."""
+        # a checkpoint's tensors were loaded before the module moved; resumed within an epoch, no other hook comes first
         self.pseudo_labels.move_to(self.device)
         self._training_means.move_to(self.device)
 
@@ -194,7 +194,9 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.guard.before_optimizer_step(optimizer)
 
     def on_train_epoch_end(self) -> None:
-        """Also called at the end of validation, which comes first: then nothing is left to log here."""
+        self._log_training()  # of an epoch without validation
+
+    def _log_training(self) -> None:
         means = self._training_means.finish(self.trainer.strategy)
         self.log_dict({f"train/{name}": mean for name, mean in means.items()})
 
@@ -216,7 +218,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
-        self.on_train_epoch_end()
+        self._log_training()
         self.validation_embeddings, quality = self._validation_outputs.finish(self.trainer, self.current_epoch + 1)
         self.verdict = judge(quality, self.baseline, judged_images(self.trainer))
         classes = self.pseudo_labels.metrics()
