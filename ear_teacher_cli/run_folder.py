@@ -1,4 +1,4 @@
-"""The files of an experiment folder: where they are, which checkpoint is the right one, and how a run takes the folder."""
+"""The files of an experiment folder: where they are, which checkpoint to use, and how a run takes the folder."""
 
 import csv
 import re
@@ -89,7 +89,8 @@ def checkpoint_of(path: Path, *, best: bool) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a metrics.csv: `epoch` is a whole number, the others are numbers or ''. [] if there is no file yet.
+    """Read the rows of a metrics.csv: `epoch` is a whole number, the others are numbers or ''. Without a
+    file there are none.
 
     Raises EarTeachError naming the line that is different.
     """

@@ -26,8 +26,10 @@ WHITEN_ON = 2048
 
 
 class MeasureBaseline(Callback):
-    """Measure the embeddings of the initial weights before the first step, to compare later ones with. A resumed run has
-    them from its checkpoint."""
+    """Measure the embeddings of the initial weights before the first step, to compare later ones with.
+
+    A resumed run has them from its checkpoint.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.baseline or not trainer.enable_validation:
@@ -39,7 +41,7 @@ class MeasureBaseline(Callback):
 
 
 class FitWhitening(Callback):
-    """Fit a whitening after each validation, to the weights that were validated (the averaged ones, where there are any)."""
+    """Fit a whitening after each validation, to the weights that were validated (the averaged ones, if any)."""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
@@ -147,8 +149,10 @@ class ClassSizes(Callback):
 
 
 class MetricsFile(Callback):
-    """Write `metrics.csv`: a row per epoch (0: before training). The file is written anew each time, so that a resumed run
-    continues it without double rows."""
+    """Write `metrics.csv`: a row per epoch (0: before training).
+
+    The file is written anew each time, so that a resumed run continues it without double rows.
+    """
 
     def __init__(self, path: Path):
         self.path = path

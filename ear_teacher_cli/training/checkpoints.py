@@ -40,8 +40,8 @@ class PortableCheckpoint(ModelCheckpoint):
 
 
 def checkpoint_callbacks(folder: Path, monitor: str) -> list[PortableCheckpoint]:
-    """Return the original package's policy: the best three by `monitor` (of config.MONITORS), one every five epochs, and
-    the last."""
+    """Return the original package's policy: the best three by `monitor` (of config.MONITORS), one every five epochs,
+    and the last."""
     common: dict[str, Any] = dict(
         dirpath=str(folder), save_on_train_epoch_end=True, enable_version_counter=False, auto_insert_metric_name=False
     )
@@ -91,10 +91,10 @@ _TRANSIENT = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 def require_newest(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """Return the checkpoint. Raises UsageError if the experiment has later epochs: two branches would mix."""
-    newest = newest_intact(folder, Console(quiet=True))
+    newest, where = newest_intact(folder, Console(quiet=True)), printable(checkpoint.path)
     if newest.epoch > checkpoint.epoch and not newest.path.samefile(checkpoint.path):
         raise UsageError(
-            f"{printable(checkpoint.path)}: is of epoch {checkpoint.epoch}, but this experiment has reached {newest.epoch}; "
+            f"{where}: is of epoch {checkpoint.epoch}, but this experiment has reached {newest.epoch}; "
             "to branch off, copy the experiment folder without its later checkpoints and resume the copy"
         )
     return checkpoint

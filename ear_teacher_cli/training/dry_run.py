@@ -1,4 +1,4 @@
-"""`train --dry-run`: one step forward and back on the real data and device, and what a run would need. Writes nothing."""
+"""`train --dry-run`: one step forward and back on the real data and device, and what a run would need."""
 
 import time
 from dataclasses import dataclass
@@ -28,7 +28,10 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estimate]:
-    """Return the configuration as it would be used here, and what a run would need. Raises EarTeachError."""
+    """Return the configuration as it would be used here, and what a run would need. Writes nothing.
+
+    Raises EarTeachError.
+    """
     config, data = prepare(config, console, new=True)
     train, val = data.train_set, data.val_set
     assert train is not None and val is not None
@@ -79,6 +82,7 @@ def describe_estimate(estimate: Estimate) -> str:
     """Return the estimate as a sentence."""
     return (
         f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; "
-        f"{counted(estimate.steps_per_epoch, 'step')} an epoch; the run: about {clock(estimate.seconds)} of computing (full "
-        f"precision; loading, checkpoints and images not counted) and {estimate.bytes / 2**20:.0f} MiB of disk"
+        f"{counted(estimate.steps_per_epoch, 'step')} an epoch; the run: about {clock(estimate.seconds)} of computing "
+        "(full precision; loading, checkpoints and images not counted) and "
+        f"{estimate.bytes / 2**20:.0f} MiB of disk"
     )

@@ -75,8 +75,10 @@ class ValidationOutputs:
         self._batches.append((index, embeddings, views))
 
     def finish(self, trainer: pl.Trainer, epoch: int) -> tuple[ValidationRows | None, dict[str, float]]:
-        """Return the embeddings of all ranks and their quality (see `quality`), and begin anew. Both are empty with fewer
-        than two images, and the quality where an embedding is not finite: the loss reports it."""
+        """Return the embeddings of all ranks and their quality (see `quality`), and begin anew.
+
+        Both are empty with fewer than two images, and the quality if an embedding is not finite: the loss reports it.
+        """
         columns = [torch.cat(column) for column in zip(*self._batches, strict=True)]
         self.clear()
         if trainer.world_size > 1:

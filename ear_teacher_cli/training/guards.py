@@ -158,8 +158,8 @@ class StopOnCollapse(Callback):
         if why:
             verb = "collapse" if state == "COLLAPSED" else "degrade"
             raise EarTeachError.on_all_ranks(
-                f"epoch {trainer.current_epoch + 1}: the embeddings {verb}: {why}; earlier checkpoints are kept. Lower --metric-weight or --learning-rate, or choose other "
-                "--pseudo-classes"
+                f"epoch {trainer.current_epoch + 1}: the embeddings {verb}: {why}; earlier checkpoints are "
+                "kept. Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
             )
 
 

@@ -34,7 +34,7 @@ class SaveOnStop(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.begun = True
-        # in place of Lightning's own, which reacts to SIGTERM at the end of the epoch only and restores the old handlers
+        # after Lightning's own, which reacts to SIGTERM at an epoch's end only, and which restores the old handlers
         self._trainer, self._process = trainer, os.getpid()
         handle_stop_signals(self._on_signal)
 
@@ -71,8 +71,8 @@ class SaveOnStop(Checkpoint):
     def is_stop(self, trainer: pl.Trainer, error: RuntimeError) -> bool:
         """Return whether an error was caused by a signal to stop; if so, save what there is to save.
 
-        A signal to the whole process group also kills a data loader's worker that was just started: torch lets it die of
-        SIGTERM until it begins to work. The error that torch raises then takes the place of Stopped.
+        A signal to the whole process group also kills a data loader's worker that was just started: torch lets it die
+        of SIGTERM until it begins to work. The error that torch raises then takes the place of Stopped.
         """
         number = self._signal
         cause: BaseException | None = error

@@ -1,4 +1,4 @@
-"""What `train`, `resume` and `--dry-run` do first: fit the configuration to the machine, read the data, build the model."""
+"""What `train`, `resume` and `--dry-run` do first: check the machine, read the data, build the model."""
 
 import logging
 import os
@@ -43,7 +43,8 @@ def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[T
         config = replace(config, precision="32-true")
     if config.warmup != config.warmup_epochs:
         settled.append(
-            f"warm-up: of {counted(config.warmup_epochs, 'epoch')} does not fit into {config.max_epochs}; using {config.warmup:g}"
+            f"warm-up: of {counted(config.warmup_epochs, 'epoch')} does not fit into {config.max_epochs}; "
+            f"using {config.warmup:g}"
         )
     _check_machine(config, console)
     data = EarDataModule(config)
@@ -66,16 +67,19 @@ def count_classes(config: TrainConfig, train: Manifest) -> int:
 
 
 def _about_large_batch(config: TrainConfig, images: int, new: bool) -> str:
-    """Return what a batch larger than the `images` of the training list means. Raises ConfigError for a new run if it is larger than the
-    default, too: it was typed, and is most likely a typing error."""
+    """Return what a batch larger than the `images` of the training list means.
+
+    Raises ConfigError for a new run if it is larger than the default, too: most likely a typing error.
+    """
     processes = config.processes
     share = "" if processes == 1 else f" for each of {processes} processes"
     if new and config.batch_size > TrainConfig.batch_size:
-        found = f"{config.batch_size}{share} is more than the {counted(images, 'image')} of {printable(config.train_metadata)}"
+        where = printable(config.train_metadata)
+        found = f"{config.batch_size}{share} is more than the {counted(images, 'image')} of {where}"
         raise ConfigError("batch_size", found, f"use at most {images // processes}")
     return (
-        f"batch size: {config.batch_size}{share} is more than the {counted(images, 'image')} there are; every step takes all "
-        "of them"
+        f"batch size: {config.batch_size}{share} is more than the {counted(images, 'image')} there are; every step "
+        "takes all of them"
     )
 
 
@@ -84,7 +88,10 @@ def _check_machine(config: TrainConfig, console: Console) -> None:
     loggers.require(config)
     started = started_processes()
     if started not in (None, config.processes):
-        found = f"{config.devices} on {config.num_nodes} node(s) are {config.processes} process(es), but {started} were started"
+        found = (
+            f"{config.devices} on {config.num_nodes} node(s) are {config.processes} process(es), "
+            f"but {started} were started"
+        )
         raise ConfigError(
             "devices", found, "make --devices (of a node) times --num-nodes as many as the launcher starts"
         )
@@ -104,8 +111,8 @@ def _check_machine(config: TrainConfig, console: Console) -> None:
     cores = usable_cores()
     if isinstance(trainer.accelerator, CPUAccelerator) and config.devices > cores and is_first_process():
         console.warn(
-            f"--devices: {config.devices} processes are to share {counted(cores, 'CPU core')}, without a GPU, and will be "
-            f"slower than {cores}; use --devices {cores} or less"
+            f"--devices: {config.devices} processes are to share {counted(cores, 'CPU core')}, without a GPU, and will "
+            f"be slower than {cores}; use --devices {cores} or less"
         )
 
 

@@ -69,7 +69,7 @@ def consistency_loss(predictions: torch.Tensor, projections: torch.Tensor) -> to
 
 
 def margin_at(epoch: int, margin: float, warmup_epochs: int) -> float:
-    """Return the margin in `epoch` (from 0): it grows evenly from 0 in epoch 0 to all of it in epoch `warmup_epochs`."""
+    """Return the margin in `epoch` (from 0): it grows evenly from 0 in epoch 0 to full in epoch `warmup_epochs`."""
     return margin if epoch >= warmup_epochs else margin * epoch / warmup_epochs
 
 

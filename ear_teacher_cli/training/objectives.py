@@ -104,8 +104,10 @@ class LossTerm:
         raise NotImplementedError
 
     def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:
-        """Return `{name}_loss` and further metrics of a validation batch: clean images, the first views of `outputs`, and
-        an augmented view of each."""
+        """Return `{name}_loss` and further metrics of a validation batch.
+
+        The first views of `outputs` are clean images, the second an augmented view of each.
+        """
         return {self.loss_name: self.training_loss(outputs)}
 
 

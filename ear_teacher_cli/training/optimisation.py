@@ -43,9 +43,11 @@ def parameter_groups(module: nn.Module, backbone: nn.Module, config: TrainConfig
 
 
 def steps_to_shift(restored: dict[str, Any], steps_per_epoch: int) -> int:
-    """Return the steps to add to a resumed scheduler's count. On another number of devices an epoch has other steps: the
-    schedule continues from the same epoch, not from the same step. `restored`: the `earteach` part of the checkpoint, with
-    its `global_step`."""
+    """Return the steps to add to a resumed scheduler's count.
+
+    On another number of devices an epoch has other steps: the schedule continues from the same epoch, not from the same
+    step. `restored`: the `earteach` part of the checkpoint, with its `global_step`.
+    """
     if restored["steps_per_epoch"] == steps_per_epoch:
         return 0
     done = restored["epochs_completed"] * steps_per_epoch + restored.get("steps_done", 0)

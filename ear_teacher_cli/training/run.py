@@ -96,8 +96,8 @@ def _resume_from(checkpoint: Checkpoint, folder: Path, changes: dict[str, Any], 
         raise UsageError(f"--max-epochs {max_epochs}: {checkpoint.epoch} epochs are done already; give more")
     if checkpoint.steps_done and config.processes != checkpoint.config.processes:
         console.info(
-            f"{printable(checkpoint.path)} was saved within an epoch by {checkpoint.config.processes} process(es); the rest "
-            f"of the epoch is divided among {config.processes}, with other batches than it would have had"
+            f"{printable(checkpoint.path)} was saved within an epoch by {checkpoint.config.processes} process(es); the "
+            f"rest of the epoch is divided among {config.processes}, with other batches than it would have had"
         )
     if finished := _why_finished(checkpoint, config, max_epochs):
         console.info(f"{printable(folder)}: finished, {finished}")
@@ -138,12 +138,14 @@ def _start_again(folder: Path, changes: dict[str, Any], console: Console) -> Out
     """Start a run over that was stopped before its first checkpoint: everything is seeded, so nothing is lost."""
     if not (folder / run_folder.CONFIG).is_file():
         raise EarTeachError(
-            f"{printable(folder)}: holds neither a checkpoint nor {run_folder.CONFIG}; give a folder that earteach train made"
+            f"{printable(folder)}: holds neither a checkpoint nor {run_folder.CONFIG}; give a folder that earteach train "
+            "made"
         )
     config = from_dict(read_toml(folder / run_folder.CONFIG), printable(folder / run_folder.CONFIG))
     if config.experiment_name != folder.resolve().name:
         raise EarTeachError(
-            f"{printable(folder)}: its {run_folder.CONFIG} is of {config.experiment_name!r}; start it with `earteach train --config`"
+            f"{printable(folder)}: its {run_folder.CONFIG} is of {config.experiment_name!r}; start it with "
+            "`earteach train --config`"
         )
     config = with_changes(_located(config, folder), **changes)
     console.info(f"{printable(folder)}: no epoch was finished; starting from its configuration")
@@ -244,12 +246,12 @@ def _run(
 
 
 def _experiment_of(path: Path) -> Path:
-    """Return the experiment folder of a checkpoint. Raises UsageError if it lies elsewhere: resume would write there."""
+    """Return the experiment folder of a checkpoint. Raises UsageError if it is elsewhere: resume writes there."""
     folder = path.resolve().parent.parent
     if path.resolve().parent.name != run_folder.CHECKPOINTS or not (folder / run_folder.CONFIG).is_file():
         raise UsageError(
-            f"{printable(path)}: does not lie in the {run_folder.CHECKPOINTS}/ of an experiment, where resume would write; "
-            "give the experiment folder"
+            f"{printable(path)}: does not lie in the {run_folder.CHECKPOINTS}/ of an experiment, where resume would "
+            "write; give the experiment folder"
         )
     return folder
 
