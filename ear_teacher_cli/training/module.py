@@ -113,8 +113,8 @@ class EarTeacherLightningModule(pl.LightningModule):
             )
 
     def _allocate(self, count: int) -> None:
-        draw = torch.Generator().manual_seed(self.config.seed)
-        prototypes = torch.randn(count, self.config.projection_dim, generator=draw)
+        seeded = torch.Generator().manual_seed(self.config.seed)
+        prototypes = torch.randn(count, self.config.projection_dim, generator=seeded)
         self.prototypes = nn.Parameter(F.normalize(prototypes, dim=1))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -207,8 +207,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.unreadable.record("val", batch, self.trainer)
         if len(batch["index"]) == 0:
             return
-        pixels = batch["pixels"]
-        embedding, of_view = self(pixels), self(batch["view"])
+        pixels, embedding, of_view = batch["pixels"], self(batch["pixels"]), self(batch["view"])
         self._validation_outputs.add(batch["index"], embedding, of_view)
         classes = ClassTargets(self.prototypes) if self.config.learns_classes else None
         found = self.objective.validation(Outputs(self.model, torch.cat([embedding, of_view]), pixels, classes))

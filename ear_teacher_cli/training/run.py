@@ -138,8 +138,8 @@ def _start_again(folder: Path, changes: dict[str, Any], console: Console) -> Out
     """Start a run over that was stopped before its first checkpoint: everything is seeded, so nothing is lost."""
     if not (folder / run_folder.CONFIG).is_file():
         raise EarTeachError(
-            f"{printable(folder)}: holds neither a checkpoint nor {run_folder.CONFIG}; give a folder that earteach train "
-            "made"
+            f"{printable(folder)}: holds neither a checkpoint nor {run_folder.CONFIG}; give a folder that earteach "
+            "train made"
         )
     config = from_dict(read_toml(folder / run_folder.CONFIG), printable(folder / run_folder.CONFIG))
     if config.experiment_name != folder.resolve().name:
