@@ -83,11 +83,11 @@ class TrainConfig(ListOptions):
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, before a cosine to the end. A warm-up that would fill the run is cut to a fifth of it.", low=0)
     max_epochs: int = option(10, "Training", "Epochs to train.", low=1, common=True, resumable=True)
-    reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True)
+    reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True, loss_term=True)
     denoise: bool = option(False, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
-    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True)
+    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
-    consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0)
+    consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0, common=True)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES, common=True)
     pseudo_classes: str = option("kmeans", "Training", "Label of an image for the metric loss. kmeans: its cluster of embeddings; instance: each image its own; identity: the manifest's; none: no metric loss. Controls for comparison: fixed (a constant random label) and batch (its place in the batch, which collapses).", choices=PSEUDO_CLASSES, common=True)
@@ -140,13 +140,13 @@ class TrainConfig(ListOptions):
 
     def _check_losses(self) -> None:
         """Raise ConfigError if no loss is left, or one has nothing to work on."""
-        if self.reconstruction_weight == 0 and not self.learns_classes and not self.compares_views:
+        if not self.learns_classes and not any(getattr(self, name) for name in _marked("loss_term")):
             raise ConfigError(
                 "reconstruction_weight",
                 "0 leaves nothing to learn without another loss",
                 "raise it, or choose --metric-loss arcface and a --metric-weight above 0",
             )
-        for name in ("contrastive_weight", "consistency_weight"):
+        for name in _marked("compares_views"):
             if getattr(self, name) and self.views != 2:
                 raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or {flag(name)} 0")
         if self.num_pseudo_classes == 1:
@@ -168,7 +168,7 @@ class TrainConfig(ListOptions):
     @property
     def compares_views(self) -> bool:
         """Whether a loss between two views of an image is part of the run."""
-        return self.contrastive_weight > 0 or self.consistency_weight > 0
+        return any(getattr(self, name) > 0 for name in _marked("compares_views"))
 
     @property
     def processes(self) -> int:
@@ -314,6 +314,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "original": ORIGINAL,
 }
 EARLIER_PRESETS = {"seed": "original"}  # its name in version 0.1.0
+
+
+def _marked(mark: str) -> list[str]:
+    """Return the names of the options with a mark."""
+    return [spec.name for spec in fields(TrainConfig) if spec.metadata.get(mark)]
 
 
 def preset(name: str) -> dict[str, Any]:

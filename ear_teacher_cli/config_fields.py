@@ -28,7 +28,8 @@ def option(default: Any, panel: str, help: str, **more: Any) -> Any:
     `private` (holds a path or a name, which no logger receives), `environment` (EARTEACH_NAME is its default),
     `common` (in `train --help`, not only in --help-all), `resumable` (`resume` can change it), `earlier` and
     `earlier_choices` (its name and values in earlier versions, still accepted), `switch` (a flag without a --no- form),
-    `short` (-o), `metavar`, and `callback` (called with the value before all others are read).
+    `short` (-o), `metavar`, `loss_term` (the weight of a loss that is enough to learn from), `compares_views` (the weight
+    of a loss that needs two views), and `callback` (called with the value before all others are read).
     """
     return field(default=default, metadata={"panel": panel, "help": help, **more})
 

@@ -497,7 +497,7 @@ def test_an_option_that_is_given_twice_counts_the_last_time(tmp_path, monkeypatc
         (["train", "--experiment-name", "a/b"], "--experiment-name"),
         (
             ["train", "--no-pretrained", "--accelerator", "abacus"],
-            "--accelerator: 'abacus' with 1 device(s) is not to be had here",
+            "--accelerator: 'abacus' with 1 device(s) is not available on this machine",
         ),
     ],
 )
@@ -529,7 +529,7 @@ def test_a_batch_may_be_all_images_and_no_more(size, told, manifests, earteach):
 
 def test_more_processes_than_cores_are_warned_of(manifests, monkeypatch, earteach):
     words = [*SMALL_AND_DRY, "--batch-size", 8, "--accelerator", "cpu", "--devices", 4]
-    monkeypatch.setattr("ear_teacher_cli.training.run.usable_cores", lambda: 2)
+    monkeypatch.setattr("ear_teacher_cli.training.launch.usable_cores", lambda: 2)
     said = earteach("train", *manifests, *words)
     assert said.code == 0 and "--devices: 4 processes are to share 2 CPU cores" in said.err
     assert said.err.count("warning") == 1 and "use --devices 2 or less" in said.err

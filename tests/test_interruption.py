@@ -12,7 +12,9 @@ from test_resume import assert_same_weights
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.training.callbacks import FitWhitening
 from ear_teacher_cli.training.module import EarTeacherLightningModule
+from ear_teacher_cli.training.pseudo_labels import PseudoLabels
 from ear_teacher_cli.training.run import resume, train
 
 QUIET = Console(quiet=True)
@@ -36,23 +38,23 @@ def recipe(request, manifests, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("method", "call", "left"),
+    ("owner", "method", "call", "left"),
     [
-        ("training_step", 1, (0, 1)),  # epochs and steps done when it stops
-        ("training_step", 5, (1, 2)),
-        ("training_step", 6, (1, 2)),  # the epoch's last: taken again, and validated
-        ("validation_step", 2, (1, 2)),
-        ("fit_whitening", 1, (0, 2)),
-        ("_make_classes", 2, (1, 0)),
-        ("on_save_checkpoint", 2, (1, 0)),  # saving is finished first
+        (EarTeacherLightningModule, "training_step", 1, (0, 1)),  # epochs and steps done when it stops
+        (EarTeacherLightningModule, "training_step", 5, (1, 2)),
+        (EarTeacherLightningModule, "training_step", 6, (1, 2)),  # the epoch's last: taken again, and validated
+        (EarTeacherLightningModule, "validation_step", 2, (1, 2)),
+        (FitWhitening, "fit", 1, (0, 2)),
+        (PseudoLabels, "make_round", 2, (1, 0)),
+        (EarTeacherLightningModule, "on_save_checkpoint", 2, (1, 0)),  # saving is finished first
     ],
 )
 def test_a_signal_saves_and_resume_is_the_uninterrupted_run(
-    recipe, manifests, tmp_path, monkeypatch, number, method, call, left
+    recipe, manifests, tmp_path, monkeypatch, number, owner, method, call, left
 ):
     options, whole = recipe
     calls = 0
-    original = getattr(EarTeacherLightningModule, method)
+    original = getattr(owner, method)
 
     def with_signal(self, *arguments):
         nonlocal calls
@@ -61,10 +63,10 @@ def test_a_signal_saves_and_resume_is_the_uninterrupted_run(
             os.kill(os.getpid(), number)
         return original(self, *arguments)
 
-    if method in ("fit_whitening", "_make_classes") and not options.get("whiten"):
+    if method in ("fit", "make_round") and not options.get("whiten"):
         pytest.skip("this recipe has none, or but one")
     with monkeypatch.context() as patch:
-        patch.setattr(EarTeacherLightningModule, method, with_signal)
+        patch.setattr(owner, method, with_signal)
         outcome = train(small_config(manifests, output_dir=str(tmp_path), **options), QUIET)
     assert outcome.interrupted == 128 + number
     assert multiprocessing.active_children() == []  # no loader is left over for the garbage collector to wait for
@@ -107,7 +109,7 @@ def test_an_epoch_of_two_processes_is_gone_on_with_by_one(manifests, tmp_path, m
     monkeypatch.setattr(EpochSampler, "__iter__", recorded)
     console = Console()
     said = []
-    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(console, "info", said.append)
     assert resume(folder, console, devices=1).epochs == 3
     assert any("within an epoch by 2 process(es); the rest of the epoch is divided among 1" in line for line in said)
     order = EpochSampler(24, config.seed, shuffle=True)

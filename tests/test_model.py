@@ -51,7 +51,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_without_a_metric_loss_there_are_no_heads():
-    model = TeacherModel(config(metric_loss="none", contrastive_weight=0))
+    model = TeacherModel(config(), heads=())
     assert model.projection is None and model.prediction is None
 
 

@@ -154,7 +154,7 @@ def test_the_report_says_why_where_it_cannot_look(ears, manifests, tmp_path, mon
     [
         (b"garbage\n", "metrics.csv line 9"),
         (b"8,18,abc\n", "metrics.csv line 9"),
-        (b"\xff\xfe\n", "metrics.csv: is not as earteach wrote it"),
+        (b"\xff\xfe\n", "metrics.csv: is not what earteach wrote"),
     ],
 )
 def test_damaged_metrics_are_one_line_before_anything_is_trained(damage, where, run, tmp_path, earteach):

@@ -168,7 +168,7 @@ def test_a_stray_checkpoint_is_not_resumed_into_the_folder_it_lies_in(run, tmp_p
 def test_an_earlier_checkpoint_does_not_mix_two_branches(run, tmp_path, earteach):
     copy = shutil.copytree(run, tmp_path / "copy")
     said = earteach("resume", copy / "checkpoints" / "epoch_0005.ckpt", "--max-epochs", 8)
-    assert said.code == 2 and "has gone on to 6" in said.err
+    assert said.code == 2 and "has reached 6" in said.err
 
 
 def test_resume_elsewhere_says_where_the_paths_start(run, tmp_path, monkeypatch, earteach):

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import SMALL, read_epochs, read_table, small_config
 from PIL import Image
+from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule, run_folder
@@ -21,12 +22,14 @@ from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.errors import EarTeachError, UsageError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.quality import collapse
+from ear_teacher_cli.quality.collapse import health
 from ear_teacher_cli.training.run import train
 
 QUIET = Console(quiet=True)
 
 
-def test_everything_the_seed_promises_is_written(run):
+def test_everything_the_original_promises_is_written(run):
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert "last.ckpt" in names and "epoch_0005.ckpt" in names
     assert len([n for n in names if re.fullmatch(r"best-epoch_\d{4}-val_loss_[\d.]+\.ckpt", n)]) == 3
@@ -39,7 +42,7 @@ def test_everything_the_seed_promises_is_written(run):
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
 
 
-SEED_METRICS = [
+ORIGINAL_METRICS = [
     "train/loss",
     "train/recon_loss",
     "train/metric_loss",
@@ -50,13 +53,13 @@ SEED_METRICS = [
 ]
 
 
-def test_tensorboard_holds_every_metric_of_the_seed_and_the_collage(run):
+def test_tensorboard_holds_every_metric_of_the_original_and_the_collage(run):
     events = EventAccumulator(str(run / "version_0"), size_guidance={"images": 0}).Reload()
-    assert set(SEED_METRICS) <= set(events.Tags()["scalars"])
+    assert set(ORIGINAL_METRICS) <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["reconstruction_collage"]
     assert [event.step for event in events.Images("reconstruction_collage")] == list(range(7))
     rows = read_epochs(run)
-    assert set(SEED_METRICS) <= set(rows[0])
+    assert set(ORIGINAL_METRICS) <= set(rows[0])
     assert float(rows[-1]["val/loss"]) == pytest.approx(events.Scalars("val/loss")[-1].value, rel=1e-4)
 
 
@@ -141,7 +144,7 @@ def test_a_bad_image_is_skipped_and_listed(ears, tmp_path):
 def test_too_many_bad_images_stop_the_run_naming_one(ears, tmp_path):
     copy = with_bad_image(ears, tmp_path)
     paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val_teacher.npy")]
-    with pytest.raises(EarTeachError, match=r"train_teacher\.npy row 0 .*1 of 24 images are bad.*--max-bad"):
+    with pytest.raises(EarTeachError, match=r"train_teacher\.npy row 0 .*1 of 24 images are unreadable.*--max-bad"):
         train(small_config(paths, output_dir=str(tmp_path), max_epochs=2), QUIET)
 
 
@@ -187,7 +190,18 @@ def test_dry_run_writes_nothing_and_prints_a_config_that_config_reads_back(manif
     assert again.out.decode() == said.out.decode().replace("learning_rate = 0.001", "learning_rate = 0.0005")
 
 
-def test_the_seeds_python_example_works(manifests, tmp_path, monkeypatch):
+PLAIN_TRAINER = dict(
+    accelerator="cpu",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    num_sanity_val_steps=0,
+    log_every_n_steps=1,
+)
+
+
+def test_the_original_python_example_works(manifests, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     datamodule = EarDataModule(
         backbone="test_convnext",
@@ -200,16 +214,7 @@ def test_the_seeds_python_example_works(manifests, tmp_path, monkeypatch):
     model = EarTeacherLightningModule(
         learning_rate=1e-4, max_epochs=1, pretrained=False, backbone="test_convnext", image_size=64
     )
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
+    trainer = pl.Trainer(max_epochs=1, **PLAIN_TRAINER)
     trainer.fit(model, datamodule=datamodule)
     assert trainer.callback_metrics["val/loss"] > 0
     trainer.save_checkpoint("x.ckpt")
@@ -217,7 +222,100 @@ def test_the_seeds_python_example_works(manifests, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-def test_the_seeds_own_arguments_make_a_module():
+def fit_plainly(manifests, tmp_path, **options) -> tuple[pl.Trainer, EarTeacherLightningModule]:
+    """Fit with a Trainer that knows nothing of us."""
+    config = small_config(manifests, output_dir=str(tmp_path), **options)
+    trainer = pl.Trainer(max_epochs=config.max_epochs, **PLAIN_TRAINER)
+    module = EarTeacherLightningModule(config)
+    trainer.fit(module, datamodule=EarDataModule(config))
+    return trainer, module
+
+
+class Logged(Logger):
+    """Keeps what it is given: (step, metrics)."""
+
+    name, version = "kept", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[tuple[int, dict]] = []
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+
+def test_a_plain_trainer_measures_the_baseline(manifests, tmp_path):
+    config = small_config(manifests, output_dir=str(tmp_path), max_epochs=1)
+    trainer = pl.Trainer(max_epochs=1, **PLAIN_TRAINER | {"logger": (logged := Logged())})
+    module = EarTeacherLightningModule(config)
+    trainer.fit(module, datamodule=EarDataModule(config))
+    assert {"retrieval", "spread", "effective_rank", "abs_cosine"} <= set(module.baseline)
+    assert (0, {f"val/{name}": value for name, value in module.baseline.items()}) in logged.rows
+    assert module.verdict[0] in ("in order", "DEGRADED", "COLLAPSED")
+    rows, before = module.validation_embeddings, module.baseline_embeddings
+    assert rows.index.tolist() == before.index.tolist() == list(range(len(rows.embeddings)))
+    assert rows.embeddings.dtype == torch.float32 and (before.epoch, rows.epoch) == (0, 1)
+    assert health(before.embeddings).spread == pytest.approx(module.baseline["spread"])
+
+
+def test_a_plain_trainer_without_validation_has_no_baseline(manifests, tmp_path):
+    config = small_config(manifests, output_dir=str(tmp_path), max_epochs=1)
+    trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, **PLAIN_TRAINER)
+    module = EarTeacherLightningModule(config)
+    trainer.fit(module, datamodule=EarDataModule(config))
+    assert module.baseline == {} and trainer.callback_metrics["train/loss"] > 0
+
+
+def test_a_plain_trainer_ends_a_run_that_collapses(manifests, tmp_path, monkeypatch):
+    monkeypatch.setattr(collapse, "FALLEN_RANK", 1e9)  # whatever it is, it counts as fallen
+    fit_plainly(manifests, tmp_path, max_epochs=1)
+    with pytest.raises(EarTeachError, match=r"epoch 1: the embeddings collapse: effective rank .*--metric-weight"):
+        fit_plainly(manifests, tmp_path, max_epochs=1, fail_on_collapse=True)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_plain_trainer_skips_steps_without_a_finite_loss_and_the_third_ends_it(
+    manifests, tmp_path, monkeypatch, steps
+):
+    original, calls = EarTeacherLightningModule.forward, 0
+
+    def broken(self, pixels):
+        nonlocal calls
+        if self.training and torch.is_grad_enabled():
+            calls += 1
+            if 2 <= calls < 2 + steps:
+                return self.model.embed(torch.full(pixels.shape, float("inf")))
+        return original(self, pixels)
+
+    monkeypatch.setattr(EarTeacherLightningModule, "forward", broken)
+    if steps == 2:
+        _, module = fit_plainly(manifests, tmp_path, max_epochs=2)
+        assert module.guard.nonfinite_steps == []
+        assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+    else:
+        with pytest.raises(EarTeachError, match="the 3rd such step in a row; no checkpoint was saved before"):
+            fit_plainly(manifests, tmp_path, max_epochs=2)
+
+
+def test_a_plain_trainer_stops_at_too_many_unreadable_images(ears, tmp_path):
+    copy = with_bad_image(ears, tmp_path)
+    paths = ["--train-metadata", str(copy / "train_teacher.npy"), "--val-metadata", str(copy / "val_teacher.npy")]
+    with pytest.raises(EarTeachError, match="1 of 24 images are unreadable"):
+        fit_plainly(paths, tmp_path, max_epochs=1)
+
+
+def test_the_outcome_has_the_embeddings_of_the_best_epoch(manifests, tmp_path):
+    config = small_config(manifests, output_dir=str(tmp_path), max_epochs=3)
+    outcome = train(config, QUIET)
+    assert outcome.best_embeddings.epoch == read_checkpoint(outcome.best).epoch
+    assert len(outcome.best_embeddings.embeddings) == len(outcome.data.val_set)
+    assert outcome.config.experiment_dir == outcome.experiment and outcome.logger.log_dir and outcome.module.baseline
+
+
+def test_the_original_arguments_make_a_module():
     assert EarDataModule(batch_size=32, num_workers=4).config.batch_size == 32
     assert EarTeacherLightningModule(learning_rate=1e-4, max_epochs=100).model.embedding_dim == 768
 
@@ -263,14 +361,7 @@ def test_crops_of_another_kind_than_the_models_are_refused(manifests, tmp_path):
         backbone="test_convnext",
     )
     model = EarTeacherLightningModule(pretrained=False, backbone="test_convnext", image_size=64)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = pl.Trainer(max_epochs=1, **PLAIN_TRAINER)
     with pytest.raises(EarTeachError, match="are not the model's"):
         trainer.fit(model, datamodule=datamodule)
 
@@ -301,16 +392,7 @@ def test_a_module_from_a_checkpoint_keeps_its_weights_in_a_new_fit(run, manifest
     other = EarDataModule(
         train_metadata=manifests[3], val_metadata=manifests[3], allow_overlap=True, **options
     )  # 8 images: 2 classes, not 6
-    trainer = pl.Trainer(
-        max_epochs=1,
-        limit_train_batches=0,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0, **PLAIN_TRAINER)
     trainer.fit(model, datamodule=other)
     for name, tensor in read_checkpoint(run / "checkpoints" / "last.ckpt").model_state.items():
         assert torch.equal(model.model.state_dict()[name], tensor), name

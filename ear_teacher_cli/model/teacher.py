@@ -3,6 +3,8 @@
 Shapes: B images, H = W = image_size pixels, D = embedding dimension, D' = projection dimension.
 """
 
+from collections.abc import Collection
+
 import timm
 import torch
 from torch import nn
@@ -49,10 +51,11 @@ class TeacherModel(nn.Module):
 
     The metric loss takes the output of the prediction head, the end of the chain, so that both heads get a gradient
     (DistributedDataParallel does not accept parameters without one) and the pseudo-classes act on the embedding only
-    through the heads. The contrastive loss takes the output of the projection head. A head that no loss uses is None.
+    through the heads. The contrastive loss takes the output of the projection head. `heads`: those of "projection" and
+    "prediction" that the losses of a run use (training/objectives.py); the others are None.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, heads: Collection[str] = ("projection", "prediction")):
         super().__init__()
         self.backbone = build_backbone(config.backbone, config.image_size)
         self.embedding_dim = embedding_size(self.backbone, config.image_size)
@@ -64,10 +67,9 @@ class TeacherModel(nn.Module):
             )
         freeze_to_stride(self.backbone, config.kept_stride)
         self.keep_statistics = config.keeps_statistics
-        needs_projection = config.learns_classes or config.compares_views
-        self.projection = projection_head(self.embedding_dim, config.projection_dim) if needs_projection else None
-        needs_prediction = config.learns_classes or config.consistency_weight > 0
-        self.prediction = prediction_head(config.projection_dim) if needs_prediction else None
+        projects, predicts = "projection" in heads, "prediction" in heads
+        self.projection = projection_head(self.embedding_dim, config.projection_dim) if projects else None
+        self.prediction = prediction_head(config.projection_dim) if predicts else None
         self.decoder = Decoder(self.embedding_dim, config.image_size)
 
     def train(self, mode: bool = True) -> "TeacherModel":

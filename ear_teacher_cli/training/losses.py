@@ -1,4 +1,4 @@
-"""Margin softmax losses over pseudo-classes, losses between two views, and the reconstruction's figure.
+"""Margin softmax losses over pseudo-classes, losses between two views, and the PSNR of reconstructions: pure functions.
 
 B images, K classes, D' the heads' output size. Angles are computed in float32 whatever the precision.
 """
@@ -13,14 +13,14 @@ _EDGE = 1e-6
 
 
 def cosines(features: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    """Cosine of every image with every prototype: B,D' and K,D' -> B,K in [-1, 1]."""
+    """Return the cosine of every image with every prototype: B,D' and K,D' -> B,K in [-1, 1]."""
     return F.normalize(features.float(), dim=1) @ F.normalize(prototypes.float(), dim=1).T
 
 
 def arcface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, scale: float) -> torch.Tensor:
-    """scale * cos(theta + margin) at the label, scale * cos(theta) elsewhere (ArcFace, Deng et al. 2019, eq. 3).
+    """Return scale * cos(theta + margin) at the label, scale * cos(theta) elsewhere (ArcFace, Deng et al. 2019, eq. 3).
 
-    Beyond theta = pi - margin, where cos(theta + margin) would rise again, it goes on as the straight line
+    Beyond theta = pi - margin, where cos(theta + margin) would rise again, it continues as the straight line
     cos(theta) - margin * sin(margin), as the authors' code does. `margin` in radians. B,K -> B,K.
     """
     target = cosine.gather(1, labels[:, None]).clamp(-1 + _EDGE, 1 - _EDGE)  # B,1
@@ -31,7 +31,8 @@ def arcface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, sc
 
 
 def cosface_logits(cosine: torch.Tensor, labels: torch.Tensor, margin: float, scale: float) -> torch.Tensor:
-    """scale * (cos(theta) - margin) at the label, scale * cos(theta) elsewhere (CosFace, Wang et al. 2018, eq. 4)."""
+    """Return scale * (cos(theta) - margin) at the label, scale * cos(theta) elsewhere (CosFace, Wang et al. 2018,
+    eq. 4)."""
     return scale * (cosine - margin * F.one_hot(labels, cosine.shape[1]))
 
 
@@ -41,13 +42,16 @@ LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 def metric_loss(
     kind: str, features: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor, margin: float, scale: float
 ) -> torch.Tensor:
-    """Mean cross-entropy of the margin softmax. `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K)."""
+    """Return the mean cross-entropy of the margin softmax.
+
+    `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K).
+    """
     with torch.autocast(features.device.type, enabled=False):
         return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)
 
 
 def contrastive_loss(projections: torch.Tensor, temperature: float) -> torch.Tensor:
-    """NT-Xent (SimCLR, Chen et al. 2020, eq. 1): every view's other view is to be found among all of the batch.
+    """Return NT-Xent (SimCLR, Chen et al. 2020, eq. 1): find every view's other view among all views of the batch.
 
     `projections` 2B,D': the first views of B images, then their second views. At chance: log(2B - 1).
     """
@@ -58,17 +62,17 @@ def contrastive_loss(projections: torch.Tensor, temperature: float) -> torch.Ten
 
 
 def consistency_loss(predictions: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
-    """Negative cosine of each view's prediction with the other view's projection, whose gradient is stopped
+    """Return the negative cosine of each view's prediction with the other view's projection, whose gradient is stopped
     (SimSiam, Chen and He 2021, eq. 1 and 3). Both 2B,D', laid out as in `contrastive_loss`. In [-1, 1]."""
     other = projections.detach().roll(len(projections) // 2, 0)
     return -F.cosine_similarity(predictions.float(), other.float(), dim=1).mean()
 
 
 def margin_at(epoch: int, margin: float, warmup_epochs: int) -> float:
-    """The margin in `epoch` (from 0): it grows in equal steps, 0 in epoch 0, whole from epoch `warmup_epochs` on."""
+    """Return the margin in `epoch` (from 0): it grows evenly from 0 in epoch 0 to full in epoch `warmup_epochs`."""
     return margin if epoch >= warmup_epochs else margin * epoch / warmup_epochs
 
 
 def psnr(mse: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error on [-1, 1]: 10 log10(4 / MSE)."""
+    """Return the peak signal-to-noise ratio in dB of a mean squared error on [-1, 1]: 10 log10(4 / MSE)."""
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))

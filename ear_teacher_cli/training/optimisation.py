@@ -1,8 +1,9 @@
-"""The learning rate: linear warm-up that starts above zero, then a cosine to the end of the run."""
+"""AdamW with its groups of parameters, and the learning rate: linear warm-up, then a cosine to the end of the run."""
 
 import math
 from typing import Any
 
+import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -10,7 +11,7 @@ from ..config import TrainConfig
 
 
 def rate_at(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak learning rate in optimiser step `step` (from 0), in (0, 1].
+    """Return the share of the peak learning rate in optimiser step `step` (from 0), in (0, 1].
 
     Warm-up: (step + 1) / warmup_steps. Then 0.5 * (1 + cos(pi * t)) with t from 0 at the first step after the
     warm-up to just under 1 at the last (SGDR, Loshchilov and Hutter 2017, eq. 5, one period, minimum 0).
@@ -22,8 +23,11 @@ def rate_at(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def parameter_groups(module: nn.Module, backbone: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups over all of `module` that learns: weight decay on weights alone, the rate of each layer of
-    `backbone` that of the next times `layer_decay` (BEiT, Bao et al. 2022, app. D), the rest at `head_lr_mult`."""
+    """Return AdamW's groups over all trainable parameters of `module`.
+
+    Weight decay applies to weights alone. The learning rate of each layer of `backbone` is that of the next one times
+    `layer_decay` (BEiT, Bao et al. 2022, app. D), that of the rest is `head_lr_mult` times the learning rate.
+    """
     if config.layer_decay == config.head_lr_mult == 1:
         return param_groups_weight_decay(module, config.weight_decay)
     inside = {id(p) for p in backbone.parameters()}
@@ -36,3 +40,27 @@ def parameter_groups(module: nn.Module, backbone: nn.Module, config: TrainConfig
     ]
     groups = [{**group, "lr": config.learning_rate * group["lr_scale"]} for group in [*layers, *heads]]
     return [{k: v for k, v in group.items() if k in ("params", "weight_decay", "lr")} for group in groups]
+
+
+def steps_to_shift(restored: dict[str, Any], steps_per_epoch: int) -> int:
+    """Return the steps to add to a resumed scheduler's count.
+
+    On another number of devices an epoch has other steps: the schedule continues from the same epoch, not from the same
+    step. `restored`: the `earteach` part of the checkpoint, with its `global_step`.
+    """
+    if restored["steps_per_epoch"] == steps_per_epoch:
+        return 0
+    done = restored["epochs_completed"] * steps_per_epoch + restored.get("steps_done", 0)
+    return done - restored["global_step"]
+
+
+def optimiser_and_schedule(
+    module: nn.Module, backbone: nn.Module, config: TrainConfig, total_steps: int, shift: int
+) -> dict[str, Any]:
+    """Return AdamW and its schedule in Lightning's form. `shift`: see `steps_to_shift`."""
+    optimizer = torch.optim.AdamW(parameter_groups(module, backbone, config), lr=config.learning_rate)
+    warmup = int(total_steps * config.warmup / config.max_epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_at(max(0, step + shift), warmup, total_steps)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -14,10 +14,9 @@ from .. import run_folder
 from ..config import MONITORS, TrainConfig
 from ..console import Cell, Console, Steps, clock, counted
 from ..data.manifest import Manifest
-from ..errors import EarTeachError
 from ..files import printable
-from ..quality.collapse import JUDGED_ON, judge
-from .pseudo_labels import PICTURES_PER_CLASS
+from .kmeans import IMAGES_PER_CLASS
+from .objectives import TERMS, Objective
 
 # figure: (its head in a table, its words in a line, the rank at which it goes where a terminal is narrow)
 _QUALITY = {
@@ -35,8 +34,7 @@ class Reporter(Callback):
     """One row per epoch, and progress in between. Rates count from an epoch's first batch: making pseudo-classes
     before it has its own progress.
 
-    The embeddings are measured before the first step and compared with that after each epoch; with `fail_on_collapse`
-    a run whose embeddings collapse or degrade ends with an EarTeachError.
+    The baseline has a row of its own, where this process measured it.
     """
 
     def __init__(self, config: TrainConfig, console: Console):
@@ -45,23 +43,26 @@ class Reporter(Callback):
         self.steps: Steps | None = None
         self.epochs, self.seconds, self.epoch = 0, 0.0, -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.start:  # a resumed run has it from its checkpoint
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.baseline_due = not pl_module.baseline  # a resumed run has it from its checkpoint
+
+    def _baseline_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.baseline_due or not pl_module.baseline:
             return
-        pl_module.measure_baseline()
-        if not pl_module.start:
-            return
+        self.baseline_due = False
         when = "resuming" if trainer.global_step else "training"
-        figures = {f"val/{name}": value for name, value in pl_module.start.items()}
+        figures = {f"val/{name}": value for name, value in pl_module.baseline.items()}
         self.console.row(
             self._cells("start", figures, figures), f"before {when}: {', '.join(_words(figures, _QUALITY, 'val/'))}"
         )
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=0)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._baseline_row(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._baseline_row(trainer, pl_module)  # of a run that is resumed within an epoch
         if self.steps is None:
             total = trainer.num_training_batches * trainer.max_epochs
             done = trainer.num_training_batches * trainer.current_epoch + batch_idx
@@ -84,8 +85,7 @@ class Reporter(Callback):
         left = clock(self.seconds / self.epochs * (trainer.max_epochs - epoch)) if epoch < trainer.max_epochs else ""
         rate = f"{self.images / self.train_seconds:.1f}"
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        now = {name.removeprefix("val/"): value for name, value in figures.items()}
-        state, why = judge(now, pl_module.start, min(len(trainer.datamodule.val_set), JUDGED_ON))
+        state, why = pl_module.verdict
         words = [
             *_losses_in_words(figures),
             *(["PSNR {:.1f} dB".format(figures["val/psnr"])] if "val/psnr" in figures else []),
@@ -96,18 +96,13 @@ class Reporter(Callback):
             *([f"{left} left"] if left else []),
         ]
         of = f"{epoch}/{trainer.max_epochs}"
-        known = figures | {f"val/{name}": value for name, value in pl_module.start.items()}
+        known = figures | {f"val/{name}": value for name, value in pl_module.baseline.items()}
         self.console.row(
             self._cells(of, figures, known, state, rate, left),
             f"epoch {of}: {', '.join(words)}",
         )
         if why and (self.console.quiet or self.console.in_terminal):  # a log has it in its line
             self.console.warn(f"embeddings {state}: {why}")
-        if why and self.config.fail_on_collapse:
-            raise EarTeachError.on_all_ranks(
-                f"epoch {epoch}: the embeddings {'collapse' if state == 'COLLAPSED' else 'degrade'}: {why}; the "
-                "checkpoints before it stand. Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
-            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stack.close()
@@ -130,17 +125,10 @@ class Reporter(Callback):
             return form.format(figures[key]) if key in figures else ""
 
         config, cells = self.config, [Cell("epoch", epoch, 2 * len(str(self.config.max_epochs)) + 1, -2)]
-        terms = {
-            "recon": True,
-            "metric": config.learns_classes,
-            "contrastive": config.contrastive_weight > 0,
-            "consistency": config.consistency_weight > 0,
-        }
+        terms = Objective(config).terms
         for split, rank in (("train", 6), ("val", 7)):
             cells.append(Cell(split, _short(figures.get(f"{split}/loss")), 6))
-            cells += [
-                Cell(name, _short(figures.get(f"{split}/{name}_loss")), 6, rank) for name, used in terms.items() if used
-            ]
+            cells += [Cell(term.name, _short(figures.get(f"{split}/{term.loss_name}")), 6, rank) for term in terms]
         cells.append(Cell("PSNR dB", number("val/psnr", "{:.1f}"), rank=2))
         for name, (head, words, rank) in _QUALITY.items():
             if f"val/{name}" in known:
@@ -172,11 +160,7 @@ def _losses_in_words(figures: dict[str, float]) -> list[str]:
     """`train 3.21 (recon 0.120, metric 30.9)`, `val 3.40 (recon 0.13, metric 32.7)`."""
     parts = []
     for split in ("train", "val"):
-        terms = [
-            f"{name} {figures[key]:.4g}"
-            for name in ("recon", "metric", "contrastive", "consistency")
-            if (key := f"{split}/{name}_loss") in figures
-        ]
+        terms = [f"{term.name} {figures[key]:.4g}" for term in TERMS if (key := f"{split}/{term.name}_loss") in figures]
         if f"{split}/loss" in figures:
             parts.append(f"{split} {figures[f'{split}/loss']:.4g} ({', '.join(terms)})")
     return parts
@@ -186,16 +170,7 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
     """A configuration at a glance: names and what they are."""
     start = "pretrained" if config.pretrained else "random weights"
     kept = f", kept to stride {config.kept_stride}" if config.kept_stride else ""
-    losses = [f"{config.reconstruction_weight:g} reconstruction"] if config.reconstruction_weight else []
-    if config.contrastive_weight:
-        losses.append(f"{config.contrastive_weight:g} contrastive (temperature {config.temperature:g})")
-    if config.consistency_weight:
-        losses.append(f"{config.consistency_weight:g} consistency")
-    if config.learns_classes:
-        losses.append(
-            f"{config.metric_weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
-            f"{config.pseudo_classes} classes"
-        )
+    losses = [term.describe() for term in Objective(config).terms if term.weight]
     views = f"{counted(config.views, config.augmentation + ' view')}" if config.augment else "images as they are"
     changed = [
         f"--{'' if value is not False else 'no-'}{spec.name.replace('_', '-')}{'' if isinstance(value, bool) else f' {printable(value)}'}"
@@ -262,6 +237,6 @@ def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: 
         return text
     by_folder = config.pseudo_classes == "identity" and Path(train.source).is_dir()
     text += f"; {classes} pseudo-classes ({config.pseudo_classes}{': the names of the folders' if by_folder else ''})"
-    if config.pseudo_classes == "kmeans" and len(train) > 10 * PICTURES_PER_CLASS * classes:
-        text += f", {len(train) / classes:.0f} images each: many for one class, --num-pseudo-classes 0 takes one per {PICTURES_PER_CLASS}"
+    if config.pseudo_classes == "kmeans" and len(train) > 10 * IMAGES_PER_CLASS * classes:
+        text += f", {len(train) / classes:.0f} images each: many for one class, --num-pseudo-classes 0 takes one per {IMAGES_PER_CLASS}"
     return text

@@ -1,10 +1,10 @@
-"""Pseudo-classes: which images count as the same ear while nobody knows.
+"""Pseudo-labels: which training images count as the same ear where nobody says so.
 
-A class belongs to an image, never to a position in a batch. `kmeans` is offline, deterministic, spherical
-k-means over the embeddings (the recipe of unsupervised speaker verification: cluster, train a margin softmax
-on the cluster ids, cluster again); `instance` makes every image its own class; `identity` takes the manifest's
-word; `fixed` draws classes once at random, the control that any other must beat; `batch`, the seed's, is the one
-exception to the first sentence, kept for comparison. N images, D features, K classes.
+A label belongs to an image, never to a position in a batch. `kmeans` clusters the embeddings offline (the recipe of
+unsupervised speaker verification: cluster, train a margin softmax on the cluster ids, cluster again); `instance` makes
+every image its own class; `identity` takes the identities of the manifest; `fixed` draws classes once at random, the
+control that any other must beat; `batch`, of the original package, is the exception to the first sentence, kept for
+comparison. N images, M of them readable, D embedding, D' output of the heads, K classes.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
+from ..config import TrainConfig
 from ..data.manifest import Manifest
-from ..errors import ManifestError, WeightsError
+from ..errors import EarTeachError, ManifestError, WeightsError
 from ..files import printable
-
-PICTURES_PER_CLASS = 4
-LARGEST = 8  # a class of more than this many times the mean is split
-_CHUNK = 16_384  # rows at a time: N x K similarities never exist at once
+from .kmeans import IMAGES_PER_CLASS, class_means, directions, kmeans, kmeans_by_side
+from .passes import embed_train_set
 
 
 @dataclass
@@ -36,6 +36,7 @@ class PseudoClasses:
     fingerprint: str
 
     def as_dict(self) -> dict[str, Any]:
+        """Return plain values and an int32 tensor, for a checkpoint."""
         return {
             "labels": self.labels.to("cpu", torch.int32),
             "count": self.count,
@@ -45,7 +46,7 @@ class PseudoClasses:
 
     @staticmethod
     def from_dict(state: dict[str, Any], fingerprint: str | None) -> "PseudoClasses":
-        """Raises WeightsError if the training manifest is no longer the one the labels belong to."""
+        """Read `as_dict`. Raises WeightsError if the training manifest is no longer the one the labels belong to."""
         if fingerprint is not None and state["fingerprint"] != fingerprint:
             raise WeightsError(
                 "checkpoint: the training manifest has changed since, so its pseudo-classes do not "
@@ -54,23 +55,154 @@ class PseudoClasses:
         return PseudoClasses(state["labels"].to(torch.int64), state["count"], state["round"], state["fingerprint"])
 
 
+class PseudoLabels:
+    """The pseudo-classes of a run, and the rounds in which they are made.
+
+    `classes` is None before the first round; `nmi` compares the last two rounds (see `agreement_of_rounds`).
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.classes: PseudoClasses | None = None
+        self.nmi: float | None = None
+
+    @property
+    def round(self) -> int | None:
+        """Return the number of the last round, from 0; None before the first."""
+        return self.classes.round if self.classes else None
+
+    def is_due(self, epoch: int) -> bool:
+        """Return whether a round comes before `epoch` (from 0)."""
+        config = self.config
+        again = config.pseudo_classes == "kmeans" and is_round(epoch, config.cluster_every, config.max_epochs)
+        return self.classes is None or again
+
+    def move_to(self, device: torch.device) -> None:
+        """Move the labels, which a checkpoint has on the CPU."""
+        if self.classes is not None:
+            self.classes.labels = self.classes.labels.to(device)
+
+    def labels_of(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the labels of a batch of training images, int64 B; -1 where an image has none."""
+        assert self.classes is not None
+        if self.config.pseudo_classes == "batch":
+            return batch_labels(len(index), self.classes.count).to(index.device)
+        return self.classes.labels[index]
+
+    def metrics(self) -> dict[str, float]:
+        """Return `in_use`, `entropy`, `largest` (see `class_metrics`) and `nmi` of the classes, where there are any."""
+        if self.classes is None or self.config.pseudo_classes == "batch":
+            return {}
+        found = class_metrics(self.classes.labels.cpu(), self.classes.count)
+        return found if self.nmi is None else {**found, "nmi": self.nmi}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a checkpoint keeps; None before the first round."""
+        return None if self.classes is None else {**self.classes.as_dict(), "nmi": self.nmi}
+
+    def load_state_dict(self, state: dict[str, Any], manifest: Manifest | None) -> None:
+        """Read `state_dict`. Raises WeightsError if `manifest`, where there is one, has changed since."""
+        mark = self._fingerprint(manifest) if manifest is not None else None
+        self.classes, self.nmi = PseudoClasses.from_dict(state, mark), state.get("nmi")
+
+    def make_round(self, module: pl.LightningModule) -> torch.Tensor | None:
+        """Make the classes of a round on rank 0 and send them to all ranks. `module`: an EarTeacherLightningModule.
+
+        Returns the class means of the heads' output, float32 K,D', which become the prototypes; None where the classes
+        know nothing of the images. Raises EarTeachError, on all ranks, if there are not enough readable images.
+        """
+        manifest, count = module.train_set.manifest, len(module.prototypes)
+        if self.config.pseudo_classes == "batch":
+            labels = fixed_labels(len(manifest), count, self.config.seed)
+            self.classes = PseudoClasses(labels, count, 0, self._fingerprint(manifest))
+            return None
+        result: Any = None
+        if module.trainer.is_global_zero:
+            try:
+                result = self._found(module, manifest, count)
+            except EarTeachError as error:
+                result = error
+        result = module.trainer.strategy.broadcast(result)
+        if isinstance(result, EarTeachError):
+            raise EarTeachError.on_all_ranks(str(result))
+        state, means = result
+        before = self.classes.labels.cpu() if self.classes else None
+        self.classes = PseudoClasses.from_dict(state, None)
+        self.nmi = None if before is None else agreement_of_rounds(before, self.classes.labels)
+        return means
+
+    def _found(self, module: pl.LightningModule, manifest: Manifest, count: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return the next round's state and class means."""
+        embeddings, rows = embed_train_set(module)
+        labels = self._label(embeddings, rows, manifest, count)
+        means = _means_of_outputs(module, embeddings, labels[rows])
+        number = self.classes.round + 1 if self.classes else 0
+        return PseudoClasses(labels, count, number, self._fingerprint(manifest)).as_dict(), means
+
+    def _label(self, embeddings: torch.Tensor, rows: torch.Tensor, manifest: Manifest, count: int) -> torch.Tensor:
+        """Return int64 labels of all N training images from the embeddings M,D of the readable `rows` M."""
+        config = self.config
+        if config.pseudo_classes == "instance":
+            return torch.arange(len(manifest))
+        if config.pseudo_classes == "identity":
+            return identity_labels(manifest)
+        if config.pseudo_classes == "fixed":
+            return fixed_labels(len(manifest), count, config.seed)
+        if len(rows) < count:
+            raise EarTeachError(
+                f"{manifest.source}: {len(rows)} readable images cannot fill {count} pseudo-classes; "
+                "mend the images or lower --num-pseudo-classes"
+            )
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        apart = [[place[r] for r in group if r in place] for group in same_photo(manifest)]
+        start = self.classes.labels.cpu()[rows] if self.classes else None
+        labels = torch.full((len(manifest),), -1)
+        options: dict[str, Any] = {"start": start, "apart": apart}
+        if config.side_policy == "separate":
+            if count < 4:
+                raise EarTeachError(
+                    f"{manifest.source}: {count} pseudo-classes are too few for two sides; use --side-policy as-is"
+                )
+            sides = [manifest.side(row) for row in rows.tolist()]
+            labels[rows] = kmeans_by_side(directions(embeddings), sides, count, config.seed, **options)
+        else:
+            labels[rows] = kmeans(directions(embeddings), count, config.seed, **options)
+        return labels
+
+    def _fingerprint(self, manifest: Manifest) -> str:
+        """Return the fingerprint of the manifest, with the columns that the classes are made from."""
+        labelled = self.config.pseudo_classes == "identity" or self.config.side_policy == "separate"
+        return fingerprint(manifest, labelled)
+
+
+@torch.no_grad()
+def _means_of_outputs(module: pl.LightningModule, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the class means of the heads' output, K,D', in training mode: the loss compares them with such outputs."""
+    parts = embeddings.tensor_split(-(-len(embeddings) // 65_536))
+    outputs = [module.model.predict(part.to(module.device)).float().cpu() for part in parts]
+    means = class_means(F.normalize(torch.cat(outputs), dim=1), labels, len(module.prototypes))
+    # a class none of whose images could be read keeps its prototype
+    return torch.where(means.norm(dim=1, keepdim=True) > 0, means, module.prototypes.detach().cpu())
+
+
 def class_count(kind: str, manifest: Manifest, most: int) -> int:
-    """How many classes to use for the images of `manifest`; `most` 0 means no bound. Raises ManifestError."""
+    """Return how many classes to use for the images of `manifest`; `most` 0 means no bound. Raises ManifestError."""
     if kind == "instance":
         return len(manifest)
     if kind == "identity":
         return int(identity_labels(manifest).max()) + 1
-    count = max(2, len(manifest) // PICTURES_PER_CLASS)
+    count = max(2, len(manifest) // IMAGES_PER_CLASS)
     return min(count, most) if most else count
 
 
 def is_round(epoch: int, every: int, max_epochs: int) -> bool:
-    """Whether k-means clusters before `epoch` (from 0): at the start, then every `every` epochs, not in the last fifth."""
+    """Return whether k-means clusters before `epoch` (from 0): at the start, then every `every` epochs, not in the last
+    fifth."""
     return epoch == 0 or (epoch % every == 0 and epoch < 0.8 * max_epochs)
 
 
 def identity_labels(manifest: Manifest) -> torch.Tensor:
-    """The manifest's own ears, (person, side) where sides are known: int64 N, -1 where it does not say.
+    """Return the manifest's own ears, (person, side) where sides are known: int64 N, -1 where it does not say.
 
     Raises ManifestError if it names fewer than two.
     """
@@ -85,20 +217,20 @@ def identity_labels(manifest: Manifest) -> torch.Tensor:
 
 
 def batch_labels(images: int, count: int) -> torch.Tensor:
-    """The seed's: the place in the batch. It says nothing of the image, so the best answer is to make all
-    embeddings one. int64 B."""
+    """Return the original package's labels: the position in the batch, int64 B. They do not depend on the image, so the
+    loss is least where all embeddings are the same."""
     return torch.arange(images) % count
 
 
 def fixed_labels(images: int, count: int, seed: int) -> torch.Tensor:
-    """Random but constant classes of equal size. int64 N."""
+    """Return random but constant classes of equal size. int64 N."""
     labels = np.arange(images) % count
     np.random.default_rng([seed, 1]).shuffle(labels)
     return torch.from_numpy(labels)
 
 
 def fingerprint(manifest: Manifest, labelled: bool = False) -> str:
-    """sha256 over the rows (paths and boxes; `labelled`: identities and sides, too) of a manifest."""
+    """Return the sha256 of the rows (paths and boxes; `labelled`: identities and sides, too) of a manifest."""
     digest = hashlib.sha256()
     for path, box in zip(manifest.paths, manifest.boxes, strict=True):
         digest.update(f"{path}\0{box}\n".encode("utf-8", "surrogateescape"))
@@ -108,51 +240,24 @@ def fingerprint(manifest: Manifest, labelled: bool = False) -> str:
 
 
 def same_photo(manifest: Manifest) -> list[list[int]]:
-    """Groups of rows cut out of one photo: two ears in it are two ears, never one class."""
+    """Return groups of rows cut out of one photo: two ears in it are two ears, never one class."""
     rows = defaultdict(list)
     for index, path in enumerate(manifest.paths):
         rows[path].append(index)
     return [group for group in rows.values() if len(group) > 1]
 
 
-def kmeans_by_side(
-    features: torch.Tensor, sides: list[str | None], count: int, seed: int, **options: Any
-) -> torch.Tensor:
-    """`kmeans`, left and right ears each for themselves, with classes in proportion: no class holds both."""
-    labels, first = torch.full((len(features),), -1), 0
-    groups = [torch.tensor([i for i, s in enumerate(sides) if s == side]) for side in ("left", "right")]
-    groups = [rows for rows in groups if len(rows)]
-    start, apart = options.get("start"), options.get("apart") or []
-    for number, rows in enumerate(groups):
-        left_over = count - first - 2 * (len(groups) - number - 1)
-        share = (
-            left_over if number == len(groups) - 1 else max(2, min(left_over, round(count * len(rows) / len(features))))
-        )
-        share = min(share, len(rows))
-        if share < 2:
-            labels[rows] = first
-        else:
-            place = {row: i for i, row in enumerate(rows.tolist())}
-            before = None if start is None else start[rows] - first
-            if before is not None and (before.min() < 0 or before.max() >= share):
-                before = None  # images came or went, and the classes are shared out anew
-            together = [[place[r] for r in group if r in place] for group in apart]
-            labels[rows] = first + kmeans(features[rows], share, seed, start=before, apart=together)
-        first += share
-    return labels
-
-
 def agreement_of_rounds(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Normalised mutual information of two labellings of N images (arithmetic mean; Strehl and Ghosh 2002):
-    1 when they group alike, whatever the ids, 0 when one says nothing of the other. Rows of -1 do not count."""
+    """Return the normalised mutual information of two labellings of N images (arithmetic mean; Strehl and Ghosh 2002):
+    1 when they group alike, whatever the ids, 0 when they are independent. Rows of -1 do not count."""
     kept = (before >= 0) & (after >= 0)
     joint = torch.stack([before[kept], after[kept]]).unique(dim=1, return_counts=True)[1].double()
     together, a, b = (_entropy(c) for c in (joint, before[kept].bincount(), after[kept].bincount()))
     return float((2 * (a + b - together) / (a + b)).clamp(0, 1)) if a + b > 0 else 1.0
 
 
-def figures(labels: torch.Tensor, count: int) -> dict[str, float]:
-    """The state of K classes: share of them in use, entropy over log K (1: all of equal size), share of the
+def class_metrics(labels: torch.Tensor, count: int) -> dict[str, float]:
+    """Return the state of K classes: share of them in use, entropy over log K (1: all of equal size), share of the
     images in the largest."""
     sizes = labels[labels >= 0].bincount(minlength=count).double()
     return {
@@ -165,124 +270,3 @@ def figures(labels: torch.Tensor, count: int) -> dict[str, float]:
 def _entropy(counts: torch.Tensor) -> torch.Tensor:
     shares = counts[counts > 0].double() / counts.sum()
     return -(shares * shares.log()).sum()
-
-
-def directions(embeddings: torch.Tensor) -> torch.Tensor:
-    """What is clustered: embeddings about their mean, at unit length. N,D -> float32 N,D."""
-    embeddings = embeddings.float()
-    return F.normalize(embeddings - embeddings.mean(0), dim=1)
-
-
-def kmeans(
-    features: torch.Tensor,
-    count: int,
-    seed: int,
-    *,
-    start: torch.Tensor | None = None,
-    apart: list[list[int]] | None = None,
-    iterations: int = 20,
-) -> torch.Tensor:
-    """Spherical k-means of unit vectors (Dhillon and Modha 2001): N,D -> int64 labels N in [0, count).
-
-    `start`: labels of the previous round, so that ids stay (a warm start); else k-means++ seeding
-    (Arthur and Vassilvitskii 2007). Every class ends with at least one image, none with more than LARGEST
-    times the mean (as far as distinct images allow). `apart`: groups of rows that must not share a class.
-    """
-    assert len(features) >= count >= 2
-    centres = _plus_plus(features, count, seed) if start is None else class_means(features, start, count)
-    labels = torch.full((len(features),), -1)
-    for _ in range(iterations):
-        new, similarity = _assign(features, centres)
-        new = _fill_empty(new, similarity, count)
-        if torch.equal(new, labels):
-            break
-        labels = new
-        centres = class_means(features, labels, count)
-    labels = _split_oversized(features, labels, count, seed)
-    return _enforce_cannot_link(features, labels, class_means(features, labels, count), apart or [])
-
-
-def class_means(features: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean direction of every class at unit length: N,D and N -> K,D. Rows labelled -1 do not count."""
-    kept = labels >= 0
-    sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels[kept], features[kept])
-    return F.normalize(sums, dim=1)
-
-
-def _plus_plus(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Greedy k-means++: of a few candidates, drawn with probability proportional to the squared distance to the
-    nearest seed so far, the one that leaves the least distance becomes the next seed. K,D."""
-    draw = np.random.default_rng([seed, 2])
-    candidates = 2 + int(np.log(count))
-    chosen = [int(draw.integers(len(features)))]
-    distance = (1 - features @ features[chosen[0]]).clamp_min(0)  # half the squared distance of unit vectors
-    while len(chosen) < count:
-        total = distance.double().cumsum(0)
-        at = torch.searchsorted(total, torch.from_numpy(draw.random(candidates)) * total[-1], right=True)
-        rows = at.clamp_max(len(features) - 1)
-        left = torch.minimum(distance[:, None], (1 - features @ features[rows].T).clamp_min(0))  # N,candidates
-        best = int(left.sum(0).argmin())
-        distance = left[:, best]
-        chosen.append(int(rows[best]))
-    return features[chosen]
-
-
-def _assign(features: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nearest centre int64 N, its cosine N), in chunks."""
-    best = [(chunk @ centres.T).max(1) for chunk in features.split(_CHUNK)]
-    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
-
-
-def _fill_empty(labels: torch.Tensor, similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Give every empty class the image farthest from its own centre, of a class that can spare it."""
-    sizes = labels.bincount(minlength=count)
-    empty = (sizes == 0).nonzero().flatten().tolist()
-    if not empty:
-        return labels
-    labels = labels.clone()
-    for row in similarity.argsort(stable=True).tolist():
-        if not empty:
-            break
-        if sizes[labels[row]] > 1:
-            sizes[labels[row]] -= 1
-            labels[row] = empty.pop(0)
-            sizes[labels[row]] += 1
-    return labels
-
-
-def _split_oversized(features: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Halve classes above LARGEST times the mean; the id of the smallest class is freed for the other half."""
-    bound = max(2 * PICTURES_PER_CLASS, LARGEST * len(labels) // count)
-    for attempt in range(count):
-        sizes = labels.bincount(minlength=count)
-        giant, smallest = int(sizes.argmax()), int(sizes.argmin())
-        if sizes[giant] <= bound or giant == smallest:
-            break
-        labels = labels.clone()
-        centres = class_means(features, labels, count)
-        unassigned = (labels == smallest).nonzero().flatten()  # to the nearest of the other classes
-        similarity = features[unassigned] @ centres.T
-        similarity[:, smallest] = -torch.inf
-        labels[unassigned] = similarity.argmax(1)
-        members = (labels == giant).nonzero().flatten()
-        halves = _assign(features[members], _plus_plus(features[members], 2, seed + attempt))[0]
-        if halves.min() == halves.max():  # identical images: any halving is as good
-            halves = torch.arange(len(members)) % 2
-        labels[members[halves == 1]] = smallest
-    return labels
-
-
-def _enforce_cannot_link(
-    features: torch.Tensor, labels: torch.Tensor, centres: torch.Tensor, groups: list[list[int]]
-) -> torch.Tensor:
-    """Within each group keep one image (the closest) per class; the others take their next best free class."""
-    labels = labels.clone()
-    for group in groups:
-        similarity = features[group] @ centres.T
-        taken: set[int] = set()
-        for i in similarity.max(1).values.argsort(descending=True, stable=True).tolist():
-            if int(labels[group[i]]) in taken:
-                free = (c for c in similarity[i].argsort(descending=True).tolist() if c not in taken)
-                labels[group[i]] = next(free, int(labels[group[i]]))
-            taken.add(int(labels[group[i]]))
-    return labels

@@ -46,7 +46,7 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     from ear_teacher_cli import EarTeacherLightningModule
     from ear_teacher_cli.config import TrainConfig
     from ear_teacher_cli.model.freezing import freeze_to_stride
-    from ear_teacher_cli.training.run import _one_step
+    from ear_teacher_cli.training.dry_run import one_step
 
     objective = {} if views == 2 else {"contrastive_weight": 0.0}  # contrastive learning needs two views
     config = TrainConfig(
@@ -67,13 +67,13 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        _one_step(module, dict(batch_of_data), prototypes)
+        one_step(module, dict(batch_of_data), prototypes)
     optimizer.zero_grad()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     for _ in range(steps + 1):
         start = time.perf_counter()
         with torch.autocast(device, torch.float16, enabled=device == "cuda"):
-            _one_step(module, dict(batch_of_data), prototypes)
+            one_step(module, dict(batch_of_data), prototypes)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":

@@ -124,7 +124,7 @@ def _time_last_epoch(config: TrainConfig) -> dict[str, float]:
             super().validation_step(batch, index)
             marks["passes"] += time.perf_counter() - start
 
-    import ear_teacher_cli.training.run as training
+    import ear_teacher_cli.training.launch as training
 
     original, training.EarTeacherLightningModule = training.EarTeacherLightningModule, Timed
     try:

@@ -12,7 +12,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ear_teacher_cli.training.pseudo_labels import figures, kmeans
+from ear_teacher_cli.training.kmeans import kmeans
+from ear_teacher_cli.training.pseudo_labels import class_metrics
 
 CENTRES, SPREAD, CHUNK = 10_000, 0.7, 16_384
 
@@ -31,7 +32,7 @@ def main(images: int, size: int, classes: int) -> None:
     labels = kmeans(rows, classes, seed=0)
     seconds = time.perf_counter() - start
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    state = figures(labels, classes)
+    state = class_metrics(labels, classes)
     print(
         f"{images} x {size}, {classes} classes: {seconds:.0f} s on {torch.get_num_threads()} threads, "
         f"{extra / 2**10:.0f} MB in addition to the {rows.numel() * 4 / 2**20:.0f} MB of embeddings; in use {state['in_use']:.3f}, "

@@ -1,22 +1,19 @@
-"""Classes belong to images: found, repaired, kept apart, and the same every time."""
+"""Pseudo-labels and k-means: clusters are found, repaired, kept apart, and the same every time."""
 
 import pytest
 import torch
 
 from ear_teacher_cli.data.manifest import images_manifest
 from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.training.kmeans import class_means, directions, kmeans, kmeans_by_side
 from ear_teacher_cli.training.pseudo_labels import (
     PseudoClasses,
     agreement_of_rounds,
     class_count,
-    class_means,
-    directions,
-    figures,
+    class_metrics,
     fingerprint,
     fixed_labels,
     is_round,
-    kmeans,
-    kmeans_by_side,
     same_photo,
 )
 
@@ -55,7 +52,7 @@ def test_no_class_is_empty_even_among_equal_images():
     assert labels.bincount(minlength=10).min() >= 1
 
 
-def test_giants_are_split():
+def test_oversized_clusters_are_split():
     lump = torch.nn.functional.normalize(
         torch.tensor([[1.0, 0, 0, 0]]) + 0.01 * torch.randn(300, 4, generator=torch.Generator().manual_seed(0)), dim=1
     )
@@ -133,8 +130,8 @@ def test_agreement_of_rounds_is_the_normalised_mutual_information():
     assert agreement_of_rounds(with_unread, before) == pytest.approx(1)
 
 
-def test_figures_of_classes_by_hand():
-    found = figures(torch.tensor([0, 0, 1, 1, -1]), 4)
+def test_class_metrics_by_hand():
+    found = class_metrics(torch.tensor([0, 0, 1, 1, -1]), 4)
     assert found["in_use"] == 0.5 and found["largest"] == 0.5 and found["entropy"] == pytest.approx(0.5)
 
 

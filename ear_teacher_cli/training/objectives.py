@@ -1,0 +1,260 @@
+"""The loss terms of training, each in one place: its weight, its heads, what it computes, how it is described.
+
+A new term is a class here, listed in `TERMS`, and an option for its weight in config.py (marked `loss_term`).
+B images, V views of each, D embedding, D' output of the heads, K pseudo-classes, H = W = image_size pixels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ..config import TrainConfig
+from ..data.preprocessing import to_unit
+from ..model.teacher import TeacherModel
+from . import losses
+
+# Gradients of a mean over 150,000 pixels vanish in half precision unless scaled.
+_GRADIENT_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class ClassTargets:
+    """What the metric loss compares the images with: `prototypes` K,D', and in training `labels`, int64 B in [0, K), -1
+    where an image has none. `epoch` counts from 0 and sets the margin in training."""
+
+    prototypes: torch.Tensor
+    labels: torch.Tensor | None = None
+    epoch: int = 0
+
+
+class Outputs:
+    """The teacher's outputs for V views of B images. Each part of the model runs when first asked for, and once.
+
+    `embedding` VB,D: the first views of all images, then their second views. `target` uint8 B,3,H,W: what the first
+    views are reconstructed to. `classes` is None where no metric loss is part of the run.
+    """
+
+    def __init__(
+        self,
+        model: TeacherModel,
+        embedding: torch.Tensor,
+        target: torch.Tensor,
+        classes: ClassTargets | None = None,
+    ):
+        self.model, self.embedding, self.target, self.classes = model, embedding, target, classes
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self.target)
+
+    @cached_property
+    def reconstruction(self) -> torch.Tensor:
+        """Float B,3,H,W on [-1, 1], of the first views alone: decoding costs as much as embedding."""
+        return self.model.decoder(self.embedding[: self.images]).float()
+
+    @cached_property
+    def projection(self) -> torch.Tensor:
+        """VB,D'."""
+        assert self.model.projection is not None
+        return self.model.projection(self.embedding)
+
+    @cached_property
+    def prediction(self) -> torch.Tensor:
+        """VB,D'."""
+        assert self.model.prediction is not None
+        return self.model.prediction(self.projection)
+
+
+class LossTerm:
+    """One term of the loss. Metrics are named after it: `train/{name}_loss` and `val/{name}_loss`."""
+
+    name: ClassVar[str]
+    weight_option: ClassVar[str]  # in config.py
+    heads: ClassVar[tuple[str, ...]] = ()  # of TeacherModel: "projection", "prediction"
+    fewest_images: ClassVar[int] = 1  # in a validation batch; a smaller one is left out of the term's mean
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    @property
+    def weight(self) -> float:
+        """Return the weight from the configuration."""
+        return getattr(self.config, self.weight_option)
+
+    @property
+    def is_active(self) -> bool:
+        """Return whether the term is part of a run with this configuration."""
+        return self.weight > 0
+
+    @property
+    def loss_name(self) -> str:
+        """Return the name of the loss among metrics, without `train/` or `val/`."""
+        return f"{self.name}_loss"
+
+    def describe(self) -> str:
+        """Return the weight and the term in words, for the summary of a run."""
+        return f"{self.weight:g} {self.name}"
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        """Return the unweighted loss of a training batch, a scalar with a gradient."""
+        raise NotImplementedError
+
+    def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:
+        """Return `{name}_loss` and further metrics of a validation batch.
+
+        The first views of `outputs` are clean images, the second an augmented view of each.
+        """
+        return {self.loss_name: self.training_loss(outputs)}
+
+
+class Reconstruction(LossTerm):
+    """Mean squared error on [-1, 1]. Always active: with weight 0 it is measured, and adds nothing to the loss."""
+
+    name = "recon"
+    weight_option = "reconstruction_weight"
+
+    @property
+    def is_active(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"{self.weight:g} reconstruction"
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        return F.mse_loss(outputs.reconstruction, to_unit(outputs.target))
+
+    def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:
+        squares = (outputs.reconstruction - to_unit(outputs.target)).square().mean((1, 2, 3))  # B,3,H,W -> B
+        return {self.loss_name: squares.mean(), "psnr": losses.psnr(squares).mean()}
+
+
+class Metric(LossTerm):
+    """Margin softmax over pseudo-classes, at the end of the heads, so that both learn."""
+
+    name = "metric"
+    weight_option = "metric_weight"
+    heads = ("projection", "prediction")
+
+    @property
+    def is_active(self) -> bool:
+        return self.config.learns_classes
+
+    def describe(self) -> str:
+        config = self.config
+        return (
+            f"{self.weight:g} {config.metric_loss} (margin {config.margin:g}, scale {config.scale:g}) over "
+            f"{config.pseudo_classes} classes"
+        )
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        classes, features = outputs.classes, outputs.prediction
+        assert classes is not None and classes.labels is not None
+        labels = classes.labels.repeat(len(features) // outputs.images)  # B -> VB
+        known = labels >= 0  # -1: unreadable when the classes were made, or without an identity
+        if not known.any():
+            return features.sum() * 0 + classes.prototypes.sum() * 0  # DDP wants a gradient for every parameter
+        margin = losses.margin_at(classes.epoch, self.config.margin, self.config.margin_warmup_epochs)
+        return losses.metric_loss(
+            self.config.metric_loss, features[known], classes.prototypes, labels[known], margin, self.config.scale
+        )
+
+    def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:
+        """Return the loss of the augmented views with the full margin, and `agreement`: the share of images whose view
+        keeps the class. The class is the prototype nearest to the clean image: validation images have no label."""
+        config, classes = self.config, outputs.classes
+        assert classes is not None
+        clean, views = (outputs.model.predict(part) for part in outputs.embedding.split(outputs.images))
+        labels = losses.cosines(clean, classes.prototypes).argmax(1)
+        same = losses.cosines(views, classes.prototypes).argmax(1) == labels
+        loss = losses.metric_loss(config.metric_loss, views, classes.prototypes, labels, config.margin, config.scale)
+        return {self.loss_name: loss, "agreement": same.float().mean()}
+
+
+class Contrastive(LossTerm):
+    """NT-Xent between two views, of the projection."""
+
+    name = "contrastive"
+    weight_option = "contrastive_weight"
+    heads = ("projection",)
+    fewest_images = 2
+
+    def describe(self) -> str:
+        return f"{self.weight:g} contrastive (temperature {self.config.temperature:g})"
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        return losses.contrastive_loss(outputs.projection, self.config.temperature)
+
+
+class Consistency(LossTerm):
+    """Each view's prediction against the other view's projection."""
+
+    name = "consistency"
+    weight_option = "consistency_weight"
+    heads = ("projection", "prediction")
+    fewest_images = 2
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        return losses.consistency_loss(outputs.prediction, outputs.projection)
+
+
+# Reconstruction first: the ratio of gradients compares the sum of the others with it.
+TERMS: tuple[type[LossTerm], ...] = (Reconstruction, Metric, Contrastive, Consistency)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a batch: `total`, the weighted `reconstruction` and the weighted sum of the `others`; `metrics` by
+    name (`loss`, `recon_loss`, ...), unweighted but for `loss`."""
+
+    total: torch.Tensor
+    reconstruction: torch.Tensor
+    others: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+class Objective:
+    """The weighted sum of the terms that a configuration asks for."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.terms = [term for kind in TERMS if (term := kind(config)).is_active]
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Return the heads that the terms need: a head without a term would have no gradient."""
+        return frozenset(head for term in self.terms for head in term.heads)
+
+    def training(self, outputs: Outputs) -> Losses:
+        """Return the losses of a training batch."""
+        return self._sum({term.loss_name: term.training_loss(outputs) for term in self.terms})
+
+    def validation(self, outputs: Outputs) -> Losses:
+        """Return the losses and metrics of a validation batch."""
+        metrics: dict[str, torch.Tensor] = {}
+        for term in self.terms:
+            if outputs.images >= term.fewest_images:
+                metrics |= term.validation_metrics(outputs)
+        return self._sum(metrics)
+
+    def gradient_ratio(self, found: Losses, embedding: torch.Tensor) -> torch.Tensor | None:
+        """Return the norm of the gradient that the other terms send into the embedding, divided by that of the
+        reconstruction; None where there is one term only."""
+        if not self.config.reconstruction_weight or len(self.terms) < 2:
+            return None
+        others, reconstruction = (
+            torch.autograd.grad(loss * _GRADIENT_SCALE, embedding, retain_graph=True)[0].float().norm()
+            for loss in (found.others, found.reconstruction)
+        )
+        return others / reconstruction.clamp_min(1e-12)
+
+    def _sum(self, metrics: dict[str, torch.Tensor]) -> Losses:
+        first, *rest = self.terms
+        weighted = [term.weight * metrics[term.loss_name] for term in rest if term.loss_name in metrics]
+        others = sum(weighted, torch.zeros(()))
+        reconstruction = first.weight * metrics[first.loss_name]
+        total = reconstruction + others
+        return Losses(total, reconstruction, others, {"loss": total, **metrics})

@@ -1,0 +1,61 @@
+"""Passes over images without training: of the training set for pseudo-labels and whitening, of the validation set for
+the baseline. All in evaluation mode, without augmentation, in full precision.
+
+M readable images, D embedding. `module`: an EarTeacherLightningModule with a Trainer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytorch_lightning as pl
+import torch
+
+from ..console import Console
+from ..errors import EarTeachError
+from .epoch_metrics import ValidationOutputs, ValidationRows
+
+
+@contextmanager
+def evaluation_mode(module: pl.LightningModule) -> Iterator[None]:
+    """Switch to evaluation mode without gradients, and back to the mode before."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def embed_train_set(module: pl.LightningModule, rows: range | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed the readable training images (`rows`: those of them) on this rank alone.
+
+    Returns (float32 M,D, their rows int64 M), on the CPU. Raises EarTeachError if none can be read.
+    """
+    found, indices = [], []
+    console = module.console if rows is None else Console(quiet=True)  # a part takes seconds, each epoch
+    with evaluation_mode(module), console.progress("making pseudo-classes", len(module.train_set), "images") as steps:
+        for batch in module.trainer.datamodule.clean_dataloader(rows):
+            module.unreadable.record("train", batch, module.trainer, this_rank_only=True)
+            if len(batch["index"]):
+                found.append(module(batch["pixels"].to(module.device)).float().cpu())
+                indices.append(batch["index"])
+            steps.advance(len(batch["index"]) + len(batch["bad"]))
+    if not found:
+        raise EarTeachError("training images: not one could be read; run earteach validate-data")
+    return torch.cat(found), torch.cat(indices)
+
+
+def measure_initial_weights(module: pl.LightningModule) -> tuple[ValidationRows | None, dict[str, float]]:
+    """Embed the validation images, each rank its share, and return the embeddings of all with their quality (see
+    `ValidationOutputs.finish`)."""
+    outputs, datamodule = ValidationOutputs(), module.trainer.datamodule
+    progress = module.console.progress("evaluating the initial weights", len(datamodule.val_set), "images")
+    with evaluation_mode(module), progress as steps:
+        for batch in datamodule.val_dataloader():
+            module.unreadable.record("val", batch, module.trainer)
+            if len(batch["index"]):
+                views = (module(batch[name].to(module.device)) for name in ("pixels", "view"))
+                outputs.add(batch["index"].to(module.device), *views)
+            steps.advance(len(batch["index"]) + len(batch["bad"]))
+    return outputs.finish(module.trainer, 0)
