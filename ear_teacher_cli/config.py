@@ -15,6 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from . import metrics_catalogue
 from .errors import ConfigError, EarTeachError, UsageError
 
 PSEUDO_CLASSES = ("kmeans", "instance", "identity", "fixed", "batch", "none")
@@ -25,16 +26,8 @@ AUTO = "auto"
 BOX_FORMATS = (AUTO, "xyxy", "xywh", "cxcywh")  # data/boxes.py has what they mean
 BOX_UNITS = (AUTO, "pixels", "relative")
 SIDE_POLICIES = ("as-is", "mirror", "separate")
-# What may pick the best checkpoint, and whether less or more of it is better.
-MONITORS = {
-    "val/loss": "min",
-    "val/recon_loss": "min",
-    "val/metric_loss": "min",
-    "val/psnr": "max",
-    "val/retrieval": "max",
-    "val/rank1": "max",
-    "val/eer": "min",
-}
+# The metrics that may select the best checkpoint, and whether a lower or a higher value is better.
+MONITORS = metrics_catalogue.monitors()
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 # The metric losses (core/losses.py has them), with the margins of their papers: ArcFace (Deng et al. 2019, sec. 3.1)

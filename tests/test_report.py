@@ -29,7 +29,7 @@ from ear_teacher_cli.quality.collapse import health
 from ear_teacher_cli.report.validation_embeddings import embed_validation_set
 from ear_teacher_cli.run_folder import best_checkpoint
 from ear_teacher_cli.training import loggers
-from ear_teacher_cli.training.progress import why_best
+from ear_teacher_cli.training.describe import why_best
 from ear_teacher_cli.training.run import train
 
 QUIET = Console(quiet=True)

@@ -26,7 +26,7 @@ from ..quality import plots
 from ..quality.collapse import judge
 from ..quality.evaluation import FEW_PEOPLE, Evaluation, excludes_0, look_alike_sheet, score
 from ..quality.identity_metrics import can_be_scored
-from ..training.progress import UNITS, of_other_weights
+from ..training.describe import of_other_weights
 from . import page
 from .validation_embeddings import ValidationEmbeddings, embed_validation_set
 

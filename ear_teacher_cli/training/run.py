@@ -39,10 +39,11 @@ from ..report.projector import write_projector
 from ..report.summary import summarise_run, write_report
 from ..system_errors import explain_system_error
 from . import callbacks, loggers
+from .describe import describe, describe_data, why_best
 from .interruption import SaveOnStop
 from .losses import consistency_loss, contrastive_loss, metric_loss
 from .module import WHITEN_ON, EarTeacherLightningModule
-from .progress import Reporter, describe, describe_data, why_best
+from .progress import Reporter
 from .pseudo_labels import class_count
 
 
