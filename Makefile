@@ -1,18 +1,18 @@
-# make demo: the whole life of a teacher on drawn ears, a few minutes.
-# make setup: .venv alone, half a minute with a fast line; the others make it when it is not there.
-# make quick: format, lint and the quick tests, under a minute: after every edit.
+# make demo: run every command of the workflow on drawn ears, a few minutes.
+# make setup: create .venv only, half a minute with a fast connection; the other targets create it if it does not exist.
+# make quick: format, lint and the quick tests, about a minute: run it after every edit.
 # make test: format, lint, types and all tests, as CI runs them, some 8 minutes.   make check: the same.
-# make lint: format, lint and types alone, half a minute.   make docs: the pages of the commands, from their help.
-# make soak: kill it 60 times at random moments, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
-# make bench: how fast everything is, beside the alternatives and the limits, half an hour.
-# make students: a teacher from drawn ears, and two small models with and without it, up to an hour.
-# make clean: remove .venv and what the above have drawn.
+# make lint: format, lint and types only, half a minute.   make docs: generate the pages of the commands from their help.
+# make soak: kill runs 60 times at random moments and resume them, 10 minutes.   make fuzz: 150,000 mutated files, half an hour.
+# make bench: measure speed and memory, compared with alternatives and limits, half an hour.
+# make students: train a teacher on drawn ears, and two small models with and without it, up to an hour.
+# make clean: remove .venv and the folders of demo and students.
 # .venv has the versions of .ci/constraints.txt; uv is used where pip can fetch it.
 
 VENV := .venv
 READY := $(VENV)/.ready
 INSTALL := install -q -e ".[dev]" -c .ci/constraints.txt
-# bytecode is compiled once, at the start, and not by every process that a test starts
+# Compile bytecode once, at set-up, instead of in every process that a test starts.
 UV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/uv pip
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -54,7 +54,7 @@ soak: $(READY)
 
 fuzz: $(READY)
 	python tests/fuzz.py --manifests 100000 --pictures 50000 --weights 2000 --embeddings 50000
-	python -m pytest tests/test_properties.py tests/test_fast_pictures.py tests/test_metrics.py --hypothesis-profile searching
+	python -m pytest tests/test_properties.py tests/test_fast_pictures.py tests/test_identity_metrics.py --hypothesis-profile searching
 
 bench: $(READY)
 	if [ -x $(VENV)/bin/uv ]; then $(UV) install -q -e ".[bench]" -c .ci/constraints.txt; else $(VENV)/bin/pip install -q -e ".[bench]" -c .ci/constraints.txt; fi
@@ -64,8 +64,8 @@ clean:
 	rm -rf $(VENV) demo students
 
 $(READY): pyproject.toml .ci/constraints.txt
-	@echo "setting up $(VENV): torch and its libraries, several GB; half a minute with a fast line" >&2
+	@echo "setting up $(VENV): torch and its libraries, several GB; half a minute with a fast connection" >&2
 	python3 -m venv --clear $(VENV)
-	$(VENV)/bin/pip install -q uv -c .ci/constraints.txt || echo "no uv here: pip will do, slower" >&2
+	$(VENV)/bin/pip install -q uv -c .ci/constraints.txt || echo "uv cannot be installed; using pip, which is slower" >&2
 	if [ -x $(VENV)/bin/uv ]; then $(UV) $(INSTALL) --compile-bytecode; else $(VENV)/bin/pip $(INSTALL); fi
 	touch $(READY)

@@ -185,7 +185,7 @@ def test_a_command_or_an_option_that_is_not_there_would_be_found():
 
 
 def seed_rows() -> dict[str, tuple[str, str]]:
-    text = section((DOCS / "from-the-seed.md").read_text(), "Arguments")
+    text = section((DOCS / "from-the-original.md").read_text(), "Arguments")
     rows = re.findall(r"^\| `--([\w-]+)` \| ([^|]*) \| ([^|]*) \|", text, re.MULTILINE)
     return {name.replace("-", "_"): (seed.strip(), here.strip()) for name, seed, here in rows}
 
@@ -264,7 +264,7 @@ def test_every_message_that_is_quoted_is_said():
 
 
 def test_every_figure_of_a_run_is_explained(run):
-    text = (DOCS / "figures.md").read_text().split("## Losses")[1].split("## Typical values")[0]
+    text = (DOCS / "metrics.md").read_text().split("## Losses")[1].split("## Typical values")[0]
     for column in set(read_table(run / "metrics.csv")[-1]) - {"epoch", "step"}:
         split, _, name = column.partition("/")
         assert f"`{column}`" in text or (name.endswith("loss") and f"`{name}`" in text), column
@@ -277,9 +277,7 @@ def test_the_names_of_columns_on_the_page_are_those_that_are_understood():
     from ear_teacher_cli.data.formats import columns
 
     page = (DOCS / "formats.md").read_text(encoding="utf-8")
-    rows = dict(
-        re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Names that are understood")[1], re.MULTILINE)
-    )
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.split("### Recognised column names")[1], re.MULTILINE))
     named = {
         key: re.findall(r"`([^`]+)`", value.split(":")[0].split(" and the like")[0]) for key, value in rows.items()
     }
@@ -428,7 +426,7 @@ def test_the_example_of_embedding_gives_a_row_of_embed(run, ears, tmp_path, eart
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "from-the-seed.md"], ids=name_of)
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "from-the-original.md"], ids=name_of)
 def test_the_example_of_training_runs_without_a_gpu(path, manifests, tmp_path):
     from conftest import small_config
 

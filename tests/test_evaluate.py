@@ -129,7 +129,7 @@ def test_rows_are_matched_to_labels_by_path_and_box(tmp_path, scored):
         writer.writerow(["image_path", "x1", "y1", "x2", "y2", "identity"])
         writer.writerows([".//group.jpg", *boxes[i], f"p{i // 4:02}"] for i in reversed(range(1, 96)))
     found, said = scored(tmp_path / "b.npy", tmp_path / "b_labels.csv", "--bootstrap", 0)
-    assert "1 images without an identity: left out" in said and found["left_out"]["no identity"] == 1
+    assert "1 images have no identity; left out" in said and found["left_out"]["no identity"] == 1
     assert found["counts"]["pictures"] == 95 and found["values"]["AUC"] > 0.6
 
 
@@ -142,10 +142,10 @@ def test_duplicates_are_left_out_and_strangers_with_the_same_numbers_are_not(tmp
     found, said = scored(tmp_path / "d.npy", "--bootstrap", 0)
     assert found["values"] == expected["values"]
     assert found["left_out"]["same numbers"] == 1 and found["left_out"]["same path and box"] == 1
-    # one image under two labels
+    # one image with two labels
     save(tmp_path / "w.npy", rows[[*range(96), 0]], [*paths, "p23/wrong.jpg"])
     found, said = scored(tmp_path / "w.npy", "--bootstrap", 0)
-    assert found["counts"]["pictures"] == 97 and "one image under two labels" in said
+    assert found["counts"]["pictures"] == 97 and "one image with two labels" in said
     worst = found["look_alikes"]["impostor"][0]
     assert worst["similarity"] == pytest.approx(1, abs=1e-6)
     assert {image["path"] for image in worst["pictures"]} == {"p00/0.jpg", "p23/wrong.jpg"}
@@ -158,7 +158,7 @@ def test_a_person_with_one_image_is_an_impostor_only(tmp_path, scored):
     rows, paths = rows_of(tmp_path / "x.npy")
     save(tmp_path / "s.npy", rows[:93], paths[:93])
     found, said = scored(tmp_path / "s.npy", "--bootstrap", 0)
-    assert found["counts"]["singletons"] == 1 and found["counts"]["queries"] == 92 and "impostors only" in said
+    assert found["counts"]["singletons"] == 1 and found["counts"]["queries"] == 92 and "used as impostors" in said
 
 
 def test_images_without_a_side_are_left_out_where_sides_are_known(tmp_path, scored):
@@ -169,7 +169,7 @@ def test_images_without_a_side_are_left_out_where_sides_are_known(tmp_path, scor
     assert found["counts"]["pictures"] == 95 and found["left_out"]["no side"] == 1 and "--no-sides" in said
     (tmp_path / "odd.csv").write_text(text.replace(",l\n", ",up\n").replace(",r\n", ",down\n"))
     found, said = scored(x, tmp_path / "odd.csv", "--bootstrap", 0)
-    assert found["identity"] == "person" and "none is left or right" in said
+    assert found["identity"] == "person" and "no value is left or right" in said
 
 
 def test_comparing_a_file_with_itself_is_exactly_0(tmp_path, scored):
@@ -187,7 +187,7 @@ def test_a_comparison_is_paired_and_on_what_both_have(tmp_path, scored, earteach
     order = np.random.default_rng(0).permutation(96)[:90]  # another order, and fewer
     save(b, rows[order], [paths[i] for i in order])
     found, said = scored("--compare", a, b, tmp_path / "labels.csv", "--bootstrap", 200)
-    assert "6 images that only one of the files has: left out" in said and found["counts"]["pictures"] == 90
+    assert "6 images are in one of the files only; left out" in said and found["counts"]["pictures"] == 90
     change = {f["name"]: f for f in found["difference"]}
     values = [{f["name"]: f for f in system["figures"]} for system in found["systems"]]
     assert change["AUC"]["value"] == values[1]["AUC"]["value"] - values[0]["AUC"]["value"] > 0
@@ -240,14 +240,14 @@ def test_centring_and_whitening_are_fitted_on_another_file(tmp_path, scored):
         (["bare.npy"], 1, "bare.csv: no such file"),
         (["short.npy"], 1, "short.csv names 96"),
         (["lying.npy"], 1, "lying.json says 7"),
-        (["x.npy", "others.csv"], 1, "names none of the 96 images"),
+        (["x.npy", "others.csv"], 1, "has none of the 96 images"),
         (["x.npy", "people.csv"], 1, "has no identities"),
         (["--compare", "x.npy", "other.npy"], 1, "no image in common"),
         (["--compare", "x.npy", "x.npy", "labels.csv", "more.csv"], 2, "one file too many"),
         (["--compare", "x.npy", "x.npy", "--sheet", "s.png"], 2, "leave --compare out"),
         (["--compare", "x.npy", "x.npy", "--center", "x.npy"], 2, "given 1 times for 2 files"),
         (["x.npy", "--center", "x.npy", "--whiten", "x.npy"], 2, "one of the two"),
-        (["x.npy", "--whiten-dim", "3"], 2, "nothing to whiten"),
+        (["x.npy", "--whiten-dim", "3"], 2, "there is no whitening"),
         (["x.npy", "--whiten", "x.npy", "--whiten-dim", "13"], 1, "not in 13"),
         (["x.npy", "--whiten", "wide.npy"], 1, "embed both with the same weights"),
         (["x.npy", "--json", "labels.csv", "--overwrite"], 0, ""),

@@ -1,6 +1,6 @@
-"""Is the teacher still telling ears apart? Figures of collapse, and a plain verdict.
+"""Detect collapsed or degraded embeddings: metrics of their spread and rank, compared with the pretrained baseline.
 
-All are of the validation images' embeddings, clean, in evaluation mode. M images, D numbers each.
+All metrics are of embeddings of clean validation images in evaluation mode. M images, D dimensions.
 """
 
 import math
@@ -11,23 +11,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Shares of the untouched start below which a figure counts as fallen. A recipe that learns moves them less (to 0.6 and
-# 0.8 in examples/study/README.md).
+# Shares of the baseline below which a metric counts as fallen. Recipes that learn stay above (0.6 and 0.8 in
+# examples/study/README.md).
 FALLEN_SPREAD = 0.25
 FALLEN_RANK = 0.5
-# Standard errors of a difference of two shares that a change of `retrieval` must exceed, not to be taken for chance.
+# Standard errors of the difference of two proportions that a change of `retrieval` must exceed to be significant.
 FALLEN_RETRIEVAL = 3
-# Images, evenly spaced, that all this is measured on: comparing all pairs of a large validation set would cost more
-# than training.
+# Most images that are measured: comparing all pairs of a large validation set would take longer than training.
 JUDGED_ON = 4096
 
 
 @dataclass(frozen=True)
 class Health:
-    """`spread`: standard deviation of the unit embeddings' numbers, times sqrt(D): 1 on the whole sphere, 0 when all
-    are one. `effective_rank`: how many directions carry them (RankMe, Garrido et al. 2023, eq. 1), of the embeddings
-    about their mean, in [1, min(M, D)]. `abs_cosine`: mean absolute cosine of two embeddings about their mean, in
-    [0, 1]; 1 when they lie on one line."""
+    """Spread and rank of unit embeddings.
+
+    `spread`: standard deviation of their coordinates times sqrt(D): 1 if uniform on the sphere, 0 if all are equal.
+    `effective_rank`: exponential of the entropy of the singular values of the centred embeddings, in [1, min(M, D)]
+    (RankMe, Garrido et al. 2023, eq. 1). `abs_cosine`: mean absolute cosine of two centred embeddings, in [0, 1]; 1 if
+    they lie on one line.
+    """
 
     spread: float
     effective_rank: float
@@ -35,7 +37,7 @@ class Health:
 
 
 def health(embeddings: torch.Tensor) -> Health:
-    """M,D of any length -> figures. M at least 2."""
+    """Measure embeddings M,D of any norm; M at least 2."""
     unit = F.normalize(embeddings.double(), dim=1)
     about = unit - unit.mean(0)
     singular = torch.linalg.svdvals(about)
@@ -52,16 +54,17 @@ def health(embeddings: torch.Tensor) -> Health:
 
 
 def judge(now: Mapping[str, float], start: Mapping[str, float], images: int) -> tuple[str, str]:
-    """(`in order`, `COLLAPSED` or `DEGRADED`; why, if it is a bad one) of figures by their names, those of Health and
-    `retrieval`, measured on so many images. Both are empty where they could not be measured.
+    """Return (state, reason) of metrics `now` against the baseline's: `in order`, `COLLAPSED` or `DEGRADED`.
 
-    COLLAPSED: spread or effective rank has fallen, and retrieval has not risen beyond chance. DEGRADED: retrieval has
-    fallen beyond chance."""
+    `now`, `start`: metric name -> value, those of Health and `retrieval`, measured on `images` images. COLLAPSED: spread
+    or effective rank has fallen, and retrieval has not risen significantly. DEGRADED: retrieval has fallen
+    significantly. Both are empty if a metric is missing; the reason is empty if the state is `in order`.
+    """
     needed = {"retrieval", *(spec.name for spec in fields(Health))}
     if not images or not needed <= now.keys() or not needed <= start.keys():
         return "", ""
     states = (Health(*(figures[spec.name] for spec in fields(Health))) for figures in (now, start))
-    # random features use many directions and say little: what finds images again better than they has not collapsed
+    # random features have a high rank and low retrieval: a lower rank with better retrieval is no collapse
     better = now["retrieval"] - start["retrieval"] > _chance(start["retrieval"], images)
     if (fallen := verdict(*states)) and not better:
         return "COLLAPSED", fallen
@@ -71,8 +74,11 @@ def judge(now: Mapping[str, float], start: Mapping[str, float], images: int) -> 
 
 
 def judged_rows(people: Sequence[Any]) -> list[int]:
-    """At most JUDGED_ON of N rows, evenly spaced; where they say who is on them (else None or ''), whole people: a row
-    here and there of a list in order would leave nobody with two images."""
+    """Choose at most JUDGED_ON of N rows, evenly spaced.
+
+    `people`: who is on each row, None or '' where unknown. Where people are known, all rows of a person are chosen or
+    none, because single rows would leave no identity with two images.
+    """
     if len(people) <= JUDGED_ON:
         return list(range(len(people)))
     evenly = torch.linspace(0, len(people) - 1, JUDGED_ON).round().long().tolist()
@@ -87,11 +93,11 @@ def judged_rows(people: Sequence[Any]) -> list[int]:
     for place in torch.linspace(0, len(groups) - 1, several).round().long().unique().tolist():
         if len(chosen) + len(groups[place]) <= JUDGED_ON:
             chosen += groups[place]
-    return sorted(chosen) or evenly  # of one person
+    return sorted(chosen) or evenly  # all rows are of one person
 
 
 def verdict(now: Health, start: Health) -> str | None:
-    """What fell, and how far, against the untouched start; None when the embeddings are in order."""
+    """Return which of spread and effective rank fell below its share of the baseline, and how far; None if neither."""
     fallen = [
         f"{word} {value:.3g} of {before:.3g} before training"
         for word, value, before, share in (
@@ -104,19 +110,23 @@ def verdict(now: Health, start: Health) -> str | None:
 
 
 def degraded(now: float, start: float, images: int) -> str | None:
-    """What `retrieval` (percent, of so many images) fell to; None unless it fell by more than chance. Embeddings may
-    stay spread out and yet forget what they were of: labels that mean nothing do that to a pretrained backbone."""
+    """Return how far `retrieval` (percent of `images` images) fell; None unless the fall is significant.
+
+    Embeddings can keep their spread and rank and still lose their content, for example by training on random labels.
+    """
     fell = start - now > _chance(start, images)
     return f"retrieval {now:.1f} % of {start:.1f} % before training" if fell else None
 
 
 def _chance(start: float, images: int) -> float:
-    """Points by which a share (percent, of so many images) may differ from the start's without a reason."""
+    """Return the change of a share (percent of `images` images) that is not significant, in percentage points."""
     return FALLEN_RETRIEVAL * math.sqrt(2 * max(start * (100 - start), 100) / images)
 
 
 def retrieval(embeddings: torch.Tensor, views: torch.Tensor) -> float:
-    """Share of M images whose own augmented view is nearer (by cosine) than that of any other. M,D each; in
-    percent. By chance 100 / M."""
+    """Return the percentage of M images whose own augmented view is the nearest of all M views (cosine).
+
+    `embeddings`, `views`: M,D. By chance 100 / M.
+    """
     nearest = (F.normalize(embeddings.float(), dim=1) @ F.normalize(views.float(), dim=1).T).argmax(1)
     return 100 * float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean())

@@ -1,6 +1,6 @@
-"""`evaluate`: embeddings and who is on them in; identity scores with intervals, curves and a look-alike sheet out.
+"""Command `evaluate`: compute identity metrics with intervals, curves and a look-alike sheet from embeddings and labels.
 
-No torch on the way, unless images are to be embedded first (`weights`).
+Does not import torch, unless images are embedded first (`weights`).
 """
 
 import json
@@ -48,18 +48,18 @@ def evaluate(
     overwrite: bool = False,
     console: Console,
 ) -> Evaluation:
-    """Score one file of embeddings, or compare two on the rows both have.
+    """Compute the identity metrics of one file of embeddings, or compare two on the rows that both have.
 
-    `labels`: a manifest with identities, or None for what the embeddings' own list says, else the name of each
-    image's folder. `whitened`: images are embedded with the whitening of their `weights`, where these have one.
-    `centre_on`, `whiten_on`: none, or for each source a file of embeddings or 'none'. `fars` empty:
-    identity_metrics.FARS as far as the impostor pairs carry them. Raises EarTeachError.
+    `labels`: a manifest with identities; None: the identities in the embeddings' own list, else the names of the images'
+    folders. `whitened`: apply the whitening of `weights`, if it has one, to the images embedded. `centre_on`,
+    `whiten_on`: empty, or for each source a file of embeddings or 'none'. `fars` empty: those of identity_metrics.FARS
+    for which there are enough impostor pairs. Raises EarTeachError.
     """
     beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
     inputs: list[str | Path | None] = [*sources, *beside, labels, weights, *centre_on, *whiten_on]
     _refuse_outputs(json_file, plots, sheet, overwrite, inputs)
     if sheet and len(sources) > 1:
-        raise UsageError("--sheet: shows one file's pairs; leave --compare out")
+        raise UsageError("--sheet: shows the pairs of one file; leave --compare out")
     transforms = _transforms(sources, centre_on, whiten_on, whiten_dim)
     if weights is not None:
         if len(sources) > 1:
@@ -90,8 +90,8 @@ def evaluate(
     )
     if len(files) > 1 and files[0].whitened != files[1].whitened and not whiten_on:
         console.warn(
-            "--compare: one file is whitened by its run and the other is not, which is part of the difference; "
-            "--whiten FILE for the other, or embed with --no-whiten, takes it out"
+            "--compare: the whitening of its run is applied to one file and not to the other, which is part of the difference; "
+            "use --whiten FILE for the other, or embed both with --no-whiten"
         )
     if json_file not in (None, "-"):
         with whole_file(json_file) as temporary:
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def table(report: Evaluation) -> str:
-    """For people: shares in per cent, differences in points."""
+    """Return the metrics as a text table: in percent, differences in percentage points."""
     two = len(report.systems) > 1
     names = [printable(Path(system.name).name) for system in report.systems]
     heads = [
@@ -147,7 +147,7 @@ def table(report: Evaluation) -> str:
 
 
 def _described(system: System) -> list[str]:
-    return [part for part in (f"weights {printable(system.weights)}" if system.weights else "", f"{system.dim} numbers an image", printable(system.transform)) if part]  # fmt: skip
+    return [part for part in (f"weights {printable(system.weights)}" if system.weights else "", f"{system.dim} dimensions", printable(system.transform)) if part]  # fmt: skip
 
 
 def _interval(figure: identity_metrics.Figure, sign: str = "") -> str:
@@ -161,7 +161,7 @@ def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None,
         if path is not None:
             refuse_existing(path, overwrite, inputs)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
-        raise UsageError(f"--sheet {printable(sheet)}: is drawn as PNG; name a .png file")
+        raise UsageError(f"--sheet {printable(sheet)}: is written as PNG; name a .png file")
     if plots is not None:
         if Path(plots).exists() and not Path(plots).is_dir():
             raise EarTeachError(f"{printable(plots)}: is a file; --plots names a folder")
@@ -173,20 +173,20 @@ def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None,
 def _transforms(
     sources: Sequence[str], centre_on: Sequence[str], whiten_on: Sequence[str], whiten_dim: int | None
 ) -> list[tuple[Whitening | None, str]]:
-    """For each source what is done to its rows, and how that is said."""
+    """Return for each source the transform of its rows (None: none) and its description."""
     for flag, given in (("--center", centre_on), ("--whiten", whiten_on)):
         if given and len(given) != len(sources):
             raise UsageError(
                 f"{flag}: given {len(given)} times for {len(sources)} files of embeddings; give it once for each, in "
-                "their order ('none' leaves one as it is)"
+                "their order ('none' for no transform)"
             )
     if whiten_dim is not None and not any(name != "none" for name in whiten_on):
-        raise UsageError("--whiten-dim: has nothing to whiten; give --whiten FILE too")
-    found = []
+        raise UsageError("--whiten-dim: there is no whitening; give --whiten FILE too")
+    found: list[tuple[Whitening | None, str]] = []
     for place in range(len(sources)):
         chosen = [given[place] if given else "none" for given in (centre_on, whiten_on)]
         if "none" not in chosen:
-            raise UsageError("--center: --whiten centres already; give one of the two for each file")
+            raise UsageError("--center: --whiten centres, too; give one of the two for each file")
         centred, whitened = chosen
         if centred != "none":
             found.append((centre(_finite(centred)), f"centred on {Path(centred).name}"))
@@ -199,14 +199,17 @@ def _transforms(
 
 
 def _refuse_mixture(file: Embeddings, flag: str, other: str, console: Console) -> None:
-    """Rows of two teachers, or raw and whitened ones, have nothing to say to each other."""
+    """Raise EarTeachError if `other`, on which a transform is fitted, was embedded with other weights or whitening than `file`.
+
+    Warns where the weights of one of them are unknown.
+    """
     if other == "none":
         return
     mark, whitened = space_of(other)
     if not mark or not file.fingerprint:
         unknown = printable(file.source if mark else other)
         console.warn(
-            f"{flag} {printable(other)}: the .json beside {unknown} names no weights, so they may be of another teacher"
+            f"{flag} {printable(other)}: the .json beside {unknown} has no fingerprint of the weights, so the two may come from different weights"
         )
         return
     if (mark, whitened) == (file.fingerprint, file.whitened):
@@ -217,10 +220,11 @@ def _refuse_mixture(file: Embeddings, flag: str, other: str, console: Console) -
         if mark != file.fingerprint
         else f"is {kinds[whitened]}, {printable(file.source)} is {kinds[file.whitened]}"
     )
-    raise EarTeachError(f"{flag} {printable(other)}: {found}; embed both alike")
+    raise EarTeachError(f"{flag} {printable(other)}: {found}; embed both with the same weights and options")
 
 
 def _finite(source: str) -> np.ndarray:
+    """Read embeddings. Raises EarTeachError naming the first row that is not finite."""
     rows = read_rows(source)
     for start in range(0, len(rows), _BLOCK):
         bad = np.flatnonzero(~np.isfinite(rows[start : start + _BLOCK]).all(1))

@@ -1,4 +1,4 @@
-"""Identity scores of embeddings in memory: what `evaluate` prints, and what a run's report compares. No torch here."""
+"""Compute the identity metrics of embeddings in memory, for `evaluate` and for the report of a run. Does not import torch."""
 
 import math
 from collections import Counter
@@ -29,7 +29,7 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class System:
-    """One file's part of a report. `transform`: what was done to its rows, as in 'whitened on x.npy'."""
+    """Metrics of one file of embeddings. `transform`: describes what was applied to its rows ('whitened on x.npy')."""
 
     name: str
     weights: str
@@ -40,7 +40,10 @@ class System:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`difference`: second minus first, of two systems. `root`: where the images of the labels' list are."""
+    """Metrics of one or two systems on the same images.
+
+    `difference`: second minus first. `root`: the folder from which the paths of the labels' list start.
+    """
 
     systems: list[System]
     difference: list[identity_metrics.Figure]
@@ -55,7 +58,7 @@ class Evaluation:
     root: Path | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; shares are from 0 to 1, and null where there is none."""
+        """Return plain values for JSON; metrics are from 0 to 1, null where there is no value."""
         return {
             "systems": [
                 {
@@ -91,11 +94,11 @@ def score(
     reading: Reading | None = None,
     console: Console,
 ) -> Evaluation:
-    """Scores of one file's rows, or of two on the images both have, and their difference.
+    """Compute metrics of one file of embeddings, or of two on the images that both have, and their difference.
 
-    `transforms`: for each file what is done to its rows, and how that is said. `labels`: a manifest with identities, or
-    None for what the embeddings' own list says, else the name of each image's folder. `fars` empty: identity_metrics.FARS as
-    far as the impostor pairs carry them. Raises EarTeachError.
+    `transforms`: for each file the transform of its rows and its description. `labels`: a manifest with identities; None:
+    the identities in the embeddings' own list, else the names of the images' folders. `fars` empty: those of
+    identity_metrics.FARS for which there are enough impostor pairs. Raises EarTeachError.
     """
     left_out: dict[str, int] = {}
     rows = common_rows(files, left_out, console)
@@ -118,11 +121,12 @@ def score(
 
 
 def excludes_0(figure: identity_metrics.Figure) -> bool:
+    """Return whether the interval excludes 0."""
     return figure.low > 0 or figure.high < 0
 
 
 def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | None, console: Console) -> Image.Image:
-    """The hardest pairs of the last system, `file`, drawn. Raises EarTeachError if not one can be read."""
+    """Draw the hardest pairs of the last system, whose embeddings are `file`. Raises EarTeachError if no image can be read."""
     from ..data.crop import cut, read_image
     from ..data.image_checks import PREVIEW
     from ..drawing import Pair, pairs_sheet
@@ -146,45 +150,48 @@ def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | No
         sections.append((title, drawn))
     if bad:
         console.warn(
-            f"look-alike sheet: {bad.total()} pairs left out, an image of theirs cannot be read "
-            f"({printable(bad.most_common(1)[0][0])}); --root-dir says where the images are"
+            f"look-alike sheet: {bad.total()} pairs left out, because one of their images cannot be read "
+            f"({printable(bad.most_common(1)[0][0])}); give --root-dir, the folder that their paths start from"
         )
     if not any(drawn for _, drawn in sections):
-        raise EarTeachError("look-alike sheet: not one pair's images could be read; give --root-dir")
+        raise EarTeachError("look-alike sheet: the images of no pair could be read; give --root-dir")
     return pairs_sheet(sections)
 
 
 def _fars(order: Order, asked: Sequence[float], console: Console) -> list[float]:
-    """The FARs asked for, or those of the usual ones that there are impostor pairs for."""
+    """Return the FARs given, or those of identity_metrics.FARS for which there are enough impostor pairs.
+
+    Raises UsageError if a FAR given is no rate or too small for the number of impostor pairs.
+    """
     count = identity_metrics.impostor_pairs(order)
     least = identity_metrics.smallest_far(count)
     for far in asked:
         if not 0 < far < 1:
-            raise UsageError(f"--far {far:g}: is no rate; give one between 0 and 1")
+            raise UsageError(f"--far {far:g}: is not between 0 and 1; give a rate such as 0.001")
         if far < least:
             digits = 10 ** (1 - math.floor(math.log10(least)))
             raise UsageError(
                 f"--far {far:g}: too small for {count} impostor pairs, of which it accepts {far * count:.2g}; the "
-                f"smallest they carry ({identity_metrics.FALSE_ACCEPTS} false accepts) is {math.ceil(least * digits) / digits:g}"
+                f"smallest possible ({identity_metrics.FALSE_ACCEPTS} false accepts) is {math.ceil(least * digits) / digits:g}"
             )
     if asked:
         return sorted(set(asked), reverse=True)
     usual = [far for far in identity_metrics.FARS if far >= least]
     if not usual:
         console.info(
-            f"no TAR: {count} impostor pairs carry no FAR of {max(identity_metrics.FARS):g} ({identity_metrics.FALSE_ACCEPTS} false accepts)"
+            f"no TAR: {count} impostor pairs are too few for a FAR of {max(identity_metrics.FARS):g} ({identity_metrics.FALSE_ACCEPTS} false accepts)"
         )
     return usual
 
 
 def _unit_rows(file: Embeddings, places: np.ndarray, transform: Whitening | None) -> np.ndarray:
-    """float32 [N, D] unit rows of the places, a block at a time."""
+    """Return unit rows float32 [N, D] of the row numbers `places`, transformed a block at a time."""
     rows = np.empty((len(places), _dim(file, transform)), np.float32)
     for start in range(0, len(places), _BLOCK):
         block = file.rows[places[start : start + _BLOCK]]
         if transform is not None and block.shape[1] != len(transform.mean):
             raise EarTeachError(
-                f"{printable(file.source)}: has {block.shape[1]} numbers a row, the file to centre or whiten on "
+                f"{printable(file.source)}: has {block.shape[1]} dimensions, the file to centre or whiten on "
                 f"{len(transform.mean)}; embed both with the same weights"
             )
         rows[start : start + _BLOCK] = unit(block) if transform is None else transform.apply(block)
@@ -229,17 +236,17 @@ def _report(
 def _say_limits(report: Evaluation, console: Console) -> None:
     counts = report.counts
     if counts["singletons"]:
-        console.info(f"{counts['singletons']} identities have one image: they are impostors only, never queries")
+        console.info(f"{counts['singletons']} identities have one image: used as impostors, not as queries")
     if report.drawn < counts["people"] and report.resamples:
         console.info(f"the bootstrap draws {report.drawn} random groups of the {counts['people']} people")
     if counts["people"] < FEW_PEOPLE and report.resamples:
-        console.warn(f"intervals over {counts['people']} people are themselves rough; evaluate on {FEW_PEOPLE} or more")
+        console.warn(f"intervals over {counts['people']} people are unreliable; evaluate on {FEW_PEOPLE} or more")
 
 
 def _look_alikes(
     system: System, order: Order, file: Embeddings, places: np.ndarray, people: list[str], sides: list[str] | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """The hardest pairs: one for each pair of identities, and one for each identity."""
+    """Return the hardest pairs: at most one for each pair of identities, and for each identity."""
     tally = system.measured.tally
     chosen = {
         "impostor": pairs.hardest(tally.nearest, order.ear, LOOK_ALIKES, high=True),

@@ -1,18 +1,18 @@
-"""Identity scores of embeddings, and how sure they are. No torch here.
+"""Identity metrics of embeddings, with confidence intervals. Does not import torch.
 
-Identification: leave one out, every image asks all others. Rank-k (CMC) is the share of queries with a match among
+Identification: leave-one-out, each image is the query once and all others are the gallery. Rank-k (CMC) is the share of queries with a match among
 the k nearest; mAP@R is Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV 2020), section 3.2. An
-impostor as near as a match counts as nearer. Images without a match are in the gallery only.
+impostor at the same distance as a match is ranked before it. Images without a match are in the gallery only.
 
-Verification: all pairs. AUC, EER and TAR at a FAR are read off one ROC, linear between its points.
+Verification: all pairs. AUC, EER and TAR at a FAR are read from one ROC curve, linear between its points.
 
 Intervals are percentiles of a bootstrap over people (both ears of a person are drawn together). A resample draws as
-many as there are, with replacement; who is drawn w times counts w times: a query w-fold, a genuine pair w-fold, an
-impostor pair of people drawn v and w times v*w-fold, and pairs of a person with a copy of itself do not count (Bolle,
+many people as there are, with replacement. A person drawn w times has weight w: queries and genuine pairs have weight w,
+an impostor pair of people drawn v and w times has weight v*w, pairs of a person with its own copy have weight 0 (Bolle,
 Ratha and Pankanti, "Error analysis of pattern recognition systems: the subsets bootstrap", CVIU 2004; Snijders and
 Borgatti, "Non-parametric standard errors and tests for network statistics", Connections 1999). The gallery of rank-k
-and mAP@R stays as it is. More than pairs.MAX_GROUPS people are dealt at random into that many groups, and groups are
-drawn (Wolter, "Introduction to Variance Estimation", 2007, chapter 2).
+and mAP@R is not resampled. More than pairs.MAX_GROUPS people are divided at random into that many groups, and groups
+are drawn (Wolter, "Introduction to Variance Estimation", 2007, chapter 2).
 
 R resamples     G groups     C coarse bins
 """
@@ -36,7 +36,7 @@ SAME_SIDE, CROSS_SIDE = "same side", "cross side"
 
 @dataclass(frozen=True)
 class Figure:
-    """A share from 0 to 1 and its interval (NaN without a bootstrap)."""
+    """A metric from 0 to 1 and its 95 % interval (NaN without a bootstrap)."""
 
     name: str
     value: float
@@ -46,7 +46,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of one file. `draws`: of each figure its R values under the bootstrap, for paired differences."""
+    """Metrics of one file of embeddings. `draws`: the R bootstrap values of each metric, for paired differences."""
 
     figures: list[Figure]
     draws: dict[str, np.ndarray]
@@ -54,14 +54,15 @@ class Measured:
     tally: Tally
 
     def figure(self, name: str) -> Figure:
+        """Return the metric called `name`."""
         return next(figure for figure in self.figures if figure.name == name)
 
 
 def rank1_and_eer(embeddings: np.ndarray, identities: Sequence[str]) -> tuple[float, float]:
-    """Leave-one-out rank-1 and all-pairs EER, both 0 to 1, of [N, D] embeddings (any length) and N names.
+    """Return leave-one-out rank-1 and all-pairs EER, both 0 to 1, of embeddings [N, D] of any norm and N names.
 
-    No image is taken for a duplicate. A collapsed model has rank-1 0 and EER 0.5. Raises EarTeachError if a row is
-    not finite, if all are of one identity or if none has two images.
+    Duplicates are not removed. Equal embeddings give rank-1 0 and EER 0.5. Raises EarTeachError if a row is not
+    finite, if all rows are of one identity, or if no identity has two images.
     """
     order = arrange(identities)
     rows = np.asarray(embeddings, dtype=np.float32)[order.index]
@@ -77,24 +78,26 @@ def rank1_and_eer(embeddings: np.ndarray, identities: Sequence[str]) -> tuple[fl
 
 
 def can_be_scored(identities: Sequence[Any]) -> bool:
-    """Whether there are two identities, and two images of one of them."""
+    """Return whether there are two identities or more, one of them with two images or more."""
     return 1 < len(set(identities)) < len(identities)
 
 
 def check_population(order: Order, counted: Tally) -> None:
-    """Raises EarTeachError where there is nothing to tell apart."""
+    """Raise EarTeachError if all rows are of one identity, or if no identity has two rows."""
     if order.ear[0] == order.ear[-1]:
-        raise EarTeachError("labels: all images are of one identity; nothing can be told apart")
+        raise EarTeachError("labels: all images are of one identity; evaluate images of two identities or more")
     if not len(counted.first):
-        raise EarTeachError("labels: no identity has two different images; nothing can be found again")
+        raise EarTeachError(
+            "labels: no identity has two different images; evaluate images with two or more of an identity"
+        )
 
 
 def measure(rows: np.ndarray, order: Order, fars: Iterable[float], weights: np.ndarray | None) -> Measured:
-    """All figures of unit rows float32 [N, D], already in `order`; `weights` from `resamples`, or None.
+    """Compute all metrics of unit rows float32 [N, D] that are in `order`; `weights` from `resamples`, or None.
 
-    Where sides are known the figures are of ears (the person's other ear is another identity); those of the same side
-    (left among left ears, right among right) and across (left among right and right among left, a match being the
-    person's other ear) follow under 'same side ...' and 'cross side ...'.
+    Where sides are known, each ear is an identity (a person's other ear is an impostor). Metrics within a side (left
+    among left, right among right) follow with the prefix 'same side'; metrics across sides (left among right and right
+    among left, where the match is the person's other ear) with the prefix 'cross side'.
     """
     ears = Side(rows, order.ear, order.group)
     coarse = None if weights is None else coarse_bins(ears)
@@ -120,12 +123,12 @@ def measure(rows: np.ndarray, order: Order, fars: Iterable[float], weights: np.n
 
 
 def resamples(groups: int, count: int, seed: int) -> np.ndarray | None:
-    """Multiplicities int64 [R, G] of the groups in `count` resamples; None for a count of 0."""
+    """Draw `count` resamples of the groups: how often each is drawn, int64 [R, G]; None for a count of 0."""
     return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=count) if count else None
 
 
 def interval(draws: np.ndarray | None) -> tuple[float, float]:
-    """The middle 95 % of the draws. Resamples that hold no pair (one person drawn every time) are left out."""
+    """Return the 2.5th and 97.5th percentile of the draws, without the resamples that hold no pair (NaN)."""
     if draws is None or np.isnan(draws).all():
         return float("nan"), float("nan")
     low, high = np.nanpercentile(draws, [2.5, 97.5])
@@ -133,23 +136,27 @@ def interval(draws: np.ndarray | None) -> tuple[float, float]:
 
 
 def impostor_pairs(order: Order) -> int:
-    """Unordered pairs of rows of different identities (ears, where sides are known)."""
-    each = np.bincount(order.ear).astype(object)  # whole numbers of Python: the squares may be large
+    """Count the unordered pairs of rows of different identities (ears, where sides are known)."""
+    each = np.bincount(order.ear).astype(object)  # Python integers: the squares can exceed int64
     return int((len(order.ear) ** 2 - (each * each).sum()) // 2)
 
 
 def genuine_pairs(order: Order) -> int:
+    """Count the unordered pairs of rows of the same identity (ear, where sides are known)."""
     each = np.bincount(order.ear).astype(object)
     return int((each * (each - 1)).sum() // 2)
 
 
 def smallest_far(pairs: int) -> float:
-    """The smallest FAR that so many impostor pairs can carry: FALSE_ACCEPTS of them accepted."""
+    """Return the smallest FAR that `pairs` impostor pairs can estimate: FALSE_ACCEPTS of them accepted."""
     return FALSE_ACCEPTS / max(1, pairs)
 
 
 def roc(genuine: np.ndarray, impostor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms [..., C], nearest first -> FAR and TAR [..., C + 1] from (0, 0) to (1, 1). NaN if a histogram is empty."""
+    """Return FAR and TAR [..., C + 1], from (0, 0) to (1, 1), of histograms [..., C] that start at the nearest pairs.
+
+    NaN where a histogram is empty.
+    """
     curves = []
     for histogram in (impostor, genuine):
         sums = np.cumsum(histogram, axis=-1, dtype=np.float64)
@@ -160,12 +167,12 @@ def roc(genuine: np.ndarray, impostor: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def auc(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
-    """Area under the ROC: the chance that a genuine pair is nearer than an impostor pair, equal ones counting half."""
+    """Return the area under the ROC: P(a genuine pair is nearer than an impostor pair), ties counting half."""
     return (np.diff(far) * (tar[..., 1:] + tar[..., :-1]) / 2).sum(-1)
 
 
 def eer(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
-    """Equal error rate: where FAR = 1 - TAR."""
+    """Return the equal error rate: the FAR at which FAR = 1 - TAR."""
     gap = far + tar - 1  # ascends from -1 to 1
     after = np.maximum(1, (gap >= 0).argmax(-1))[..., None]
 
@@ -178,7 +185,7 @@ def eer(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
 
 
 def tar_at(far: np.ndarray, tar: np.ndarray, wanted: float) -> np.ndarray:
-    """TAR at a FAR above 0. NaN where the ROC is."""
+    """Return the TAR at the FAR `wanted`, above 0; NaN where the ROC is NaN."""
     flat_far, flat_tar = far.reshape(-1, far.shape[-1]), tar.reshape(-1, far.shape[-1])
     found = [np.interp(wanted, f, t) if np.isfinite(f[-1]) else np.nan for f, t in zip(flat_far, flat_tar, strict=True)]
     return np.array(found).reshape(far.shape[:-1])
@@ -194,7 +201,7 @@ def _points(part: Tally, fars: Iterable[float], ranks: Iterable[int]) -> dict[st
 def _draws(
     part: Tally, fars: Iterable[float], ranks: Iterable[int], weights: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Each figure's R values under the bootstrap."""
+    """Return the R bootstrap values of each metric."""
     if weights is None:
         return {}
     values = {f"rank-{k}": _weighted_mean(part, part.first <= k, weights) for k in ranks}
@@ -208,7 +215,7 @@ def _tars(curve: tuple[np.ndarray, np.ndarray], fars: Iterable[float]) -> dict[s
 
 
 def _weighted_mean(part: Tally, of_query: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[Q] or [Q, K] values of queries -> [R] or [R, K] means, each query as often as its group was drawn."""
+    """Return means [R] or [R, K] of query values [Q] or [Q, K], each query weighted by how often its group was drawn."""
     sums = np.zeros((weights.shape[1], *of_query.shape[1:]))
     np.add.at(sums, part.group, of_query)
     count = weights @ np.bincount(part.group, minlength=weights.shape[1])
@@ -217,10 +224,11 @@ def _weighted_mean(part: Tally, of_query: np.ndarray, weights: np.ndarray) -> np
 
 
 def _weighted_histograms(part: Tally, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Genuine and impostor histograms [R, C] of every resample.
+    """Return the genuine and impostor histograms [R, C] of every resample.
 
     Impostor pairs of groups g and h count w_g w_h times, those within a group w_g times.
     """
+    assert part.genuine_of is not None and part.impostor_of is not None  # counted when there are weights
     weights = weights.astype(np.float64)
     impostor = np.zeros((len(weights), part.genuine_of.shape[1]))
     for group, of_group in enumerate(part.impostor_of):  # G,C

@@ -1,6 +1,7 @@
-"""Who is on which row of embeddings: rows that files share, their labels, and what is left out, which is counted and said.
+"""Match rows of embeddings with identities: the rows that files have in common, their labels, and which are left out.
 
-`left_out`: reason -> count, filled in. Rows are lists of places, one list per file, all of one length.
+`left_out`: reason -> count, filled in by these functions. Rows are lists of row numbers, one list per file, of equal
+length.
 """
 
 import hashlib
@@ -23,7 +24,10 @@ _BLOCK = 4096
 
 
 def common_rows(files: Sequence[Embeddings], left_out: dict[str, int], console: Console) -> list[list[int]]:
-    """For each file its rows that all files have, in the first one's order. A path and box met again is a duplicate."""
+    """Return for each file the rows that all files have, in the order of the first; a repeated path and box is left out.
+
+    Raises EarTeachError if the files have no image in common.
+    """
     tables: list[dict[tuple, int]] = []
     for file in files:
         first: dict[tuple, int] = {}
@@ -37,9 +41,9 @@ def common_rows(files: Sequence[Embeddings], left_out: dict[str, int], console: 
             f"--compare: {printable(files[0].source)} and {printable(files[1].source)} have no image in common (by "
             "path and box); embed one list with both"
         )
-    _leave_out(left_out, "same path and box", again, "rows with a path and box met before", console)
+    _leave_out(left_out, "same path and box", again, "rows repeat the path and box of an earlier row", console)
     lost = max(len(first) for first in tables) - len(keys)
-    _leave_out(left_out, "in one file only", lost, "images that only one of the files has", console)
+    _leave_out(left_out, "in one file only", lost, "images are in one of the files only", console)
     return [[first[key] for key in keys] for first in tables]
 
 
@@ -51,7 +55,11 @@ def labels_of(
     reading: Reading | None,
     console: Console,
 ) -> tuple[list[str], list[str] | None, Path | None]:
-    """Person ('' where unknown) and side of each common row, and the folder the list's images are in."""
+    """Return the person ('' where unknown) and side of each common row, and the folder of the list's images.
+
+    `labels`: a list with identities; None: the identities in the embeddings' own list, else the names of the images'
+    folders. Raises ManifestError if none of these has identities.
+    """
     file, own = files[0], rows[0]
     if labels is not None:
         manifest = read_manifest(labels, root_dir, reading)
@@ -66,7 +74,7 @@ def labels_of(
     people = [folder_name(_path(file.paths[i])) for i in own]
     if not any(people):
         raise ManifestError(
-            f"{printable(file.source)}: neither it nor its images' folders say who is on them; give LABELS (CSV of image_path, identity, side)"
+            f"{printable(file.source)}: neither it nor the folders of its images give identities; give LABELS (a CSV with image_path, identity, side)"
         )
     example = next(i for i, person in enumerate(people) if person)
     console.info(
@@ -76,11 +84,15 @@ def labels_of(
 
 
 def _matched(file: Embeddings, own: Sequence[int], manifest: Manifest) -> tuple[list[str], list[str] | None]:
-    """Labels by path; by box too where both have one. An image of several people without a box stays unknown."""
+    """Return the labels of rows by path, and by box where both have one.
+
+    A row without a box, of an image on which several people are, has no label. Raises ManifestError if no row matches.
+    """
+    identities = manifest.identities or [""] * len(manifest)
     known: dict[str, list[tuple[Box | None, str, str]]] = defaultdict(list)
     for i, path in enumerate(manifest.paths):
         side = manifest.sides[i] if manifest.sides is not None else ""
-        known[_path(path)].append((_box(manifest.boxes[i]), manifest.identities[i], side))
+        known[_path(path)].append((_box(manifest.boxes[i]), identities[i], side))
     people, sides = [], []
     for i in own:
         box = _box(file.boxes[i])
@@ -91,8 +103,8 @@ def _matched(file: Embeddings, own: Sequence[int], manifest: Manifest) -> tuple[
         sides.append(side)
     if not any(people):
         raise ManifestError(
-            f"{printable(manifest.source)}: names none of the {len(own)} images of {printable(file.source)} "
-            f"({printable(file.paths[own[0]])}, ...); paths must be written alike in both, and boxes be the same"
+            f"{printable(manifest.source)}: has none of the {len(own)} images of {printable(file.source)} "
+            f"({printable(file.paths[own[0]])}, ...); write paths and boxes in the same way in both"
         )
     return people, sides if manifest.sides is not None else None
 
@@ -100,21 +112,25 @@ def _matched(file: Embeddings, own: Sequence[int], manifest: Manifest) -> tuple[
 def labelled_rows(
     rows: list[list[int]], people: list[str], sides: list[str] | None, left_out: dict[str, int], console: Console
 ) -> tuple[list[list[int]], list[str], list[str] | None]:
-    """Only rows of known person and, where sides are known, side."""
+    """Return only the rows with a known person and, where sides are known, a known side."""
     kept = [i for i, person in enumerate(people) if person]
-    _leave_out(left_out, "no identity", len(people) - len(kept), "images without an identity", console)
+    _leave_out(left_out, "no identity", len(people) - len(kept), "images have no identity", console)
     if sides is not None:
         sides = [side_of(side) or "" for side in sides]
         sided = [i for i in kept if sides[i]]
         if sided:
             lost = len(kept) - len(sided)
             _leave_out(
-                left_out, "no side", lost, "images whose side is not left or right (--no-sides keeps them)", console
+                left_out,
+                "no side",
+                lost,
+                "images have a side other than left or right (--no-sides keeps them)",
+                console,
             )
             kept = sided
         else:
             sides = None
-            console.warn("sides: none is left or right (or l, r); the person is the identity")
+            console.warn("sides: no value is left or right (or l, r); each person is one identity")
     return [[own[i] for i in kept] for own in rows], [people[i] for i in kept], sides and [sides[i] for i in kept]
 
 
@@ -126,11 +142,11 @@ def distinct_rows(
     left_out: dict[str, int],
     console: Console,
 ) -> tuple[list[list[int]], list[str], list[str] | None]:
-    """Without rows whose numbers are those of an earlier row of the same identity: the same image under two names.
+    """Leave out rows that equal an earlier row of the same identity: copies of one image.
 
-    The same numbers under two identities stay: they are a wrong label, or a collapsed model, and must be seen.
+    Equal rows of different identities stay, because a wrong label or a collapsed model must affect the metrics.
     """
-    again, impostors = set(), set()
+    again, conflicting = set(), set()
     for file, own in zip(files, rows, strict=True):
         seen: dict[bytes, set] = defaultdict(set)
         for start in range(0, len(own), _BLOCK):
@@ -142,15 +158,19 @@ def distinct_rows(
                 if who in holders:
                     again.add(i)
                 elif holders:
-                    impostors.add(i)
+                    conflicting.add(i)
                 holders.add(who)
-    if impostors:
+    if conflicting:
         console.warn(
-            f"{len(impostors)} images have exactly the numbers of another identity's: one image under two labels, or "
-            "a collapsed model; they stay in"
+            f"{len(conflicting)} images have the same embedding as an image of another identity: one image with two labels, or "
+            "a collapsed model; they are kept"
         )
     _leave_out(
-        left_out, "same numbers", len(again), "duplicates (the very numbers of another image of the identity)", console
+        left_out,
+        "same numbers",
+        len(again),
+        "duplicates have the same embedding as another image of their identity",
+        console,
     )
     kept = [i for i in range(len(people)) if i not in again]
     return [[own[i] for i in kept] for own in rows], [people[i] for i in kept], sides and [sides[i] for i in kept]
@@ -162,19 +182,19 @@ def _check_rows(file: Embeddings, own: Sequence[int], block: np.ndarray) -> None
             raise EarTeachError(f"{file.where(own[int(bad.argmax())])}: holds {what}; embed again, or drop the row")
 
 
-def _leave_out(left_out: dict[str, int], reason: str, count: int, words: str, console: Console) -> None:
+def _leave_out(left_out: dict[str, int], reason: str, count: int, what: str, console: Console) -> None:
     left_out[reason] = count
     if count:
-        console.warn(f"{count} {words}: left out")
+        console.warn(f"{count} {what}; left out")
 
 
 def _path(path: str) -> str:
-    """One form for all: in CSV control characters are escaped."""
+    """Normalise a path as it is in a CSV file: control characters escaped, forward slashes."""
     return posixpath.normpath(printable(path).replace("\\", "/"))
 
 
 def _box(box: Box | None) -> Box | None:
-    """As .npz keeps it: boxes are written as text, as float64 and as float32."""
+    """Round a box to float32: files hold boxes as text, float64 or float32."""
     if box is None:
         return None
     x1, y1, x2, y2 = (float(np.float32(value)) for value in box)

@@ -1,15 +1,16 @@
-"""All pairs of embeddings, counted in blocks: what every identity score is made of. No torch here.
+"""Count all pairs of embeddings in blocks, for the identity metrics. Does not import torch.
 
 Queries are compared with the gallery a few rows at a time, so memory is the embeddings and a block, never N x N.
-A pass leaves, of each query, at which ranks its matches come; of all pairs, two histograms of similarity (genuine:
-same identity; impostor: not); and, for the bootstrap, the same histograms in coarse bins for each pair of groups.
-A group is one identity, or several where there are more than `MAX_GROUPS`.
+One pass gives, for each query, the ranks of its matches; for all pairs, two histograms of similarity (genuine: same
+identity; impostor: different); and, for the bootstrap, the same histograms in coarse bins for each pair of groups.
+A group is one person, or several where there are more than `MAX_GROUPS`.
 
-N, M  queries, gallery rows     D  embedding     T  ranks looked at     G  groups     C  coarse bins
+N, M  queries, gallery rows     D  embedding     T  ranks that are counted     G  groups     C  coarse bins
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,9 @@ CMC_DEPTH = 50
 BLOCK = 2**23  # similarities at a time: 32 MiB, and about five times that while they are counted
 
 # A histogram bin is the exponent and the first 13 bits of the mantissa of the float32 distance 1 - similarity:
-# 8192 bins per halving of the distance, so an untrained network, whose cosines all lie above 0.999, is resolved as
-# well as a trained one. Two similarities in one bin differ by less than 2^-13 (0.012 %) of their distance and count
-# as equal. The last bin is for what is no impostor pair.
+# 8192 bins per halving of the distance, so the cosines of an untrained network, all above 0.999, are resolved as
+# well as those of a trained one. Two similarities in one bin differ by less than 2^-13 (0.012 %) of their distance and count
+# as equal. The last bin is for pairs that are not impostor pairs.
 _MANTISSA = 13
 _SHIFT = 23 - _MANTISSA
 _NEAREST = np.float32(2.0**-24)
@@ -31,9 +32,9 @@ BINS = (int(np.float32(4.0).view(np.int32)) >> _SHIFT) - _FIRST_BIN
 
 @dataclass(frozen=True)
 class Order:
-    """How rows are arranged for the passes: by side, then person, so that each identity's rows lie together.
+    """The order of rows for the passes: by side, then person, so that the rows of an identity are adjacent.
 
-    All arrays have length N and are in the new order; `index` are the rows' old places. `ear` and `person` are codes
+    All arrays have length N and are in the new order; `index` holds the positions before. `ear` and `person` are codes
     that ascend (`person` within a side), `group` is the person's group, 0 to `groups` - 1. Of rows with sides the
     first `lefts` are of left ears; None where sides are unknown (then `ear` is `person`).
     """
@@ -48,8 +49,11 @@ class Order:
 
 
 def arrange(people: Sequence[str], sides: Sequence[str] | None = None, seed: int = 0) -> Order:
-    """`people`: N names. `sides`: N times 'left' or 'right', or None. More than MAX_GROUPS people are dealt at random
-    (`seed`) into that many groups of one size."""
+    """Sort rows by side and person.
+
+    `people`: N names. `sides`: N times 'left' or 'right', or None. More than MAX_GROUPS people are divided at random
+    (`seed`) into MAX_GROUPS groups of equal size.
+    """
     names, person = np.unique(np.asarray(people, dtype=str), return_inverse=True)
     count = len(names)
     if count > MAX_GROUPS:
@@ -72,7 +76,7 @@ def arrange(people: Sequence[str], sides: Sequence[str] | None = None, seed: int
 
 @dataclass
 class Side:
-    """One side of a comparison: unit rows float32 [N, D], with ascending `identity` codes and `group` of each."""
+    """The queries or the gallery: unit rows float32 [N, D], with the ascending `identity` code and the `group` of each."""
 
     rows: np.ndarray
     identity: np.ndarray
@@ -84,14 +88,14 @@ class Side:
 
 @dataclass
 class Tally:
-    """What a pass leaves.
+    """The result of one pass.
 
-    Of the Q queries that have a match in the gallery: their `group` [Q]; `first` [Q], the rank of the first match
-    from 1 (CMC_DEPTH + 1: later than looked at); `precision` [Q], the average precision at R of Musgrave et al.;
+    For the Q queries that have a match in the gallery: their `group` [Q]; `first` [Q], the rank of the first match
+    from 1 (CMC_DEPTH + 1: beyond that depth); `precision` [Q], the average precision at R of Musgrave et al.;
     `chance` [Q], the share of the gallery that matches. `genuine` and `impostor` int64 [BINS], nearest first, with each
     unordered pair counted twice where both its rows are queries. `genuine_of` [G, C], `impostor_of` [G, G, C]: the
-    same by group, or None. `nearest`: of every query the nearest impostor, `farthest`: of every query with a match the
-    farthest match; both (similarity, query, gallery row).
+    same by group, or None. `nearest`: the nearest impostor of each query; `farthest`: the farthest match of each query
+    that has one; both as (similarity, query, gallery row).
     """
 
     group: np.ndarray
@@ -106,12 +110,12 @@ class Tally:
     farthest: list[tuple[float, int, int]]
 
     def __add__(self, other: "Tally") -> "Tally":
-        """Of two disjoint sets of queries. The pairs' row numbers are each pass's own."""
+        """Combine the results of two disjoint sets of queries, without `nearest` and `farthest`."""
         joined = {
             n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in ("group", "first", "precision", "chance")
         }
         added = {n: getattr(self, n) + getattr(other, n) for n in ("genuine", "impostor")}
-        grouped = {
+        grouped: dict[str, Any] = {
             n: None if getattr(self, n) is None else getattr(self, n) + getattr(other, n)
             for n in ("genuine_of", "impostor_of")
         }
@@ -119,10 +123,10 @@ class Tally:
 
 
 def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, *, block: int = BLOCK) -> Tally:
-    """Compare every query with every gallery row. If both are the same object a row is not its own neighbour.
+    """Compare every query with every gallery row. If both are the same object, a row is not its own neighbour.
 
-    `coarse` [BINS + 1]: the coarse bin of every bin, from `coarse_bins`; None leaves the groups uncounted. `block`:
-    similarities held at a time; no result depends on it (but for the last bit of a float32 product).
+    `coarse` [BINS + 1]: the coarse bin of every bin, from `coarse_bins`; None: pairs are not counted by group. `block`:
+    similarities in memory at a time; it affects results only by the last bit of a float32 product.
     """
     total, same = len(gallery.rows), queries is gallery
     starts = np.searchsorted(gallery.identity, queries.identity, "left")
@@ -140,13 +144,13 @@ def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, 
     farthest: list[tuple[float, int, int]] = []
     for begin, end in _chunks(queries.group, max(1, block // total)):
         similarity = queries.rows[begin:end] @ gallery.rows.T  # n,D x D,M -> n,M
-        own: dict[int, np.ndarray] = {}  # of each query its matches' similarities, highest first
+        own: dict[int, np.ndarray] = {}  # query -> similarities of its matches, highest first
         for row in range(begin, end):
             columns = slice(starts[row], ends[row])
             values = similarity[row - begin, columns].copy()
             similarity[row - begin, columns] = _NO_PAIR
             if same:
-                values[row - columns.start] = np.inf  # sorts to the front, and is left out there
+                values[row - columns.start] = np.inf  # itself: sorted to the front and removed there
             if matches[row]:
                 far = int(values.argmin())
                 farthest.append((float(values[far]), row, columns.start + far))
@@ -155,7 +159,7 @@ def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, 
         impostor += np.bincount(found.ravel(), minlength=BINS + 1)[:BINS]
         mine = distance_bins(np.concatenate([*own.values(), np.empty(0, np.float32)]))
         genuine += np.bincount(mine, minlength=BINS)[:BINS]
-        if coarse is not None:
+        if coarse is not None and impostor_of is not None and genuine_of is not None:
             group = queries.group[begin]
             keys = coarse[found]
             keys += column_of
@@ -168,7 +172,7 @@ def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, 
         similarity.partition(total - depth, axis=1)
         impostors = np.sort(similarity[:, total - depth :])  # n,T: the nearest impostors
         for row, values in own.items():
-            # an impostor as near as a match comes before it: a collapsed model must not look good
+            # an impostor at the same distance as a match is ranked before it, so that a collapsed model scores 0
             ahead = depth - np.searchsorted(impostors[row - begin], values)
             ranks = ahead + np.arange(1, len(values) + 1)
             first[row] = min(ranks[0], CMC_DEPTH + 1)
@@ -183,7 +187,10 @@ def tally(queries: Side, gallery: Side, groups: int, coarse: np.ndarray | None, 
 def hardest(
     pairs: Iterable[tuple[float, int, int]], label: np.ndarray, most: int, *, high: bool
 ) -> list[tuple[float, int, int]]:
-    """The `most` highest (or lowest) of (similarity, row, row), one for each pair of labels: one wrong label makes many."""
+    """Return the `most` highest (or lowest) of (similarity, row, row), at most one for each pair of labels.
+
+    A single wrong label would otherwise fill the list.
+    """
     found, seen = [], set()
     for similarity, row, other in sorted(pairs, reverse=high):
         labels = frozenset((int(label[row]), int(label[other])))
@@ -196,7 +203,7 @@ def hardest(
 
 
 def distance_bins(similarity: np.ndarray) -> np.ndarray:
-    """float32 similarities (-1 to 1; -3 for no pair) -> int32 bins, 0 the nearest; the shape stays."""
+    """Return the int32 bin, 0 the nearest, of each float32 similarity (-1 to 1; -3: no pair), in the same shape."""
     distance = np.float32(1) - similarity
     np.maximum(distance, _NEAREST, out=distance)
     found = distance.view(np.int32)
@@ -206,16 +213,16 @@ def distance_bins(similarity: np.ndarray) -> np.ndarray:
 
 
 def bin_similarities() -> np.ndarray:
-    """The similarity at the middle of each bin, float64 [BINS], descending."""
+    """Return the similarity at the middle of each bin, float64 [BINS], descending."""
     edges = ((np.arange(BINS + 1) + _FIRST_BIN).astype(np.int32) << _SHIFT).view(np.float32).astype(float)
     return 1 - (edges[:-1] + edges[1:]) / 2
 
 
 def coarse_bins(side: Side, seed: int = 0, most: int = 1000) -> np.ndarray:
-    """int64 [BINS + 1]: which of at most 512 coarse bins a bin belongs to, and at the end their number C.
+    """Assign every bin to one of at most 512 coarse bins: int64 [BINS + 1], the last entry is their number C.
 
-    They end at quantiles of the similarities within a sample of `most` rows: of the genuine pairs, of the impostor
-    pairs, and, in geometric steps, of the nearest impostors, where thresholds for small FARs lie.
+    Coarse bins end at quantiles of the similarities within a sample of `most` rows: of the genuine pairs, of the
+    impostor pairs, and, in geometric steps, of the nearest impostors, where the thresholds for small FARs are.
     """
     random = np.random.default_rng(seed)
     picked = np.sort(random.permutation(len(side.rows))[:most])
@@ -238,7 +245,7 @@ def coarse_bins(side: Side, seed: int = 0, most: int = 1000) -> np.ndarray:
 
 
 def _chunks(group: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `most` rows that are of one group."""
+    """Yield ranges of at most `most` rows of one group."""
     bounds = np.flatnonzero(np.diff(group)) + 1
     for start, end in zip([0, *bounds.tolist()], [*bounds.tolist(), len(group)], strict=True):
         for begin in range(start, end, most):
