@@ -914,6 +914,9 @@ def evaluate(
 
 
 def _finish(outcome: Any, console: Console) -> None:
+    from ..report.write import write_final_outputs
+
+    report = write_final_outputs(outcome, console)
     folder, named = printable(outcome.experiment), shell_word(outcome.experiment)
     if outcome.interrupted:
         console.info(
@@ -926,7 +929,7 @@ def _finish(outcome: Any, console: Console) -> None:
         [
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
-            *([("report", printable(outcome.report))] if outcome.report else []),
+            *([("report", printable(report))] if report else []),
             ("next", f"earteach collage {named} -o collage.png"),
             ("", f"earteach export-backbone {named} teacher.safetensors"),
             ("", f"tensorboard --logdir {named} --samples_per_plugin images=1000"),

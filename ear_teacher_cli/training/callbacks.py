@@ -19,6 +19,7 @@ from ..drawing import collage, save_gif, save_image
 from ..errors import EarTeachError, ImageError
 from ..files import escape_csv, printable, whole_file
 from ..model.checkpoint import read_torch, write_checkpoint
+from .epoch_metrics import ValidationRows
 
 
 class PortableCheckpoint(ModelCheckpoint):
@@ -156,6 +157,26 @@ def _put(module: pl.LightningModule, tensors: dict[str, torch.Tensor]) -> None:
     state = module.state_dict()
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
+
+
+class KeepBestEmbeddings(Callback):
+    """Keep the validation embeddings of the best epoch so far by `monitor`, for what is written at the end of a run.
+
+    `best`: None before the first epoch of this process.
+    """
+
+    def __init__(self, monitor: str):
+        self.monitor = monitor
+        self.best: ValidationRows | None = None
+        self._value = 0.0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor not in trainer.callback_metrics or pl_module.validation_embeddings is None:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = {"min": 1, "max": -1}[MONITORS[self.monitor]]
+        if self.best is None or sign * value < sign * self._value:  # the first of several equal ones
+            self.best, self._value = pl_module.validation_embeddings, value
 
 
 class Collages(Callback):

@@ -27,6 +27,7 @@ from ..quality import collapse
 from ..quality.identity_metrics import can_be_scored, rank1_and_eer
 from . import callbacks, losses
 from . import pseudo_labels as classes
+from .epoch_metrics import ValidationRows
 from .optimisation import parameter_groups, rate_at
 
 # Images, evenly spaced, that a whitening is fitted on: a multiple of the numbers of an embedding is enough.
@@ -70,6 +71,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.refused: list[tuple[int, str, list[int]]] = []  # steps without a finite loss in a row: number, loss, rows
         self._left_out = False  # the step under way
         self._sums: dict[str, torch.Tensor] = {}  # this epoch's training figures: sum, and count of what was summed
+        self.validation_embeddings: ValidationRows | None = None  # of the last validation
+        self.baseline_embeddings: ValidationRows | None = None  # of the initial weights, once they are measured
         self._held_out: list[tuple[torch.Tensor, ...]] = []  # this epoch's validation: rows, embeddings, of views
 
     def compile_model(self) -> None:
@@ -256,7 +259,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         self._log_training()
-        found = {f"val/{name}": value for name, value in self._quality().items()}
+        quality, self.validation_embeddings = self._quality(self.current_epoch + 1)
+        found = {f"val/{name}": value for name, value in quality.items()}
         if self.classes is not None and self.config.pseudo_classes != "batch":
             state = classes.figures(self.classes.labels.cpu(), self.classes.count)
             found |= {f"classes/{name}": value for name, value in state.items()}
@@ -279,7 +283,7 @@ class EarTeacherLightningModule(pl.LightningModule):
                     views = (self(batch[name].to(self.device)) for name in ("pixels", "view"))
                     self._held_out.append((batch["index"].to(self.device), *views))
                 steps.advance(len(batch["index"]) + len(batch["bad"]))
-        self.start = self._quality()
+        self.start, self.baseline_embeddings = self._quality(0)
         self.train()
 
     @torch.no_grad()
@@ -296,20 +300,21 @@ class EarTeacherLightningModule(pl.LightningModule):
             return
         self.whitening = {name: torch.from_numpy(value).float() for name, value in asdict(fitted).items()}
 
-    def _quality(self) -> dict[str, float]:
-        """What the held-out embeddings of this epoch, of all ranks, are worth. Empty with fewer than two images."""
+    def _quality(self, epoch: int) -> tuple[dict[str, float], ValidationRows | None]:
+        """Quality of the held-out embeddings of this epoch, of all ranks, and they. Empty with fewer than two images."""
         held_out = [torch.cat(column) for column in zip(*self._held_out, strict=True)]
         self._held_out = []
         if self.trainer.world_size > 1:
             held_out = self._gather(held_out)
         if not held_out or len(held_out[0]) < 2:
-            return {}
+            return {}, None
         index, embeddings, of_views = (column.float().cpu() for column in held_out)
         index, order = torch.unique(index.long(), return_inverse=True)  # ranks may share an image to come out even
         first = torch.empty(len(index), dtype=torch.long).scatter_(0, order, torch.arange(len(order)))
         embeddings, of_views = embeddings[first], of_views[first]
+        rows = ValidationRows(index, embeddings, epoch)
         if not torch.isfinite(embeddings).all():
-            return {}  # diverged: the loss says so
+            return {}, rows  # diverged: the loss says so
         manifest = self.trainer.datamodule.val_set.manifest
         people = [ear and ear[0] for ear in map(manifest.ear, index.tolist())]
         some = torch.tensor(collapse.judged_rows(people))
@@ -322,7 +327,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         if can_be_scored([ears[i] for i in named]):
             rank1, eer = rank1_and_eer(embeddings[some][named].numpy(), [str(ears[i]) for i in named])
             found |= {"rank1": 100 * rank1, "eer": 100 * eer}
-        return found
+        return found, rows
 
     def _judged_on(self) -> int:
         """How many images quality and health are measured on."""

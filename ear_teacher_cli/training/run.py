@@ -35,11 +35,10 @@ from ..errors import ConfigError, EarTeachError, ManifestError, UsageError, Weig
 from ..files import only_writer, printable, remove_stale_temporaries, shell_word, short_message, whole_file
 from ..model.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..platform import usable_cores
-from ..report.projector import write_projector
-from ..report.summary import summarise_run, write_report
 from ..system_errors import explain_system_error
 from . import callbacks, loggers
 from .describe import describe, describe_data, why_best
+from .epoch_metrics import ValidationRows
 from .interruption import SaveOnStop
 from .losses import consistency_loss, contrastive_loss, metric_loss
 from .module import WHITEN_ON, EarTeacherLightningModule
@@ -58,7 +57,12 @@ class Outcome:
     saved: bool = False  # in the middle of an epoch, when interrupted
     why: str = ""  # the best is the best
     seconds: float = 0.0  # of this call
-    report: Path | None = None
+    # what the outputs at the end of a run are made of; None where nothing was trained
+    config: TrainConfig | None = None
+    logger: loggers.Events | None = None
+    module: EarTeacherLightningModule | None = None
+    data: EarDataModule | None = None
+    best_embeddings: ValidationRows | None = None  # of the best epoch of this call
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,7 @@ def _resume_from(checkpoint: Checkpoint, folder: Path, changes: dict, console: C
 
 def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
     best = run_folder.best_checkpoint(folder)
-    report = folder / run_folder.REPORT
-    why = why_best(folder, best, checkpoint.config.monitor)
-    return Outcome(folder, checkpoint.epoch, best, why=why, report=report if report.is_file() else None)
+    return Outcome(folder, checkpoint.epoch, best, why=why_best(folder, best, checkpoint.config.monitor))
 
 
 def dry_run(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estimate]:
@@ -286,6 +288,7 @@ def _fit(
     logger = loggers.events(config, found[-1].name if found and checkpoint else None, step)
     module.console = data.console = console
     save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST)
+    kept = callbacks.KeepBestEmbeddings(config.monitor)
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes))
     with _quiet_lightning():
         trainer = pl.Trainer(
@@ -304,6 +307,7 @@ def _fit(
                 callbacks.ClassSizes(),
                 callbacks.UnreadableImageList(folder / run_folder.BAD, console),
                 Reporter(config, console),
+                kept,
                 *callbacks.checkpoint_callbacks(folder / run_folder.CHECKPOINTS, config.monitor),
                 save_on_stop,
             ],
@@ -330,30 +334,23 @@ def _fit(
                 raise
     interrupted = stopped or trainer.state.status is TrainerStatus.INTERRUPTED
     code = save_on_stop.exit_code if interrupted else 0
-    report = None if interrupted or not is_first_process() else _write_final_outputs(config, logger, console)
     best = run_folder.best_checkpoint(folder)
     why = why_best(folder, best, config.monitor)
-    return Outcome(folder, trainer.current_epoch, best, code, save_on_stop.saved, why, time.monotonic() - began, report)
-
-
-def _write_final_outputs(config: TrainConfig, logger: loggers.Events, console: Console) -> Path | None:
-    """What is written when all is learned. The run is whole without it, so what is amiss is said and no error."""
-    folder = config.experiment_dir
-    again = f"The run is whole; `earteach report {shell_word(folder)}` tries the report again"
-    try:
-        if rows := run_folder.read_metrics(folder / run_folder.METRICS):
-            loggers.log_hyperparameters(logger, config, [name for name, value in rows[-1].items() if value])
-        if not config.report and not config.projector:
-            return None
-        story = summarise_run(folder, console)
-        if config.projector and story.look:
-            write_projector(logger.experiment, story.look, config.images, story.epoch)
-        return write_report(story, folder / run_folder.REPORT, config.images, console) if config.report else None
-    except (EarTeachError, OSError, ValueError, RuntimeError) as error:
-        console.warn(f"{error}. {again}")
-    except KeyboardInterrupt:  # the last epoch is saved: nothing is lost
-        console.warn(f"interrupted. {again}")
-    return None
+    took = time.monotonic() - began
+    return Outcome(
+        folder,
+        trainer.current_epoch,
+        best,
+        code,
+        save_on_stop.saved,
+        why,
+        took,
+        config,
+        logger,
+        module,
+        data,
+        kept.best,
+    )
 
 
 def _start_again(folder: Path, changes: dict, console: Console) -> Outcome:
