@@ -114,12 +114,9 @@ def _losses(split: str, word: str, rank: int, **of: dict[str, Any]) -> list[Metr
         Metric(f"{split}/loss", f"{word} loss", "Weighted sum of the terms.", head=split, rank=0, panel="Loss", **own)
     ]
     for name, panel, description in _TERMS:
-        label, own = panel.removesuffix(" (MSE)").lower(), common | of.get(name, {})
-        found.append(
-            Metric(
-                f"{split}/{name}_loss", label, description, head=name, rank=rank, term_of=f"{split}/loss", panel=panel, **own
-            )
-        )  # fmt: skip
+        key, label = f"{split}/{name}_loss", panel.removesuffix(" (MSE)").lower()
+        own = {"head": name, "rank": rank, "term_of": f"{split}/loss", "panel": panel}
+        found.append(Metric(key, label, description, **common | own | of.get(name, {})))
     return found
 
 

@@ -84,7 +84,7 @@ def _remark(counts: dict[str, int], found: ValidationEmbeddings, few: bool) -> s
         else "* The interval, from resamples of the people, excludes 0; one row in twenty does so by chance. "
     )
     return (
-        f"{counts['pictures']} validation images of {counts['people']} people{sample}. {stars}The best epoch was chosen on "
-        "these same images, so the result is optimistic, and whitening would also improve the baseline: confirm it on "
+        f"{counts['pictures']} validation images of {counts['people']} people{sample}. {stars}The best epoch was chosen "
+        "on these same images, so the result is optimistic, and whitening would also improve the baseline: confirm it on "
         "other people, another camera and three seeds."
     )

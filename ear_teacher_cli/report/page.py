@@ -226,7 +226,7 @@ def _queries(found: ValidationEmbeddings, seed: int) -> list[int]:
 
 
 def _nearest(found: ValidationEmbeddings, system: Embeddings, query: int) -> list[Figure]:
-    """Return the query and its nearest neighbours, most similar first. Raises ImageError if one can no longer be read."""
+    """Return the query and its nearest neighbours, most similar first. Raises ImageError if one is gone."""
     similarity = system.rows @ system.rows[query]
     similarity[query] = -np.inf
     ears = [Figure(found.thumbnail(query), "", "query")]

@@ -90,8 +90,8 @@ def summarise_run(
 ) -> RunSummary:
     """Return the summary of an experiment folder.
 
-    `config` and `kept` of a run that has just ended save reading its configuration and embedding its images again; `kept`
-    is used if it is of the best epoch. Raises EarTeachError if the folder is no run, or has no finished epoch.
+    With `config` and `kept` of a run that has just ended its configuration is not read and its images are not embedded
+    again; `kept` is used if it is of the best epoch. Raises EarTeachError if the folder is no run, or has no finished epoch.
     """
     where = printable(folder)
     if config is None:
@@ -101,7 +101,8 @@ def summarise_run(
     rows = run_folder.read_metrics(folder / run_folder.METRICS)
     if not any(int(row["epoch"]) for row in rows):
         raise EarTeachError(
-            f"{where}: its {run_folder.METRICS} has no finished epoch; continue with `earteach resume {shell_word(folder)}`"
+            f"{where}: its {run_folder.METRICS} has no finished epoch; continue with "
+            f"`earteach resume {shell_word(folder)}`"
         )
     checkpoint = _best_intact(folder, console)
     try:

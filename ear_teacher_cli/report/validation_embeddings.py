@@ -77,8 +77,11 @@ def embed_validation_set(checkpoint: Checkpoint, console: Console, root_dir: str
 def validation_embeddings_of(
     manifest: Manifest, best: ValidationRows, baseline: ValidationRows, checkpoint: Checkpoint
 ) -> ValidationEmbeddings:
-    """Return the same from what training kept: `best` of the checkpoint's epoch, `baseline` of the initial weights, both
-    rows of `manifest`. Raises EarTeachError if they have no row in common."""
+    """Return the same from what training kept, without embedding an image.
+
+    `best` is of the checkpoint's epoch, `baseline` of the initial weights, both of rows of `manifest`. Raises
+    EarTeachError if they have no row in common.
+    """
     known = set(best.index.tolist()).intersection(baseline.index.tolist())
     rows = [row for row in _judged(manifest) if row in known]
     if not rows:

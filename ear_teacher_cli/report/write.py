@@ -37,7 +37,7 @@ def report(
 
 
 def write_page(summary: RunSummary, out: Path, images: bool, console: Console) -> Path:
-    """Write the page. Without `images`, or if the run was trained so, it has no image of an ear and no name of a person."""
+    """Write the page. Without `images` here or in the run's options it has no image of an ear and no name of a person."""
     content = render(summary, images and summary.config.images, console)
     with whole_file(out) as temporary:
         temporary.write_text(content, encoding="utf-8")

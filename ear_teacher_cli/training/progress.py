@@ -81,8 +81,9 @@ class Reporter(Callback):
             self.console.warn(f"embeddings {state}: {why}")
         if why and self.config.fail_on_collapse:
             raise EarTeachError.on_all_ranks(
-                f"epoch {epoch}: the embeddings {'collapse' if state == 'COLLAPSED' else 'degrade'}: {why}; the "
-                "checkpoints before it stand. Lower --metric-weight or --learning-rate, or choose other --pseudo-classes"
+                f"epoch {epoch}: the embeddings {'collapse' if state == 'COLLAPSED' else 'degrade'}: {why}; "
+                "earlier checkpoints are kept. Lower --metric-weight or --learning-rate, or choose other "
+                "--pseudo-classes"
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
