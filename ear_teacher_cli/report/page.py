@@ -127,7 +127,7 @@ def _tiles(summary: RunSummary) -> list[Tile]:
     at = "at the best epoch" if summary.is_best else f"at epoch {summary.epoch}"
     monitor, psnr = metric_of(config.monitor), metric_of("val/psnr")
 
-    def amount(value: str) -> str:
+    def amount(value: str) -> str:  # with the unit of the monitored metric
         return monitor.with_unit(f"{float(value):.4g}")
 
     measured, first = row.get(monitor.key), before.get(monitor.key)
