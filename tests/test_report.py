@@ -128,7 +128,6 @@ def test_a_resumed_run_reads_a_best_epoch_that_it_has_not_trained_itself(manifes
         "ear_teacher_cli.report.summary.embed_validation_set", lambda *words: calls.append(1) or embed(*words)
     )
     run = tmp_path / "ear_teacher"
-    (run / "config.toml").write_text((run / "config.toml").read_text())
     monkeypatch.setattr("ear_teacher_cli.training.run.RESUMABLE", (*RESUMABLE, "report"))
     outcome = resume(run, QUIET, max_epochs=2, report=True)
     assert verb.write_final_outputs(outcome, QUIET) == run / "report.html"
