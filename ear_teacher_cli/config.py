@@ -11,6 +11,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+from . import metrics_catalogue
 from .config_fields import AUTO as AUTO
 from .config_fields import BOX_FORMATS as BOX_FORMATS
 from .config_fields import BOX_UNITS as BOX_UNITS
@@ -23,17 +24,8 @@ AUGMENTATIONS = ("mild", "strong")
 STRATEGIES = ("auto", "ddp")
 CACHES = ("auto", "ram", "disk", "off")
 SIDE_POLICIES = ("as-is", "mirror", "separate")
-EMBEDDING_FORMATS = ("npy", "npz", "csv")
-# What may pick the best checkpoint, and whether less or more of it is better.
-MONITORS = {
-    "val/loss": "min",
-    "val/recon_loss": "min",
-    "val/metric_loss": "min",
-    "val/psnr": "max",
-    "val/retrieval": "max",
-    "val/rank1": "max",
-    "val/eer": "min",
-}
+# The metrics that may select the best checkpoint, and whether a lower or a higher value is better.
+MONITORS = metrics_catalogue.monitors()
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 # The metric losses (training/losses.py), with the margins of their papers: ArcFace (Deng et al. 2019, sec. 3.1)
@@ -240,50 +232,6 @@ RESUMABLE = tuple(
 )
 # Names of options in earlier versions -> the names here.
 RENAMED = {spec.metadata["earlier"]: spec.name for spec in fields(TrainConfig) if "earlier" in spec.metadata}
-
-
-@dataclass(frozen=True)
-class EmbedConfig(ListOptions):
-    """Options of `embed`."""
-
-    # fmt: off
-    weights: str | None = shared("weights", help="A run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict. Default: EARTEACH_WEIGHTS, else the best checkpoint of the newest run.")
-    backbone: str | None = shared("backbone")
-    image_size: int | None = shared("image_size")
-    format: str | None = option(None, "Options", "Format on stdout. Default: npy.", choices=EMBEDDING_FORMATS)
-    normalize: bool = option(True, "Options", "Scale every row to unit length (L2).")
-    whiten: bool = option(True, "Options", "Apply the whitening that was fitted in training (train --whiten), if there is one.")
-    batch_size: int = shared("batch_size")
-    num_workers: int = shared("num_workers")
-    load_timeout: int = shared("load_timeout")
-    resume: bool = option(False, "Options", "Continue an embed that was interrupted or killed; the result is the same to the byte.", switch=True)
-    overwrite: bool = shared("overwrite")
-    # fmt: on
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(ListOptions):
-    """Options of `evaluate`."""
-
-    # fmt: off
-    weights: str | None = shared("weights", help="Embed images first, with these weights: a run, a checkpoint, an export, timm:NAME, or with --backbone a plain state dict.")
-    backbone: str | None = shared("backbone")
-    image_size: int | None = shared("image_size")
-    center: tuple[str, ...] = option((), "Options", "Subtract the mean of these embeddings (of training images). With --compare give it twice, for A and for B; none leaves one unchanged.", metavar="FILE", private=True)
-    whiten: tuple[str, ...] = option((), "Options", "Apply a PCA whitening fitted to these embeddings (of training images). With --compare give it twice, as --center.", metavar="FILE", private=True)
-    raw: bool = option(False, "Options", "With --weights: do not apply the whitening that was fitted in training.", switch=True)
-    whiten_dim: int | None = option(None, "Options", "Dimensions to keep when whitening. Default: all that vary.", low=1)
-    far: tuple[float, ...] = option((), "Options", "Report TAR at this FAR; may be repeated. Default: those of 0.01, 0.001 and 0.0001 for which there are enough impostor pairs (30 false accepts).", metavar="FAR")
-    sides: bool = option(True, "Options", "Count a person's left and right ear as two identities, if sides are known.")
-    bootstrap: int = option(1000, "Options", "Resamples of the people for the 95 % intervals; 0: no intervals.", low=0, high=100_000)
-    seed: int = shared("seed", help="Random seed of the resamples.")
-    json: str | None = shared("json")
-    plots: str | None = option(None, "Options", "Draw roc.png, cmc.png and scores.png into this folder.", metavar="DIR", private=True)
-    sheet: str | None = option(None, "Options", "Draw the most similar impostor pairs and the least similar genuine pairs: wrong labels show here.", metavar="FILE.png", private=True)
-    batch_size: int = shared("batch_size", help="Images per forward pass, with --weights.")
-    num_workers: int = shared("num_workers")
-    overwrite: bool = shared("overwrite")
-    # fmt: on
 
 
 # The values that the document of the original ear_teacher package gives, where the defaults here differ, and the option

@@ -133,7 +133,7 @@ class SilentConsole(Console):
         super().__init__(quiet=True)
 
     def warn(self, text: str) -> None:
-        pass
+        """Print nothing."""
 
 
 class Steps(Protocol):

@@ -1,4 +1,4 @@
-"""Images for people: the reconstruction collage and a GIF of how it came about, and sheets of pairs."""
+"""Draw the reconstruction collage, a GIF of how it changes over a run, and sheets of pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _INK, _PAPER, _FAINT = (24, 28, 36), (250, 250, 248), (110, 116, 128)
 
 
 def collage(originals: "torch.Tensor", reconstructions: "torch.Tensor", title: str) -> Image.Image:
-    """Two rows: originals above, reconstructions below, the PSNR of each underneath.
+    """Return two rows: originals above, reconstructions below, the PSNR of each underneath.
 
     Both uint8 B,3,H,W. Tiles keep the size the model sees, between 96 and 224 pixels.
     """
@@ -52,7 +52,7 @@ class Pair:
 
 
 def pairs_sheet(sections: Sequence[tuple[str, Sequence[Pair]]]) -> Image.Image:
-    """Titled sections of pairs, three a row, each with its score above and its two names below."""
+    """Return titled sections of pairs, three to a row, each with its score above and its two names below."""
     side, gap, line, columns = 132, 20, 18, 3
     wide, high = 2 * side + 4, line + side + 2 * line + gap
     rows = [-(-len(pairs) // columns) for _, pairs in sections]
@@ -73,7 +73,7 @@ def pairs_sheet(sections: Sequence[tuple[str, Sequence[Pair]]]) -> Image.Image:
 
 
 def _fitted(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """Small text, cut in the middle where it is too long: the end of a path tells the most."""
+    """Draw small text, shortened in the middle if it is too long: both ends of a path are informative."""
     font, cut = _font(12), text
     while draw.textlength(cut, font=font) > width and len(text) > 8:
         text = text[: len(text) // 2 - 1] + text[len(text) // 2 + 1 :]
@@ -82,30 +82,30 @@ def _fitted(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width:
 
 
 def psnr_of_bytes(originals: "torch.Tensor", reconstructions: "torch.Tensor") -> list[float]:
-    """PSNR in dB of each pair of uint8 images: 10 log10(255^2 / MSE)."""
+    """Return the PSNR in dB of each pair of uint8 images B,3,H,W: 10 log10(255^2 / MSE)."""
     mse = (originals.double() - reconstructions.double()).square().mean((1, 2, 3)).clamp_min(1e-6)
     return (10 * (255.0**2 / mse).log10()).tolist()
 
 
 def to_image(pixels: "torch.Tensor") -> Image.Image:
-    """uint8 3,H,W -> RGB image."""
+    """Return uint8 3,H,W as an RGB image."""
     return Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy().transpose(1, 2, 0)))
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, which appears under its name only when complete."""
     with whole_file(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 def read_saved_image(path: Path) -> Image.Image:
-    """One that `save_image` wrote."""
+    """Read an image that `save_image` wrote. Raises OSError if it is damaged."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 def save_gif(frames: Sequence[Path], path: Path, most: int = 60) -> None:
-    """An endless GIF of at most `most` of the frames, evenly chosen, half size, the last one held."""
+    """Write an endless GIF of at most `most` frames, evenly chosen, at half size; the last one is shown longer."""
     if len(frames) < 2:
         return
     chosen = sorted(

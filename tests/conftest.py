@@ -137,13 +137,8 @@ def manifests(ears) -> list[str]:
 @pytest.fixture(scope="session")
 def run(ears, manifests, tmp_path_factory) -> Path:
     """An experiment folder of a small run: 6 epochs on the drawn ears. Tests must not change it."""
-    from ear_teacher_cli.console import Console
-    from ear_teacher_cli.training.run import train
-
     outputs = tmp_path_factory.mktemp("outputs")
-    return train(
-        small_config(manifests, output_dir=str(outputs), max_epochs=6, report=True), Console(quiet=True)
-    ).experiment
+    return trained(small_config(manifests, output_dir=str(outputs), max_epochs=6, report=True))
 
 
 @pytest.fixture(scope="session")
@@ -160,14 +155,26 @@ def whitened(manifests, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exports(whitened, tmp_path_factory) -> Path:
     """teacher.safetensors, teacher.onnx with maps, teacher/: of one checkpoint. Tests must not change them."""
-    from ear_teacher_cli.export.export import ExportOptions, export_backbone
+    from ear_teacher_cli.command_config import ExportConfig
+    from ear_teacher_cli.export.export import export_backbone
 
     folder = tmp_path_factory.mktemp("exports")
     export_backbone(whitened, folder / "teacher.safetensors")
-    export_backbone(whitened, folder / "teacher.onnx", options=ExportOptions(features=True))
-    options = ExportOptions(consent="drawn, nobody", license="MIT | of us")
-    export_backbone(whitened, folder / "teacher", options=options)
+    export_backbone(whitened, folder / "teacher.onnx", config=ExportConfig(features=True))
+    options = ExportConfig(consent="drawn, nobody", license="MIT | of us")
+    export_backbone(whitened, folder / "teacher", config=options)
     return folder
+
+
+def trained(config) -> Path:
+    """The experiment folder of a run, with what `earteach train` writes at its end."""
+    from ear_teacher_cli.console import Console
+    from ear_teacher_cli.report.write import write_final_outputs
+    from ear_teacher_cli.training.run import train
+
+    outcome = train(config, Console(quiet=True))
+    write_final_outputs(outcome, Console(quiet=True))
+    return outcome.experiment
 
 
 def small_config(manifests: list[str], **changes):

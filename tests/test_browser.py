@@ -13,10 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import small_config
-
-from ear_teacher_cli.console import Console
-from ear_teacher_cli.training.run import train
+from conftest import small_config, trained
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: the extra 'browser' has it"
@@ -38,7 +35,7 @@ def shown(ears, tmp_path_factory) -> Path:
         projector=True,
         report=True,
     )
-    return train(config, Console(quiet=True)).experiment
+    return trained(config)
 
 
 @pytest.fixture(scope="module")

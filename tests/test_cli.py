@@ -17,15 +17,8 @@ import pytest
 from ear_teacher_cli import __version__, config_fields, library_messages
 from ear_teacher_cli.cli import help_format
 from ear_teacher_cli.cli.app import app, get_command
-from ear_teacher_cli.config import (
-    PRESETS,
-    RESUMABLE,
-    EmbedConfig,
-    EvaluateConfig,
-    TrainConfig,
-    describe_recipe,
-    preset,
-)
+from ear_teacher_cli.command_config import EmbedConfig, EvaluateConfig
+from ear_teacher_cli.config import PRESETS, RESUMABLE, TrainConfig, describe_recipe, preset
 from ear_teacher_cli.config_files import from_dict, read_toml
 from ear_teacher_cli.errors import ConfigError
 

@@ -7,7 +7,7 @@ from rich.console import Console as Terminal
 
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.console import Console, SilentConsole
-from ear_teacher_cli.training.progress import Reporter
+from ear_teacher_cli.training.progress import cells
 
 METRICS = {
     "train/loss": 11.4412, "train/recon_loss": 0.1338, "train/metric_loss": 12.04, "train/contrastive_loss": 5.283,
@@ -32,13 +32,13 @@ def said(console: Console) -> list[str]:
 
 
 def rows(console: Console) -> None:
-    reporter = Reporter(TrainConfig(max_epochs=100), console)
+    config = TrainConfig(max_epochs=100)
     start = {name: value for name, value in METRICS.items() if name in ("val/retrieval", "val/spread")}
-    console.row(reporter._cells("start", start, METRICS), "before training: retrieval 6.2 %")
+    console.row(cells(config, "start", start, METRICS), "before training: retrieval 6.2 %")
     for epoch, scale in ((1, 1), (10, 1e-3), (100, 1e-6)):
-        figures = {name: value * scale if "loss" in name else value for name, value in METRICS.items()}
-        cells = reporter._cells(f"{epoch}/100", figures, METRICS, "COLLAPSED", "1234.5", "10 h 05 min")
-        console.row(cells, f"epoch {epoch}/100: train 11.44")
+        metrics = {name: value * scale if "loss" in name else value for name, value in METRICS.items()}
+        row = cells(config, f"{epoch}/100", metrics, METRICS, "COLLAPSED", "1234.5", "10 h 05 min")
+        console.row(row, f"epoch {epoch}/100: train 11.44")
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])

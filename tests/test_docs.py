@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import read_table
 
-from ear_teacher_cli.config import PRESETS, RENAMED, EmbedConfig, TrainConfig
+from ear_teacher_cli.command_config import EmbedConfig
+from ear_teacher_cli.config import PRESETS, RENAMED, TrainConfig
 from ear_teacher_cli.config_fields import flag
 from ear_teacher_cli.config_files import read_toml
 from ear_teacher_cli.console import Console

@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ear_teacher_cli import load_backbone, load_crop, normalise
+from ear_teacher_cli.command_config import ExportConfig
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import WeightsError
 from ear_teacher_cli.export import folder as folder_format
 from ear_teacher_cli.export import onnx as onnx_format
-from ear_teacher_cli.export.export import ExportOptions, export_backbone
+from ear_teacher_cli.export.export import export_backbone
 from ear_teacher_cli.export.onnx import OnnxModel
 from ear_teacher_cli.model import golden
 from ear_teacher_cli.model.checkpoint import read_checkpoint, read_safetensors
@@ -363,10 +364,10 @@ def test_another_teacher_is_recognised_by_its_fingerprint(exports, run, tmp_path
 
 @pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_form(exports, whitened, tmp_path):
-    export_backbone(whitened, tmp_path / "teacher.onnx", options=ExportOptions(features=True))
+    export_backbone(whitened, tmp_path / "teacher.onnx", config=ExportConfig(features=True))
     assert (tmp_path / "teacher.onnx").read_bytes() == (exports / "teacher.onnx").read_bytes()
-    options = ExportOptions(consent="drawn, nobody", license="MIT | of us")
-    export_backbone(whitened, tmp_path / "teacher", options=options)
+    options = ExportConfig(consent="drawn, nobody", license="MIT | of us")
+    export_backbone(whitened, tmp_path / "teacher", config=options)
     for path in (exports / "teacher").iterdir():
         assert path.read_bytes() == (tmp_path / "teacher" / path.name).read_bytes(), path.name
     assert (exports / "teacher" / "model.safetensors").read_bytes() == (exports / "teacher.safetensors").read_bytes()
@@ -438,7 +439,7 @@ def test_weights_beyond_float16_are_refused(whitened, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ear_teacher_cli.model.checkpoint.Checkpoint.backbone_state", property(large))
     with pytest.raises(WeightsError, match=r"stem.0.bias holds values too large for float16"):
-        export_backbone(whitened, tmp_path / "half.safetensors", options=ExportOptions(half=True))
+        export_backbone(whitened, tmp_path / "half.safetensors", config=ExportConfig(half=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -542,7 +543,7 @@ def test_an_interrupted_rename_leaves_the_earlier_export(exports, whitened, tmp_
 
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_backbone(whitened, folder, overwrite=True)
+        export_backbone(whitened, folder, ExportConfig(overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
     assert (folder / "README.md").read_text() == "the earlier one"
 
@@ -573,7 +574,7 @@ def test_nan_is_a_difference(whitened, tmp_path, monkeypatch):
 
 
 def test_the_card_gives_no_metrics_of_other_weights(whitened, tmp_path):
-    export_backbone(whitened, tmp_path / "x", options=ExportOptions(ema=False, half=True))
+    export_backbone(whitened, tmp_path / "x", config=ExportConfig(ema=False, half=True))
     card = (tmp_path / "x" / "README.md").read_text()
     assert "Not measured for these weights" in card and "float16" in card and "neither averaged nor moved back" in card
 
@@ -583,7 +584,7 @@ def test_a_damaged_metrics_file_only_leaves_out_the_metrics(whitened, tmp_path):
     copy = shutil.copytree(whitened, tmp_path / "run")
     for content in (b"\xff\xfe", b"epoch,val/psnr\n2,abc\n1,abc\n"):
         (copy / "metrics.csv").write_bytes(content)
-        export_backbone(copy, tmp_path / "x", overwrite=True)
+        export_backbone(copy, tmp_path / "x", ExportConfig(overwrite=True))
         assert "not known" in (tmp_path / "x" / "README.md").read_text().lower()
 
 

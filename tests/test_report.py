@@ -1,4 +1,4 @@
-"""report.html and TensorBoard: everything that is promised is there, and nothing of what is not wanted."""
+"""report.html and TensorBoard: what they contain, and what they must not contain."""
 
 import csv
 import html
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, read_table, small_config
+from conftest import SMALL, apart, read_table, small_config, trained
 from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,11 +26,13 @@ from ear_teacher_cli.errors import EarTeachError, Stopped
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.quality import collapse
 from ear_teacher_cli.quality.collapse import health
-from ear_teacher_cli.report.validation_embeddings import embed_validation_set
+from ear_teacher_cli.report import validation_embeddings
+from ear_teacher_cli.report import write as verb
+from ear_teacher_cli.report.validation_embeddings import embed_validation_set, validation_embeddings_of
 from ear_teacher_cli.run_folder import best_checkpoint
 from ear_teacher_cli.training import loggers
-from ear_teacher_cli.training.progress import why_best
-from ear_teacher_cli.training.run import train
+from ear_teacher_cli.training.describe import why_best
+from ear_teacher_cli.training.run import RESUMABLE, resume, train
 
 QUIET = Console(quiet=True)
 NEEDS_NOTHING = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -47,13 +49,13 @@ def named(ears, tmp_path_factory) -> Path:
         projector=True,
         report=True,
     )
-    return train(config, QUIET).experiment
+    return trained(config)
 
 
-def test_the_page_holds_everything_and_asks_for_nothing(run):
+def test_the_page_has_every_section_and_loads_nothing(run):
     text = (run / "report.html").read_text()
     for heading in (
-        "Is it better than the untouched backbone?",
+        "Is it better than the baseline?",
         "How it learned",
         "Reconstructions, from first to last",
         "Health of embeddings and pseudo-classes",
@@ -70,7 +72,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(run):
     assert "<td>train_metadata</td>" in text and "<td>learning_rate</td><td>0.001</td>" in text
 
 
-def test_its_figures_are_those_of_the_run(run):
+def test_the_metrics_of_the_page_are_those_of_the_run(run):
     text = (run / "report.html").read_text()
     start = read_table(run / "metrics.csv")[0]
     best = read_checkpoint(best_checkpoint(run)).epoch
@@ -79,19 +81,65 @@ def test_its_figures_are_those_of_the_run(run):
     assert re.findall(r">([\d.]+)<", cells)[:2] == [f"{float(row['val/retrieval']):.1f}" for row in (start, there)]
 
 
-def test_the_untouched_start_is_what_training_started_with(run):
-    look = embed_validation_set(read_checkpoint(best_checkpoint(run)), QUIET)
+def test_the_baseline_is_what_training_started_with(run):
+    found = embed_validation_set(read_checkpoint(best_checkpoint(run)), QUIET)
     start = read_table(run / "metrics.csv")[0]
-    assert health(torch.from_numpy(look.start.rows)).spread == pytest.approx(float(start["val/spread"]), rel=1e-4)
-    assert not np.allclose(look.start.rows, look.raw.rows)
+    assert health(torch.from_numpy(found.baseline.rows)).spread == pytest.approx(float(start["val/spread"]), rel=1e-4)
+    assert not np.allclose(found.baseline.rows, found.raw.rows)
+
+
+def text_of(page: Path) -> str:
+    """The page without its images."""
+    return re.sub(r'src="data:[^"]*"', "", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_the_report_at_the_end_of_a_run_embeds_nothing_and_equals_a_later_one(ears, tmp_path, monkeypatch, earteach):
+    config = small_config(
+        ["", str(ears / "train_teacher.npy"), "", str(ears / "eval.csv")],
+        output_dir=str(tmp_path), max_epochs=2, whiten=True, projector=True, report=True,
+    )  # fmt: skip
+    outcome = train(config, QUIET)
+    calls: list[str] = []
+    with monkeypatch.context() as patched:
+        for name in ("embed_manifest", "embedder_of", "read_val_manifest", "EarTeacherLightningModule"):
+            patched.setattr(validation_embeddings, name, lambda *words, name=name, **options: calls.append(name))
+        assert verb.write_final_outputs(outcome, Console(quiet=True)) == outcome.experiment / "report.html"
+    assert calls == [] and "<h2>Look-alikes</h2>" in (outcome.experiment / "report.html").read_text()
+    assert earteach("report", outcome.experiment, "-o", tmp_path / "later.html").code == 0
+    assert text_of(tmp_path / "later.html") == text_of(outcome.experiment / "report.html")
+    checkpoint = read_checkpoint(outcome.best)
+    manifest = outcome.data.val_set.manifest
+    kept = validation_embeddings_of(manifest, outcome.best_embeddings, outcome.module.baseline_embeddings, checkpoint)
+    later = embed_validation_set(checkpoint, QUIET)
+    for name in ("teacher", "raw", "baseline"):
+        assert apart(getattr(kept, name).rows, getattr(later, name).rows) < 1e-5
+        assert getattr(kept, name).paths == getattr(later, name).paths
+    assert kept.teacher.whitened and not kept.raw.whitened
+
+
+@pytest.mark.slow
+def test_a_resumed_run_reads_a_best_epoch_that_it_has_not_trained_itself(manifests, tmp_path, monkeypatch, earteach):
+    words = ["--output-dir", tmp_path, "--max-epochs", "1", *SMALL]
+    assert earteach("train", *manifests, *words).code == 0
+    calls: list[int] = []
+    embed = validation_embeddings.embed_validation_set
+    monkeypatch.setattr(
+        "ear_teacher_cli.report.summary.embed_validation_set", lambda *words: calls.append(1) or embed(*words)
+    )
+    run = tmp_path / "ear_teacher"
+    monkeypatch.setattr("ear_teacher_cli.training.run.RESUMABLE", (*RESUMABLE, "report"))
+    outcome = resume(run, QUIET, max_epochs=2, report=True)
+    assert verb.write_final_outputs(outcome, QUIET) == run / "report.html"
+    assert calls == [1]  # the initial weights are known to the first process only
 
 
 def test_identities_give_a_comparison_with_intervals_and_look_alikes(named):
     text = (named / "report.html").read_text()
-    assert "<h2>ValidationEmbeddings-alikes</h2>" in text and "teacher, whitened" in text
+    assert "<h2>Look-alikes</h2>" in text and "teacher, whitened" in text
     row = re.search(r"<tr><td>rank-1</td>(.*?)</tr>", text)[1]
     assert len(re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", row)) == 2
-    assert "Of fewer than 20 people intervals are rough" in text and "flatters it" in text and "] *" not in text
+    assert "With fewer than 20 people intervals are rough" in text and "optimistic" in text and "] *" not in text
 
 
 def people_of(run: Path) -> set[str]:
@@ -102,7 +150,7 @@ def people_of(run: Path) -> set[str]:
 def test_without_images_there_is_none_and_nobody_is_named(named, tmp_path, earteach):
     said = earteach("report", named, "-o", tmp_path / "r.html", "--no-images")
     text = (tmp_path / "r.html").read_text()
-    assert said.code == 0 and "<img" not in text and "ValidationEmbeddings-alikes" not in text and "rank-1" in text
+    assert said.code == 0 and "<img" not in text and "Look-alikes" not in text and "rank-1" in text
     assert not any(person in text for person in people_of(named))
 
 
@@ -179,8 +227,9 @@ def test_what_a_damaged_run_still_has_is_reported(run, tmp_path, earteach):
         path.unlink()
     assert earteach("report", copy).code == 0
     text = (copy / "report.html").read_text()
-    assert "epoch of the checkpoint that is left: no best one is" in text and "<th>left (epoch 6)</th>" in text.replace(
-        ' class="number"', ""
+    assert (
+        "epoch of the newest intact checkpoint: no best is left" in text
+        and "<th>newest intact (epoch 6)</th>" in text.replace(' class="number"', "")
     )
 
 
@@ -252,21 +301,19 @@ def test_what_report_refuses(run, tmp_path, monkeypatch, earteach):
 def test_strange_names_stay_names(manifests, tmp_path):
     name = "<script>alert(1)<" + "b>&amp;"
     config = small_config(manifests, output_dir=str(tmp_path), experiment_name=name, max_epochs=1, report=True)
-    text = (train(config, QUIET).experiment / "report.html").read_text()
+    text = (trained(config) / "report.html").read_text()
     assert "<script" not in text and html.escape(name.split("<b")[0]) in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [EarTeachError("no room"), OSError(28, "no room"), Stopped(15)])
 def test_a_report_that_fails_does_not_fail_the_run(error, manifests, tmp_path, monkeypatch, earteach):
-    from ear_teacher_cli.training import run as verb
-
     def fail(*words):
         raise error
 
-    monkeypatch.setattr(verb, "write_report", fail)
+    monkeypatch.setattr(verb, "write_page", fail)
     said = earteach("train", *manifests, "--output-dir", tmp_path, "--max-epochs", "1", *SMALL, "--report")
-    assert said.code == 0 and ". The run is whole; `earteach report" in said.err and "done: 1 epoch in" in said.err
+    assert said.code == 0 and ". The run is complete; `earteach report" in said.err and "done: 1 epoch in" in said.err
 
 
 def test_tensorboard_has_its_panels(named):

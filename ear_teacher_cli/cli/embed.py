@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from ..config import EmbedConfig
+from ..command_config import EmbedConfig
 from ..config_fields import Checked, shared
 from ..console import Console
 from ..distributed import is_first_process

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import EvaluateConfig
+from ..command_config import EvaluateConfig
 from ..config_fields import OPTIONS, Checked, option
 from ..console import Console
 from ..errors import UsageError

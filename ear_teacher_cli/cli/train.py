@@ -78,15 +78,17 @@ def train(options: RunOptions, given: Given[TrainConfig], console: Console) -> N
     if given.environment:
         console.info(f"from the environment: {', '.join(map(variable, given.environment))}")
     console.summary([("recipe", describe_recipe(config))])
-    from ..training import run
-
     if options.dry_run:
-        config, estimate = run.dry_run(config, console)
+        from ..training import dry_run
+
+        config, estimate = dry_run.estimate(config, console)
         typer.echo(config.as_toml(), nl=False)
-        console.info(run.describe_estimate(estimate))
+        console.info(dry_run.describe_estimate(estimate))
         console.info("dry run: nothing was written")
         return
-    _finish(run.train(config, console, options.overwrite), console)
+    from ..training.run import train as train_run
+
+    _finish(train_run(config, console, options.overwrite), console)
 
 
 @command("resume", example="earteach resume ear_teacher/outputs/ear_teacher")
@@ -126,13 +128,16 @@ def _finish(outcome: "Outcome", console: Console) -> None:
             f"interrupted{', saved within the epoch' if outcome.saved else ''}: continue with `earteach resume {named}`"
         )
         raise typer.Exit(outcome.interrupted)
+    from ..report.write import write_final_outputs
+
+    report = write_final_outputs(outcome, console)
     best = printable(outcome.best.name) if outcome.best else "none"
     took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
     console.summary(
         [
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
-            *([("report", printable(outcome.report))] if outcome.report else []),
+            *([("report", printable(report))] if report else []),
             ("next", f"earteach collage {named} -o collage.png"),
             ("", f"earteach export-backbone {named} teacher.safetensors"),
             ("", f"tensorboard --logdir {named} --samples_per_plugin images=1000"),

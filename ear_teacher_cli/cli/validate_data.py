@@ -1,12 +1,11 @@
 """`earteach validate-data`."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..command_config import ValidateConfig
 from ..config import TrainConfig
-from ..config_fields import OPTIONS, ListOptions, option, shared
 from ..console import Console
 from ..files import printable
 from . import json_output
@@ -16,37 +15,9 @@ if TYPE_CHECKING:
     from ..data.audit import Report
 
 
-@dataclass(frozen=True)
-class ValidateOptions(ListOptions):
-    """Options of `validate-data`."""
-
-    json: str | None = shared("json")
-    contact_sheet: str | None = option(
-        None, OPTIONS, "Draw photos with their boxes, and the worst crops.", metavar="FILE.png", private=True
-    )
-    write_clean: str | None = option(
-        None,
-        OPTIONS,
-        "Write the manifest without the rows that have errors (.npy, .csv, .jsonl).",
-        metavar="FILE",
-        private=True,
-    )
-    card: str | None = option(
-        None,
-        OPTIONS,
-        "Write a data card: contents of the lists, errors found, consent, licence.",
-        metavar="FILE.md",
-        private=True,
-    )
-    consent: str | None = shared("consent")
-    license: str | None = shared("license")
-    num_workers: int = shared("num_workers")
-    overwrite: bool = shared("overwrite")
-
-
 @command("validate-data", example="earteach validate-data train.npy val.npy --contact-sheet worst.png")
 def validate_data(
-    options: ValidateOptions,
+    config: ValidateConfig,
     console: Console,
     manifests: Annotated[
         list[str] | None,
@@ -60,21 +31,9 @@ def validate_data(
     """Decode every image and check every box; exit code 1 if there are errors."""
     from ..data import audit
 
-    report = audit.validate_data(
-        manifests or [TrainConfig.train_metadata, TrainConfig.val_metadata],
-        console,
-        root_dir=options.root_dir,
-        reading=options.reading,
-        json_file=options.json,
-        contact_sheet=options.contact_sheet,
-        write_clean=options.write_clean,
-        card=options.card,
-        consent=options.consent,
-        license=options.license,
-        num_workers=options.num_workers,
-        overwrite=options.overwrite,
-    )
-    if options.json == "-":
+    sources = manifests or [TrainConfig.train_metadata, TrainConfig.val_metadata]
+    report = audit.validate_data(sources, config, console)
+    if config.json == "-":
         json_output.write("-", report.as_dict())
     else:
         _print_report(report, audit.ERRORS | audit.WARNINGS)

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Reading
+from ..command_config import ValidateConfig
+from ..config_fields import Reading
 from ..console import Console
 from ..errors import EarTeachError, ManifestError, UsageError
 from ..files import printable, refuse_existing, whole_file
@@ -27,22 +28,6 @@ ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
 _MEANINGS = ERRORS | WARNINGS
 
 Ear = tuple[int, int]  # (position of the manifest among the sources, position of the ear in it)
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """Options of `validate_data`. Paths of outputs: None for none, "-" for a JSON report that the caller prints."""
-
-    root_dir: str | None = None
-    reading: Reading | None = None
-    json_file: str | None = None
-    contact_sheet: str | None = None
-    write_clean: str | None = None
-    card: str | None = None
-    consent: str | None = None
-    license: str | None = None
-    num_workers: int = 8
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,7 @@ class Report:
         }
 
 
-def validate_data(sources: list[str], config: AuditConfig, console: Console) -> Report:
+def validate_data(sources: list[str], config: ValidateConfig, console: Console) -> Report:
     """Check manifests and write the outputs that `config` names.
 
     A manifest that cannot be read is a finding. Raises EarTeachError if an output cannot be written.
@@ -124,11 +109,11 @@ def validate_data(sources: list[str], config: AuditConfig, console: Console) -> 
     return report
 
 
-def _refuse_outputs(sources: list[str], config: AuditConfig) -> None:
+def _refuse_outputs(sources: list[str], config: ValidateConfig) -> None:
     """Raise EarTeachError if an output cannot be written, before any image is read."""
     if config.card is not None and Path(config.card).suffix.lower() != ".md":
         raise UsageError(f"--card {printable(config.card)}: is written as Markdown; name a .md file")
-    outputs = [config.json_file, config.contact_sheet, config.write_clean, config.card]
+    outputs = [config.json, config.contact_sheet, config.write_clean, config.card]
     paths = [path for path in outputs if path and path != "-"]
     for path in paths:
         refuse_existing(path, config.overwrite, inputs=sources)
@@ -138,7 +123,7 @@ def _refuse_outputs(sources: list[str], config: AuditConfig) -> None:
         raise UsageError(f"--write-clean: needs one manifest, not {len(sources)}; clean them one at a time")
 
 
-def _read_all(sources: list[str], config: AuditConfig) -> tuple[list[Manifest], list[Finding]]:
+def _read_all(sources: list[str], config: ValidateConfig) -> tuple[list[Manifest], list[Finding]]:
     manifests, findings = [], []
     for source in sources:
         try:
@@ -214,10 +199,10 @@ def _finding(reason: str, manifest: Manifest, index: int, detail: str, other: st
 
 
 def _write_outputs(
-    manifests: list[Manifest], report: Report, stats: dict[Ear, CropStats], config: AuditConfig, console: Console
+    manifests: list[Manifest], report: Report, stats: dict[Ear, CropStats], config: ValidateConfig, console: Console
 ) -> None:
-    if config.json_file and config.json_file != "-":
-        with whole_file(config.json_file) as temporary:
+    if config.json and config.json != "-":
+        with whole_file(config.json) as temporary:
             temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if config.contact_sheet:
         wrong = {(f.manifest, f.ear) for f in report.findings if f.reason.startswith("box-") and f.is_error}

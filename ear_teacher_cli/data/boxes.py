@@ -44,7 +44,7 @@ class Boxes(Sequence):
 
     @property
     def given(self) -> np.ndarray:
-        """bool [N]: which rows have a box."""
+        """Which rows have a box, bool [N]."""
         return np.frombuffer(self._given, dtype=bool) if self._given else np.empty(0, dtype=bool)
 
     @property

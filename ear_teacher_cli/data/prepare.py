@@ -16,13 +16,12 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import Reading
+from ..command_config import LIST_FORMATS, PrepareConfig
 from ..console import Console, counted
 from ..errors import ConfigError, EarTeachError, UsageError
 from ..files import printable, refuse_existing, whole_file
@@ -35,7 +34,7 @@ from .duplicates import (
     near_duplicates,
     roboflow_versions,
 )
-from .formats import FORMATS as LIST_FORMATS
+from .formats import FORMATS
 from .mixed_sources import Mixed, name_by_folders, read_mixed
 from .prepare_report import (
     REPORT,
@@ -50,23 +49,6 @@ from .prepare_report import (
 from .resolve_boxes import ImageSizes
 from .split import Group, choose_validation
 
-FORMATS = ("npy", "csv")
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Options of `prepare`."""
-
-    val_share: float = 0.2  # share of the ears for validation, above 0 and below 1
-    seed: int = 0
-    format: str = "npy"  # of the lists, one of FORMATS
-    reading: Reading = field(default_factory=Reading)
-    root_dir: str | None = None  # where the paths of RAW start, if it is a list
-    folder_identities: bool = False
-    num_workers: int = 8
-    dry_run: bool = False
-    overwrite: bool = False
-
 
 def prepare(raw: str, out: str, config: PrepareConfig, console: Console) -> Prepared:
     """Read RAW; write OUT/train_teacher.*, OUT/val_teacher.* and OUT/prepare.json (nothing if `config.dry_run`).
@@ -76,8 +58,6 @@ def prepare(raw: str, out: str, config: PrepareConfig, console: Console) -> Prep
     if not 0 < config.val_share < 1:
         reason = f"{config.val_share:g} is not a share of the ears"
         raise ConfigError("val_share", reason, "give a number between 0 and 1")
-    if config.format not in FORMATS:
-        raise UsageError(f"--format {printable(config.format)}: cannot be written; choose one of {', '.join(FORMATS)}")
     lists = [Path(out) / f"{split}_teacher.{config.format}" for split in SPLITS]
     if not config.dry_run:
         _refuse_outputs(raw, Path(out), [*lists, Path(out) / REPORT], config.overwrite)
@@ -170,7 +150,7 @@ def _write(prepared: Prepared, report: dict[str, Any], lists: list[Path], report
     """
     report_path.parent.mkdir(exist_ok=True)
     train, val = (_list_rows(prepared, prepared.split(name)) for name in SPLITS)
-    write = LIST_FORMATS[lists[0].suffix].write
+    write = FORMATS[lists[0].suffix].write
     assert write is not None
     with whole_file(report_path) as json_file, whole_file(lists[0]) as train_file, whole_file(lists[1]) as val_file:
         write(train_file, train)
@@ -198,7 +178,7 @@ def _list_rows(prepared: Prepared, indices: list[int]) -> list[tuple[str, Box | 
 
 def _warn_of_stale_lists(out: Path, lists: list[Path], console: Console) -> None:
     """Warn of lists of an earlier run in another format: they are of another split."""
-    own = [out / f"{split}_teacher.{format}" for split in SPLITS for format in FORMATS]
+    own = [out / f"{split}_teacher.{format}" for split in SPLITS for format in LIST_FORMATS]
     stale = [path.name for path in own if path.exists() and path not in lists]
     if stale:
         was = "was" if len(stale) == 1 else "were"

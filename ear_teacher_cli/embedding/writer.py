@@ -25,7 +25,7 @@ import torch
 from numpy.lib import format as npy_format
 
 from .. import __version__
-from ..config import EmbedConfig
+from ..command_config import EMBEDDING_FORMATS, EmbedConfig
 from ..console import Console
 from ..data.manifest import Manifest, print_summary, read_input
 from ..distributed import Ranks, distributed_context
@@ -34,8 +34,6 @@ from ..files import escape_csv, printable, refuse_existing, whole_file
 from ..platform import usable_cores
 from .embedder import Batch, Embedder, embed_images, load_embedder, warn_of_unknown_sides
 from .shards import Shards, finished_rows, folder_of, input_digest, unfinished_folder
-
-FORMATS = ("npy", "npz", "csv")
 
 
 @dataclass(frozen=True)
@@ -244,12 +242,14 @@ def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool) -> dict
 
 def _format_of(out: str, format: str | None) -> str:
     suffix = Path(out).suffix.removeprefix(".").lower()
-    if format is not None and format not in FORMATS:
-        raise UsageError(f"--format {printable(format)}: not written; choose one of {', '.join(FORMATS)}")
+    if format is not None and format not in EMBEDDING_FORMATS:
+        raise UsageError(f"--format {printable(format)}: not written; choose one of {', '.join(EMBEDDING_FORMATS)}")
     if out == "-":
         return format or "npy"
-    if suffix not in FORMATS:
-        raise UsageError(f"{printable(out)}: name a {', '.join('.' + f for f in FORMATS)} file, or - for stdout")
+    if suffix not in EMBEDDING_FORMATS:
+        raise UsageError(
+            f"{printable(out)}: name a {', '.join('.' + f for f in EMBEDDING_FORMATS)} file, or - for stdout"
+        )
     if format not in (None, suffix):
         raise UsageError(f"{printable(out)}: is named .{suffix} but --format says {format}; make them agree")
     return suffix

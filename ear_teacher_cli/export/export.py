@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save
 
 from .. import run_folder
+from ..command_config import ExportConfig
 from ..console import Console
 from ..embedding.embedder import Embedder, embedder_of
 from ..errors import UsageError, WeightsError
@@ -20,9 +21,7 @@ from ..model.export_format import About, whitening_beside
 from ..model.golden import golden_of
 from ..model.weights import State, fingerprint
 from . import FORMATS
-from .format import ExportJob, ExportOptions, Format
-
-__all__ = ["Export", "ExportOptions", "export_backbone"]
+from .format import ExportJob, Format
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Export:
 def export_backbone(
     source: str | Path,
     out: str | Path,
-    overwrite: bool = False,
-    options: ExportOptions | None = None,
+    config: ExportConfig | None = None,
     console: Console | None = None,
 ) -> Export:
     """Write `out`, load it back strictly, compare outputs with the checkpoint's, then rename it into place.
@@ -68,15 +66,19 @@ def export_backbone(
     a folder. Raises UsageError if `out` exists or an option is not one of the format's, WeightsError if outputs differ,
     EarTeachError.
     """
-    options = options or ExportOptions()
+    config = config or ExportConfig()
     key = _format_key(out)
     format = FORMATS[key]
-    out = refuse_existing_folder(out, overwrite) if format.files else refuse_existing(out, overwrite, (source,))
-    _refuse_unused(key, options)
+    out = (
+        refuse_existing_folder(out, config.overwrite)
+        if format.files
+        else refuse_existing(out, config.overwrite, (source,))
+    )
+    _refuse_unused(key, config)
     format.require()
-    job, rounding = _prepare(source, out, options, console or Console(quiet=True))
+    job, rounding = _prepare(source, out, config, console or Console(quiet=True))
     if not format.files:
-        _require_own_whitening(out, job.whitening, overwrite)
+        _require_own_whitening(out, job.whitening, config.overwrite)
     with _temporary(out, format, job.whitening) as temporary:
         written = format.write(temporary, job)
     return Export(
@@ -105,9 +107,9 @@ def _format_key(out: str | Path) -> str:
     raise UsageError(f"{printable(out)}: not a known format; name {known}; end the name of a folder with /")
 
 
-def _refuse_unused(key: str, options: ExportOptions) -> None:
+def _refuse_unused(key: str, options: ExportConfig) -> None:
     """Raise UsageError for an option that the format does not take."""
-    for field in fields(ExportOptions):
+    for field in fields(ExportConfig):
         takers = [_named(other) for other, format in FORMATS.items() if field.name in format.options]
         if takers and _named(key) not in takers and getattr(options, field.name) != field.default:
             raise UsageError(
@@ -120,7 +122,7 @@ def _named(key: str) -> str:
     return f"a {key}"
 
 
-def _prepare(source: str | Path, out: Path, options: ExportOptions, console: Console) -> tuple[ExportJob, float | None]:
+def _prepare(source: str | Path, out: Path, options: ExportConfig, console: Console) -> tuple[ExportJob, float | None]:
     """Read the checkpoint; return what is to be exported, and the effect of rounding to float16, if that is asked
     for."""
     checkpoint = read_checkpoint(run_folder.checkpoint_of(Path(source), best=True))

@@ -7,29 +7,13 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..config import Reading
+from ..command_config import ExportConfig
 from ..console import Console
 from ..embedding.embedder import Embedder
 from ..model.checkpoint import Checkpoint
 from ..model.export_format import About, header_of
 from ..model.weights import State
 from .checks import Check
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Options of `export-backbone`. Which of them a format takes is in `Format.options`; the others are for all."""
-
-    features: bool = False  # the feature maps as further outputs
-    half: bool = False  # weights in float16
-    ema: bool = True  # the weights that the run validated; False: those that its optimiser updates
-    val_metadata: str | None = None  # images for the statistics of the feature maps; None: the run's validation images
-    root_dir: str | None = None
-    reading: Reading | None = None
-    consent: str | None = None  # for the model card, as `license`
-    license: str | None = None
-    batch_size: int = 32  # for the statistics, as `num_workers`
-    num_workers: int = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +25,7 @@ class ExportJob:
     state: State  # the tensors to write, under timm's names
     about: About
     whitening: bytes | None  # content of its file, if the run fitted one
-    options: ExportOptions
+    options: ExportConfig
     console: Console
     out: Path
 
@@ -82,7 +66,7 @@ class Format:
     `verify(path)`: return the checks, and the opened export (None if it is too damaged to be run). Raises WeightsError
     for what cannot be read at all.
     `open(path)`: open an intact export. Raises WeightsError if it is not.
-    `options`: the fields of ExportOptions that this format takes and not all do.
+    `options`: the fields of ExportConfig that this format takes and not all do.
     `files`: of a folder, the names it may hold, the weights first.
     `require`: raise EarTeachError if a package that it needs is missing.
     """

@@ -1,32 +1,34 @@
-"""The model card of an exported folder: what it is, what it learned from and how, its figures, its limits."""
+"""The model card of an exported folder: the header that the hub reads, and templates/model_card.md.j2."""
 
-import json
 from dataclasses import dataclass, fields
+from math import isfinite
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
 from ..config import TrainConfig
 from ..files import printable
+from ..metrics_catalogue import card_rows
+from ..model import export_format
 from ..model.checkpoint import Checkpoint
-from ..model.export_format import CONFIG, FEATURES, PREPROCESS, About
+from ..model.export_format import About
 from ..model.feature_maps import MapStatistics
+from ..model.weights import published_name
+from ..templates import environment
 
-# Of the machine or of the user's folders, not of the recipe.
+TASK = "image-feature-extraction"
+TAGS = ["ear", "biometrics", "embeddings", "distillation"]
+# Options of the machine or of the user's folders, which are not part of the recipe.
 _PANELS = {"Machine", "Output"}
 _OPTIONS = {"train_metadata", "val_metadata", "root_dir", "pretrained_path", "cache", "cache_limit", "num_workers"}
 _OPTIONS |= {"load_timeout", "max_bad", "images", "num_collage_samples"}
-_FIGURES = (
-    ("val/retrieval", "validation images found from their own augmented view, %"),
-    ("val/rank1", "rank-1 by identity, %"),
-    ("val/eer", "equal error rate by identity, %"),
-    ("val/psnr", "PSNR of the reconstruction, dB"),
-    ("val/recon_loss", "reconstruction loss"),
-    ("val/effective_rank", "effective rank of the embeddings"),
-)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user said. `validated`: these are the weights that the run validated; `half`: rounded to float16."""
+    """What the user stated of an export. `validated`: the weights are those that the run validated; `half`: rounded to
+    float16."""
 
     consent: str
     license: str
@@ -39,139 +41,126 @@ def model_card(
     checkpoint: Checkpoint,
     maps: list[MapStatistics],
     images: int,
-    figures: dict[str, str],
+    metrics: dict[str, str],
     before: dict[str, str],
     stated: Stated,
 ) -> str:
-    """Markdown. `figures`, `before`: rows of metrics.csv for this checkpoint's epoch and for before training, or empty.
-    `images`: how many the statistics of the maps are of."""
-    size = about.preprocessing.image_size
-    channels = "/".join(str(stage.channels) for stage in maps)
-    strides = "/".join(str(stage.stride) for stage in maps)
-    whitening = (
-        "\nThe backbone's numbers are raw. `model.whitening.safetensors` holds a whitening that `earteach embed` and "
-        "`load_embedder` of ear_teacher_cli apply: x -> (x / |x| - mean) @ matrix, then unit length.\n"
-        if about.whitening_sha256
-        else ""
+    """Return the card as Markdown.
+
+    `metrics`, `before`: rows of metrics.csv of this checkpoint's epoch and of before training, or empty. `images`: how
+    many the statistics of the maps are of.
+    """
+    config = checkpoint.config
+    is_measured = stated.validated and not checkpoint.steps_done
+    measured = metrics if is_measured else {}
+    pages = environment("export", html=False)
+    pages.filters.update(cell=_cell, file_name=_file_name)
+    return pages.get_template("model_card.md.j2").render(
+        header=_header(about, config, stated, measured),
+        about=about,
+        checkpoint=checkpoint,
+        config=config,
+        stated=stated,
+        images=images,
+        names=export_format,
+        version=__version__,
+        size=about.preprocessing.image_size,
+        strides="/".join(str(stage.stride) for stage in maps),
+        channels="/".join(str(stage.channels) for stage in maps),
+        labels="and their identities" if config.pseudo_classes == "identity" else "without labels",
+        ears=_ears(checkpoint),
+        initial=_initial(config),
+        options=_recipe(config),
+        metrics=_rows(measured, before),
+        no_metrics=_UNKNOWN if is_measured else "Not measured for these weights.",
     )
-    return f"""---
-library_name: timm
-pipeline_tag: image-feature-extraction
-license: other
-license_name: {json.dumps(printable(stated.license))}
----
-# An ear teacher: {about.architecture}, {size} px
-
-A backbone that learned from photographs of ears {_with_labels(checkpoint)}. Its embedding ({about.embedding_dim} numbers) tells ears apart;
-its feature maps (strides {strides}, channels {channels}) are for the distillation of ear detectors and landmarkers.
-
-## Opening it
-
-```python
-import timm
-backbone = timm.create_model("local-dir:FOLDER", pretrained=True)                   # B,3,{size},{size} -> B,{about.embedding_dim}
-maps = timm.create_model("local-dir:FOLDER", pretrained=True, features_only=True)   # -> one map per stride
-```
-
-`{PREPROCESS}` says how an image becomes the input, `{FEATURES}` has mean and variance of every channel of the maps over
-{images} crops, `{CONFIG}` is timm's. `earteach verify FOLDER` checks the whole on any machine.
-{whitening}
-Fingerprint (weights and preprocessing): `{about.fingerprint}`
-
-## Data
-
-| | |
-|---|---|
-| learned from | {_name(checkpoint.config.train_metadata)}{_seen(checkpoint)} |
-| validated on | {_name(checkpoint.config.val_metadata)} |
-| started from | {_start(checkpoint.config)} |
-| consent of those photographed | {_text(stated.consent)} |
-
-## Recipe
-
-Epoch {checkpoint.epoch} of {checkpoint.config.max_epochs}{_further(checkpoint)}, earteach {__version__}.{_which(stated)}
-
-| option | value |
-|---|---|
-{_recipe(checkpoint.config)}
-
-## Figures
-
-{_table_of(figures, before, checkpoint, stated)}
-
-## Limits
-
-- The figures are of the validation images of this run, which chose the checkpoint. They say nothing of other cameras:
-  measure there with `earteach evaluate` before use.
-- Embeddings of ears are biometric data. They must not be used to identify people who have not agreed to it.
-- It was not tested for differences between groups of people.
-
-## Licence
-
-{printable(stated.license)}
-"""
 
 
-def _recipe(config: TrainConfig) -> str:
-    rows = []
-    for entry in fields(TrainConfig):
-        if entry.metadata["panel"] not in _PANELS and entry.name not in _OPTIONS:
-            value = getattr(config, entry.name)
-            rows.append(f"| {entry.name.replace('_', '-')} | {'' if value is None else _text(str(value))} |")
-    return "\n".join(rows)
+_UNKNOWN = "Not known here: the run's metrics.csv was not beside the checkpoint."
 
 
-def _with_labels(checkpoint: Checkpoint) -> str:
-    return "and who is on them" if checkpoint.config.pseudo_classes == "identity" else "without labels"
+def _header(about: About, config: TrainConfig, stated: Stated, metrics: dict[str, str]) -> str:
+    """Return the YAML that the hub reads: library, task, licence, origin and results."""
+    known = {metric: float(metrics[metric.key]) for metric in card_rows() if metrics.get(metric.key)}
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="images",
+            dataset_name=printable(_file_name(config.val_metadata)),
+            metric_type=metric.key.removeprefix("val/"),
+            metric_name=metric.titled(metric.card),
+            metric_value=value,
+        )
+        for metric, value in known.items()
+        if isfinite(value)
+    ]
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag=TASK,
+        tags=TAGS,
+        license="other",
+        license_name=printable(stated.license),
+        base_model=_base_model(config),
+        model_name=f"{about.architecture} ear teacher" if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml(line_break="\n")
 
 
-def _start(config: TrainConfig) -> str:
+def _base_model(config: TrainConfig) -> str | None:
+    """Return the hub's name of the initial weights; None if they are random or from a file of the user's."""
+    if not config.pretrained or config.pretrained_path != TrainConfig.pretrained_path:
+        return None
+    name = published_name(config.backbone)
+    return timm.get_pretrained_cfg(name).hf_hub_id if timm.is_model_pretrained(name) else None
+
+
+def _recipe(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return the options of the recipe with their values."""
+    values = {
+        entry.name: getattr(config, entry.name)
+        for entry in fields(TrainConfig)
+        if entry.metadata["panel"] not in _PANELS and entry.name not in _OPTIONS
+    }
+    return [(name.replace("_", "-"), "" if value is None else str(value)) for name, value in values.items()]
+
+
+def _initial(config: TrainConfig) -> str:
+    """Return where the initial weights came from."""
     if not config.pretrained:
         return "random weights"
-    if config.pretrained_path != TrainConfig.pretrained_path:
-        return f"pretrained weights: {_name(config.pretrained_path)} (whose licence counts, too)"
-    return f"pretrained weights: {_name(config.pretrained_path)}, or timm's of {config.backbone} (whose licence counts, too)"
+    name = _file_name(config.pretrained_path)
+    if config.pretrained_path == TrainConfig.pretrained_path:
+        name += f", or timm's of {config.backbone}"
+    return f"pretrained weights: {name} (whose licence applies as well)"
 
 
-def _further(checkpoint: Checkpoint) -> str:
-    return f", and {checkpoint.steps_done} steps" if checkpoint.steps_done else ""
+def _rows(metrics: dict[str, str], before: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Return (name, before training, at this checkpoint) of the metrics that there are."""
+    return [
+        (metric.titled(metric.card), _short(before.get(metric.key, "")), _short(metrics[metric.key]))
+        for metric in card_rows()
+        if metrics.get(metric.key)
+    ]
 
 
-def _which(stated: Stated) -> str:
-    words = (
-        "" if stated.validated else " The weights as training left them, neither averaged nor moved back to the start."
-    )
-    return words + (" Rounded to float16." if stated.half else "")
-
-
-def _table_of(figures: dict[str, str], before: dict[str, str], checkpoint: Checkpoint, stated: Stated) -> str:
-    if not stated.validated or checkpoint.steps_done:
-        return "Not measured for these weights."
-    known = [(label, before.get(name, ""), figures[name]) for name, label in _FIGURES if figures.get(name)]
-    if not known:
-        return "Not known here: the run's metrics.csv was not beside the checkpoint."
-    rows = [f"| {label} | {_short(start)} | {_short(value)} |" for label, start, value in known]
-    return "\n".join(["| | before training | this checkpoint |", "|---|---|---|", *rows])
-
-
-def _seen(checkpoint: Checkpoint) -> str:
+def _ears(checkpoint: Checkpoint) -> str:
+    """Return `, 24 ears`, where the checkpoint knows it."""
     classes = checkpoint.content.get("pseudo_classes")
     labels = classes.get("labels") if isinstance(classes, dict) else None
     return f", {len(labels)} ears" if labels is not None else ""
 
 
 def _short(value: str) -> str:
-    try:
-        return f"{float(value):.4g}" if value else ""
-    except ValueError:
-        return "not known"
+    """Return a number of metrics.csv with four digits."""
+    return f"{float(value):.4g}" if value else ""
 
 
-def _name(path: str) -> str:
-    """The file's name alone: folders are of the machine."""
-    return _text(path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1])
+def _file_name(path: str) -> str:
+    """Return the last part of a path of any system: folders belong to the machine."""
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
-def _text(value: str) -> str:
-    """On one line of a table."""
-    return printable(" ".join(value.split())).replace("|", "\\|")
+def _cell(text: str) -> str:
+    """Return the text on one line, as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -55,9 +55,14 @@ def load_pretrained(backbone: nn.Module, config: TrainConfig) -> Receipt:
     # The default file holds weights of ConvNeXt-Tiny; for other backbones it is ignored.
     if path != default or (config.backbone == TrainConfig.backbone and Path(path).exists()):
         return load_file(backbone, config.backbone, path)
-    name = "convnext_tiny.fb_in22k" if config.backbone == TrainConfig.backbone else config.backbone
+    name = published_name(config.backbone)
     ways = "give a file with --pretrained-path, or start from random weights with --no-pretrained"
     return load_from_hub(backbone, name, ways)
+
+
+def published_name(backbone: str) -> str:
+    """Return timm's name of the pretrained weights of a backbone: of the default one those of the default file."""
+    return "convnext_tiny.fb_in22k" if backbone == TrainConfig.backbone else backbone
 
 
 def load_file(backbone: nn.Module, name: str, path: str | Path) -> Receipt:

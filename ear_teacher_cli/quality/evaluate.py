@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import EvaluateConfig
+from ..command_config import EvaluateConfig
 from ..console import Console
 from ..data.manifest import print_summary, read_input
 from ..embedding.files import Embeddings, read_embeddings, read_rows, space_of
@@ -23,72 +23,55 @@ from .evaluation import Evaluation, System, excludes_0, look_alike_sheet, score
 _BLOCK = 4096
 
 
-def evaluate(
-    sources: Sequence[str],
-    labels: str | None,
-    config: EvaluateConfig,
-    console: Console,
-) -> Evaluation:
+def evaluate(sources: Sequence[str], labels: str | None, config: EvaluateConfig, console: Console) -> Evaluation:
     """Compute the identity metrics of one file of embeddings, or compare two on the rows that both have.
 
     `labels`: a manifest with identities; None: the identities in the embeddings' own list, else the names of the images'
-    folders. Raises EarTeachError.
+    folders. Writes the outputs that `config` names. Raises EarTeachError.
     """
-    weights, backbone, image_size, whitened = config.weights, config.backbone, config.image_size, not config.raw
-    centre_on, whiten_on, whiten_dim = config.center, config.whiten, config.whiten_dim
-    fars, by_sides, bootstrap, seed = config.far, config.sides, config.bootstrap, config.seed
-    json_file, plots, sheet, overwrite = config.json, config.plots, config.sheet, config.overwrite
-    root_dir, reading = config.root_dir, config.reading
-    batch_size, num_workers = config.batch_size, config.num_workers
-    beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
-    inputs: list[str | Path | None] = [*sources, *beside, labels, weights, *centre_on, *whiten_on]
-    _refuse_outputs(json_file, plots, sheet, overwrite, inputs)
-    if sheet and len(sources) > 1:
+    _refuse_outputs(sources, labels, config)
+    if config.sheet and len(sources) > 1:
         raise UsageError("--sheet: shows the pairs of one file; leave --compare out")
-    transforms = _transforms(sources, centre_on, whiten_on, whiten_dim)
-    if weights is not None:
-        if len(sources) > 1:
-            raise UsageError("--weights: --compare takes embeddings; embed the images with each first")
-        from ..embedding.embedder import embed_manifest, load_embedder
-
-        manifest = read_input(sources[0], root_dir, reading)
-        embedder = load_embedder(weights, backbone, image_size, whitened)
-        print_summary(manifest, console)
-        console.info(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
-        files = [embed_manifest(embedder, manifest, batch_size, num_workers, console, whitened)]
-    else:
-        files = [read_embeddings(source) for source in sources]
-    for flag, fitted_on in (("--center", centre_on), ("--whiten", whiten_on)):
-        for file, other in zip(files, fitted_on, strict=False):
-            _refuse_mixture(file, flag, other, console)
-    report = score(
-        files,
-        transforms,
-        labels,
-        fars=fars,
-        by_sides=by_sides,
-        bootstrap=bootstrap,
-        seed=seed,
-        root_dir=root_dir,
-        reading=reading,
-        console=console,
+    transforms = _transforms(sources, config.center, config.whiten, config.whiten_dim)
+    files = (
+        [read_embeddings(source) for source in sources]
+        if config.weights is None
+        else [_embed(sources, config, console)]
     )
-    if len(files) > 1 and files[0].whitened != files[1].whitened and not whiten_on:
+    for option, fitted_on in (("--center", config.center), ("--whiten", config.whiten)):
+        for file, other in zip(files, fitted_on, strict=False):
+            _refuse_mixture(file, option, other, console)
+    evaluation = score(files, transforms, labels, config, console)
+    if len(files) > 1 and files[0].whitened != files[1].whitened and not config.whiten:
         console.warn(
-            "--compare: the whitening of its run is applied to one file and not to the other, which is part of the difference; "
-            "use --whiten FILE for the other, or embed both with --no-whiten"
+            "--compare: the whitening of its run is applied to one file and not to the other, which is part of the "
+            "difference; use --whiten FILE for the other, or embed both with --no-whiten"
         )
-    if json_file not in (None, "-"):
-        with whole_file(json_file) as temporary:
-            temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    if plots is not None:
-        _write_plots(report, Path(plots))
-    if sheet is not None:
+    if config.json not in (None, "-"):
+        with whole_file(config.json) as temporary:
+            temporary.write_text(json.dumps(evaluation.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if config.plots is not None:
+        _write_plots(evaluation, Path(config.plots))
+    if config.sheet is not None:
         from ..drawing import save_image
 
-        drawn = look_alike_sheet(report, files[-1], root_dir or report.root or files[-1].root, console)
-        save_image(drawn, sheet)
-    return report
+        root = config.root_dir or evaluation.root or files[-1].root
+        save_image(look_alike_sheet(evaluation, files[-1], root, console), config.sheet)
+    return evaluation
+
+
+def _embed(sources: Sequence[str], config: EvaluateConfig, console: Console) -> Embeddings:
+    """Embed the images of the only source with `config.weights`."""
+    from ..embedding.embedder import embed_manifest, load_embedder
+
+    if len(sources) > 1:
+        raise UsageError("--weights: --compare takes embeddings; embed the images with each first")
+    manifest = read_input(sources[0], config.root_dir, config.reading)
+    whiten = not config.raw
+    embedder = load_embedder(config.weights, config.backbone, config.image_size, whiten)
+    print_summary(manifest, console)
+    console.info(f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.preprocessing.image_size} px")
+    return embed_manifest(embedder, manifest, config.batch_size, config.num_workers, console, whiten)
 
 
 def table(report: Evaluation) -> str:
@@ -139,20 +122,22 @@ def _interval(figure: identity_metrics.Figure, sign: str = "") -> str:
     return "" if math.isnan(figure.low) else f"[{100 * figure.low:{sign}.1f}, {100 * figure.high:{sign}.1f}]"
 
 
-def _refuse_outputs(json_file: str | None, plots: str | None, sheet: str | None, overwrite: bool, inputs: Sequence[str | Path | None]) -> None:  # fmt: skip
+def _refuse_outputs(sources: Sequence[str], labels: str | None, config: EvaluateConfig) -> None:
+    """Raise EarTeachError if an output exists (without `overwrite`), is an input, or cannot be written."""
     from .plots import PLOTS
 
-    for path in [None if json_file == "-" else json_file, sheet]:
-        if path is not None:
-            refuse_existing(path, overwrite, inputs)
-    if sheet is not None and Path(sheet).suffix.lower() != ".png":
-        raise UsageError(f"--sheet {printable(sheet)}: is written as PNG; name a .png file")
-    if plots is not None:
-        if Path(plots).exists() and not Path(plots).is_dir():
-            raise EarTeachError(f"{printable(plots)}: is a file; --plots names a folder")
-        refuse_existing(Path(plots) / "x" if Path(plots).is_dir() else plots, overwrite, inputs)
-        for name in PLOTS if Path(plots).is_dir() else ():
-            refuse_existing(Path(plots) / name, overwrite, inputs)
+    beside = [Path(source).with_suffix(suffix) for source in sources for suffix in (".csv", ".json") if source != "-"]
+    inputs: list[str | Path | None] = [*sources, *beside, labels, config.weights, *config.center, *config.whiten]
+    outputs = [Path(path) for path in (config.json, config.sheet) if path not in (None, "-")]
+    if config.sheet is not None and Path(config.sheet).suffix.lower() != ".png":
+        raise UsageError(f"--sheet {printable(config.sheet)}: is written as PNG; name a .png file")
+    if config.plots is not None:
+        folder = Path(config.plots)
+        if folder.exists() and not folder.is_dir():
+            raise EarTeachError(f"{printable(folder)}: is a file; --plots names a folder")
+        outputs += [folder / name for name in PLOTS] if folder.is_dir() else [folder]
+    for path in outputs:
+        refuse_existing(path, config.overwrite, inputs)
 
 
 def _transforms(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import Reading
+from ..command_config import EvaluateConfig
 from ..console import Console
 from ..data.manifest import Manifest
 from ..embedding.files import Embeddings
@@ -84,37 +84,31 @@ class Evaluation:
 def score(
     files: Sequence[Embeddings],
     transforms: Sequence[tuple[Whitening | None, str]],
-    labels: str | None = None,
-    *,
-    fars: Sequence[float] = (),
-    by_sides: bool = True,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    root_dir: str | None = None,
-    reading: Reading | None = None,
+    labels: str | None,
+    config: EvaluateConfig,
     console: Console,
 ) -> Evaluation:
     """Compute metrics of one file of embeddings, or of two on the images that both have, and their difference.
 
     `transforms`: for each file the transform of its rows and its description. `labels`: a manifest with identities; None:
-    the identities in the embeddings' own list, else the names of the images' folders. `fars` empty: those of
+    the identities in the embeddings' own list, else the names of the images' folders. `config.far` empty: those of
     identity_metrics.FARS for which there are enough impostor pairs. Raises EarTeachError.
     """
     left_out: dict[str, int] = {}
     rows = common_rows(files, left_out, console)
-    people, sides, root = labels_of(files, rows, labels, root_dir, reading, console)
-    rows, people, sides = labelled_rows(rows, people, sides if by_sides else None, left_out, console)
+    people, sides, root = labels_of(files, rows, labels, config.root_dir, config.reading, console)
+    rows, people, sides = labelled_rows(rows, people, sides if config.sides else None, left_out, console)
     rows, people, sides = distinct_rows(files, rows, people, sides, left_out, console)
-    order = pairs.arrange(people, sides, seed)
+    order = pairs.arrange(people, sides, config.seed)
     places = [np.asarray(own)[order.index] for own in rows]
-    fars = _fars(order, fars, console)
-    drawn = identity_metrics.resamples(order.groups, bootstrap, seed)
+    fars = _fars(order, config.far, console)
+    drawn = identity_metrics.resamples(order.groups, config.bootstrap, config.seed)
     systems = []
-    for file, own, (transform, said) in zip(files, places, transforms, strict=True):
+    for file, own, (transform, description) in zip(files, places, transforms, strict=True):
         measured = identity_metrics.measure(_unit_rows(file, own, transform), order, fars, drawn)
-        made = ", ".join(part for part in ("whitened by its run" if file.whitened else "", said) if part)
+        made = ", ".join(part for part in ("whitened by its run" if file.whitened else "", description) if part)
         systems.append(System(file.source, file.weights, _dim(file, transform), made, measured))
-    found = _report(systems, order, sides is not None, left_out, bootstrap, seed, root)
+    found = _report(systems, order, sides is not None, left_out, config, root)
     found.look_alikes.update(_look_alikes(systems[-1], order, files[-1], places[-1], people, sides))
     _say_limits(found, console)
     return found
@@ -207,8 +201,7 @@ def _report(
     order: Order,
     by_sides: bool,
     left_out: dict[str, int],
-    bootstrap: int,
-    seed: int,
+    config: EvaluateConfig,
     root: Path | None,
 ) -> Evaluation:
     tally = systems[0].measured.tally
@@ -230,7 +223,9 @@ def _report(
                 identity_metrics.Figure(one.name, other.value - one.value, *identity_metrics.interval(draws))
             )
     chance = float(tally.chance.mean())
-    return Evaluation(systems, difference, counts, left_out, by_sides, chance, bootstrap, seed, order.groups, {}, root)
+    return Evaluation(
+        systems, difference, counts, left_out, by_sides, chance, config.bootstrap, config.seed, order.groups, {}, root
+    )
 
 
 def _say_limits(report: Evaluation, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""`collage`: originals above, what the teacher remembers of them below."""
+"""`collage`: originals above, their reconstructions below."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from ..training.module import EarTeacherLightningModule
 
 @dataclass(frozen=True)
 class Collage:
+    """A collage that was written, and of how many images of which manifest it is. `psnr`: their mean, dB."""
+
     path: Path
     images: int
-    psnr: float  # mean, dB
+    psnr: float
     metadata: str
 
 
@@ -35,7 +37,10 @@ def collage(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Collage:
-    """Draw `num_samples` images of `metadata` (default: what the run was validated on) with their reconstructions."""
+    """Write a PNG of `num_samples` images of `metadata` (default: the validation manifest) and their reconstructions.
+
+    `seed` chooses the images. Raises EarTeachError if none can be read, ManifestError or WeightsError.
+    """
     if Path(out).suffix.lower() != ".png":
         raise UsageError(f"{printable(out)}: name a .png file; other images are not written")
     out = refuse_existing(out, overwrite, inputs=(source, metadata))
@@ -60,9 +65,9 @@ def collage(
     pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
     if pixels is None:
         raise EarTeachError(
-            f"{manifest.source}: not one image could be read; check --root-dir, or run earteach validate-data"
+            f"{manifest.source}: no image could be read; check --root-dir, or run earteach validate-data"
         )
-    remade = module.reconstruct(pixels)
-    decibels = psnr_of_bytes(pixels, remade)
-    save_image(draw_collage(pixels, remade, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)
+    reconstructions = module.reconstruct(pixels)
+    decibels = psnr_of_bytes(pixels, reconstructions)
+    save_image(draw_collage(pixels, reconstructions, f"{config.experiment_name}, epoch {checkpoint.epoch}"), out)
     return Collage(out, len(pixels), sum(decibels) / len(decibels), manifest.source)

@@ -1,133 +1,277 @@
-"""One HTML page that needs nothing else: styles inside, images as data, no script. All text is escaped here."""
+"""The page of a run: what templates/report.html.j2 shows, and the finished HTML.
 
-import base64
-import html
-from collections.abc import Iterable, Sequence
-from io import BytesIO
-
-from PIL import Image
-
-from ..files import printable
-
-_STYLE = """
-:root { --ink: #20242c; --faint: #6b7280; --line: #e3e6ea; --blue: #0072b2; --good: #0b7a4b; --bad: #b3261e; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fafaf8; font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 8px 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 20px; margin: 40px 0 8px; padding-top: 16px; border-top: 1px solid var(--line); }
-h3 { font-size: 16px; margin: 20px 0 4px; }
-p { max-width: 75ch; margin: 8px 0; }
-.faint { color: var(--faint); }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 16px 0; }
-.tile { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 22px; line-height: 1.25; overflow-wrap: anywhere; }
-.tile span { color: var(--faint); font-size: 14px; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 12px; }
-.panels > div { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 8px; }
-.panels svg { display: block; width: 100%; height: auto; }
-.wide { overflow-x: auto; margin: 8px 0 16px; }
-.wide > img { display: block; max-width: 100%; min-width: min(760px, 100vw * 2); height: auto; }
-table { border-collapse: collapse; font-size: 15px; margin: 8px 0; }
-th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; }
-td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-pre { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto; }
-code, pre { font: 14px/1.6 ui-monospace, Menlo, Consolas, monospace; }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(490px, 100%), 1fr)); gap: 0 24px; }
-.ears { display: flex; flex-wrap: wrap; gap: 4px; margin: 2px 0 10px; align-items: flex-start; }
-.ears figure { margin: 0; width: 76px; font-size: 13px; color: var(--faint); text-align: center; }
-.ears img { display: block; width: 76px; height: 76px; border-radius: 6px; border: 3px solid transparent; }
-@media (max-width: 640px) {
-  main { padding: 16px 12px 48px; }
-  table { font-size: 13px; } th { white-space: normal; } td, th { padding-right: 10px; }
-  .ears { flex-wrap: nowrap; overflow-x: auto; } .ears figure, .ears img { width: 60px; } .ears img { height: 60px; }
-}
-.ears .query img { border-color: var(--ink); } .ears .same img { border-color: var(--good); }
+The page loads nothing: style and images are inside, there is no script. Text is escaped by the template.
 """
 
+import base64
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import PurePath
+from typing import Any
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole document; `parts` are HTML already. The policy keeps it from asking any machine for anything."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from .. import run_folder
+from ..config import TrainConfig
+from ..console import Console
+from ..drawing import read_saved_image
+from ..embedding.files import Embeddings
+from ..errors import EarTeachError, ImageError
+from ..files import shell_word
+from ..metrics_catalogue import metric_of, report_rows
+from ..quality.collapse import judge
+from ..quality.evaluation import Evaluation, look_alike_sheet
+from ..templates import environment
+from ..training.describe import of_other_weights
+from . import plots
+from .comparison import compare_with_baseline
+from .summary import RunSummary
+from .validation_embeddings import ValidationEmbeddings
+
+QUERIES, NEIGHBOURS = 6, 5
+COLLAGES_SHOWN = 4
+WIDEST = 1800  # pixels of an image on the page
+_PATHS = ("train_metadata", "val_metadata", "root_dir", "pretrained_path", "output_dir")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A value in large type. `kind`: `good`, `bad` or nothing, its colour."""
+
+    value: str
+    label: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image and its caption. `kind`: `query`, `same` (the same ear as the query) or nothing, its frame."""
+
+    image: Image.Image
+    caption: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A query and its nearest neighbours in the embeddings of one system."""
+
+    name: str
+    ears: list[Figure]
+
+
+def render(summary: RunSummary, images: bool, console: Console) -> str:
+    """Return the page as HTML. Without `images` it has no image of an ear and no name of a person."""
+    comparison = compare_with_baseline(summary)
+    found, sizes = summary.embeddings, summary.class_sizes()
+    health = [
+        svg for section in ("health", "classes") for svg in plots.draw_panels(section, summary.rows, summary.epoch)
+    ]
+    if sizes is not None:
+        health.append(plots.draw_class_sizes(sizes))
+    pages = environment("report", html=True)
+    pages.filters.update(data_uri=data_uri, fit=fit)
+    return pages.get_template("report.html.j2").render(
+        title=f"{summary.folder.name}: ear teacher",
+        subtitle=_subtitle(summary),
+        tiles=_tiles(summary),
+        epochs=_epochs(summary),
+        note=of_other_weights(summary.config),
+        comparison=comparison,
+        epoch=summary.epoch,
+        learning=[Markup(svg) for svg in plots.draw_panels("learning", summary.rows, summary.epoch)],
+        health=[Markup(svg) for svg in health],
+        images=images,
+        collages=_collages(summary) if images else [],
+        neighbours=_neighbours(found, summary.config.seed) if found and images else [],
+        has_baseline=found is not None and found.baseline is not None,
+        whitened=found is not None and found.teacher.whitened,
+        identities=found is not None and bool(found.teacher.identities),
+        look_alikes=_look_alikes(found, comparison.teacher, console) if found and images else None,
+        commands=_commands(summary),
+        options=_options(summary.config),
     )
 
 
-def escape(text: object) -> str:
-    return html.escape(printable(text))
-
-
-def element(name: str, text: object, kind: str = "") -> str:
-    """`<p class="kind">text</p>`, escaped."""
-    mark = f' class="{kind}"' if kind else ""
-    return f"<{name}{mark}>{escape(text)}</{name}>"
-
-
-def tiles(lines: Iterable[tuple[str, str, str]]) -> str:
-    """(figure, what it is, class) side by side."""
-    drawn = (
-        f'<div class="tile">{element("b", value, kind)}{element("span", name)}</div>' for value, name, kind in lines
-    )
-    return f'<div class="tiles">{"".join(drawn)}</div>'
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
-    """Columns whose place is in `numbers` are set to the right."""
-
-    def line(cells: Sequence[object], name: str) -> str:
-        return "".join(element(name, cell, "number" if i in numbers else "") for i, cell in enumerate(cells))
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    top = f"<thead><tr>{line(head, 'th')}</tr></thead>" if any(head) else ""
-    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def panels(drawings: Iterable[str]) -> str:
-    """SVG drawings in a grid."""
-    return f'<div class="panels">{"".join(f"<div>{svg}</div>" for svg in drawings)}</div>'
-
-
-def commands(lines: Iterable[str]) -> str:
-    return f"<pre>{escape_lines(lines)}</pre>"
-
-
-def escape_lines(lines: Iterable[str]) -> str:
-    return "\n".join(escape(line) for line in lines)
-
-
-def wide(image: Image.Image, words: str, most: int = 1800) -> str:
-    """An image as wide as the page, or to be scrolled where that is narrow."""
-    if image.width > most:
-        image = image.resize((most, round(image.height * most / image.width)), Image.Resampling.LANCZOS)
-    return f'<div class="wide">{img(image, words)}</div>'
-
-
-def img(image: Image.Image, words: str) -> str:
-    """An <img> that holds its image, as JPEG."""
+def data_uri(image: Image.Image) -> Markup:
+    """Return an image as a JPEG in a data URI."""
     content = BytesIO()
     image.convert("RGB").save(content, format="JPEG", quality=88)
-    data = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{escape(words)}" src="data:image/jpeg;base64,{data}">'
+    return Markup(f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
 
 
-def beside(columns: Iterable[tuple[str, str]]) -> str:
-    """(heading, HTML) side by side, or one below the other where the page is narrow."""
-    drawn = (f"<div>{element('span', name, 'faint')}{body}</div>" for name, body in columns)
-    return f'<div class="beside">{"".join(drawn)}</div>'
+def fit(image: Image.Image) -> Image.Image:
+    """Return the image, made smaller if it is wider than WIDEST."""
+    if image.width <= WIDEST:
+        return image
+    return image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
 
 
-def ears(tiles: Iterable[tuple[Image.Image, str, str]]) -> str:
-    """Small images in a row: (image, what is written below, class: query, same or nothing)."""
-    drawn = (
-        f'<figure class="{kind}">{img(image, words)}{element("figcaption", words)}</figure>'
-        for image, words, kind in tiles
+def _subtitle(summary: RunSummary) -> str:
+    """Return what was trained on what, and how many images could not be used."""
+    config, reasons = summary.config, summary.unreadable()
+    start = "from pretrained weights" if config.pretrained else "from random weights"
+    lists = f"Trained on {_path(config.train_metadata)}, validated on {_path(config.val_metadata)}."
+    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    missing = f" {reasons.total()} images could not be used ({listed}): {run_folder.BAD} lists them." if reasons else ""
+    return f"{config.backbone} at {config.image_size} px, {start}. {lists}{missing}"
+
+
+def _tiles(summary: RunSummary) -> list[Tile]:
+    """Return epoch, monitored metric, PSNR and the verdict on the embeddings, as far as they are known."""
+    config, row, before = summary.config, summary.row(summary.epoch), summary.row(0)
+    at = "at the best epoch" if summary.is_best else f"at epoch {summary.epoch}"
+    monitor, psnr = metric_of(config.monitor), metric_of("val/psnr")
+
+    def amount(value: str) -> str:  # with the unit of the monitored metric
+        return monitor.with_unit(f"{float(value):.4g}")
+
+    measured, first = row.get(monitor.key), before.get(monitor.key)
+    tiles = [
+        Tile(f"{summary.epoch} of {summary.last}", _which_epoch(summary)),
+        Tile(
+            amount(measured) if measured else "unknown",
+            f"{monitor.key} {at}" + (f"; {amount(first)} before training" if first else ""),
+        ),
+    ]
+    if row.get(psnr.key):
+        tiles.append(Tile(psnr.with_unit(psnr.number(float(row[psnr.key]))), f"PSNR of reconstructions {at}"))
+    images = int(summary.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints lack it
+    state, why = judge(_held_out(row), _held_out(before), images)
+    if state:
+        tiles.append(Tile(state, f"embeddings {at}{f': {why}' if why else ''}", "bad" if why else "good"))
+    return tiles
+
+
+def _which_epoch(summary: RunSummary) -> str:
+    """Return which epoch the page is of, and whether there are more to come."""
+    config = summary.config
+    which = (
+        f"best epoch, by {config.monitor}"
+        if summary.is_best
+        else "epoch of the newest intact checkpoint: no best is left"
     )
-    return f'<div class="ears">{"".join(drawn)}</div>'
+    if summary.last >= config.max_epochs:
+        return which
+    return f"{which}; of {config.max_epochs}, {'still running' if summary.running else 'not finished'}"
+
+
+def _epochs(summary: RunSummary) -> dict[str, Any]:
+    """Return the metrics of the catalogue before training, at the checkpoint and at the last epoch, as a table."""
+    columns = {
+        "before training": summary.row(0),
+        f"{'best' if summary.is_best else 'newest intact'} (epoch {summary.epoch})": summary.row(summary.epoch),
+        f"last (epoch {summary.last})": summary.rows[-1],
+    }
+    rows = [
+        [
+            metric.titled(),
+            *(metric.number(float(row[metric.key])) if row.get(metric.key) else "" for row in columns.values()),
+        ]
+        for metric in report_rows()
+        if any(row.get(metric.key) for row in columns.values())
+    ]
+    return {"head": ["", *columns], "rows": rows}
+
+
+def _held_out(row: Mapping[str, str]) -> dict[str, float]:
+    """Return the validation metrics of a row of metrics.csv, by name."""
+    return {name.removeprefix("val/"): float(value) for name, value in row.items() if name.startswith("val/") and value}
+
+
+def _collages(summary: RunSummary) -> list[Figure]:
+    """Return up to COLLAGES_SHOWN collages of the run, evenly chosen; a damaged one is left out."""
+    paths = [path for version in run_folder.versions(summary.folder) for path in run_folder.collages(version)]
+    if not paths:
+        return []
+    figures = []
+    for place in sorted({round(i * (len(paths) - 1) / (COLLAGES_SHOWN - 1)) for i in range(COLLAGES_SHOWN)}):
+        try:
+            image = read_saved_image(paths[place])
+        except OSError:
+            continue
+        figures.append(Figure(image, f"reconstructions, {paths[place].stem.replace('_', ' ')}"))
+    return figures
+
+
+def _neighbours(found: ValidationEmbeddings, seed: int) -> list[list[Neighbours]]:
+    """Return for each query its nearest neighbours, for the teacher and, if it is there, for the baseline."""
+    if len(found.teacher) < 3:
+        return []
+    systems = [("teacher", found.teacher), *([("baseline", found.baseline)] if found.baseline else [])]
+    rows = []
+    for query in _queries(found, seed):
+        try:
+            rows.append([Neighbours(name, _nearest(found, system, query)) for name, system in systems])
+        except ImageError:  # removed since it was embedded
+            continue
+    return rows
+
+
+def _queries(found: ValidationEmbeddings, seed: int) -> list[int]:
+    """Return QUERIES rows, drawn by seed; where identities are known, of different ears that have another image."""
+    order = np.random.default_rng([seed, 5]).permutation(len(found.teacher)).tolist()
+    ears = [found.ear(row) for row in order]
+    several = {ear for ear, count in Counter(ears).items() if count > 1 and ear}
+    chosen, seen = [], set()
+    for row, ear in zip(order, ears, strict=True):
+        if not several or (ear in several and ear not in seen):
+            chosen.append(row)
+            seen.add(ear)
+    return chosen[:QUERIES]
+
+
+def _nearest(found: ValidationEmbeddings, system: Embeddings, query: int) -> list[Figure]:
+    """Return the query and its nearest neighbours, most similar first. Raises ImageError if one is gone."""
+    similarity = system.rows @ system.rows[query]
+    similarity[query] = -np.inf
+    ears = [Figure(found.thumbnail(query), "", "query")]
+    for row in np.argsort(-similarity)[:NEIGHBOURS].tolist():
+        same = found.ear(row) is not None and found.ear(row) == found.ear(query)
+        ears.append(Figure(found.thumbnail(row), f"{similarity[row]:.2f}", "same" if same else ""))
+    return ears
+
+
+def _look_alikes(found: ValidationEmbeddings, scored: Evaluation | None, console: Console) -> Image.Image | None:
+    """Return the sheet of the pairs that the teacher confuses; None without scores, or if no image can be read."""
+    if scored is None:
+        return None
+    try:
+        return look_alike_sheet(scored, found.teacher, found.root, console)
+    except EarTeachError:
+        return None
+
+
+def _commands(summary: RunSummary) -> Sequence[str]:
+    """Return the commands that come next."""
+    run = shell_word(summary.folder)
+    more = "" if summary.last < summary.config.max_epochs else f" --max-epochs {2 * summary.last}"
+    return (
+        *([] if summary.running else [f"earteach resume {run}{more}"]),
+        f"earteach export-backbone {run} teacher.safetensors",
+        f"earteach embed photos/ out.npy --weights {run}",
+        "earteach evaluate out.npy labels.csv",
+        f"tensorboard --logdir {run} --samples_per_plugin images=1000",
+    )
+
+
+def _options(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return the options and their values, as text."""
+    return [(name, _option(name, value)) for name, value in config.as_dict().items()]
+
+
+def _option(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if name in _PATHS:
+        return _path(str(value))
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def _path(path: str) -> str:
+    """Return a relative path unchanged, and only the name of an absolute one: pages are shared."""
+    return PurePath(path).name if PurePath(path).is_absolute() else path

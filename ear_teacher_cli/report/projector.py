@@ -11,19 +11,21 @@ from .validation_embeddings import ValidationEmbeddings
 THUMBNAIL = 48  # pixels: TensorBoard takes one image of 8192 a side for all of them
 
 
-def write_projector(writer: SummaryWriter, look: ValidationEmbeddings, images: bool, epoch: int) -> None:
-    """The teacher's rows of the validation images; who is on them and where they lie as labels. Without `images` there
-    are no thumbnails, and rows are numbered only: folders are often named after people."""
-    seen = look.teacher
-    columns = {"identity": seen.identities, "side": seen.sides, "path": seen.paths} if images else {}
-    labels = {name: [escape_csv(str(word)) or "-" for word in words] for name, words in columns.items() if words}
-    labels = labels or {"row": [str(row) for row in range(len(seen))]}
+def write_projector(writer: SummaryWriter, found: ValidationEmbeddings, images: bool, epoch: int) -> None:
+    """Write the teacher's embeddings of the validation images, labelled by identity, side and path.
+
+    Without `images` there are no thumbnails, and rows are numbered only: folders are often named after people.
+    """
+    shown = found.teacher
+    columns = {"identity": shown.identities, "side": shown.sides, "path": shown.paths} if images else {}
+    labels = {name: [escape_csv(str(text)) or "-" for text in texts] for name, texts in columns.items() if texts}
+    labels = labels or {"row": [str(row) for row in range(len(shown))]}
     thumbnails = None
     if images:
-        pixels = np.stack([_thumbnail(look, row) for row in range(len(seen))])  # N,48,48,3
+        pixels = np.stack([_thumbnail(found, row) for row in range(len(shown))])  # N,48,48,3
         thumbnails = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     writer.add_embedding(
-        torch.from_numpy(seen.rows),
+        torch.from_numpy(shown.rows),
         metadata=list(zip(*labels.values(), strict=True)) if len(labels) > 1 else next(iter(labels.values())),
         metadata_header=list(labels) if len(labels) > 1 else None,
         label_img=thumbnails,
@@ -33,8 +35,9 @@ def write_projector(writer: SummaryWriter, look: ValidationEmbeddings, images: b
     writer.flush()
 
 
-def _thumbnail(look: ValidationEmbeddings, row: int) -> np.ndarray:
+def _thumbnail(found: ValidationEmbeddings, row: int) -> np.ndarray:
+    """Return uint8 48,48,3; black if the image can no longer be read."""
     try:
-        return np.asarray(look.thumbnail(row).resize((THUMBNAIL, THUMBNAIL)))
-    except ImageError:  # gone since it was embedded
+        return np.asarray(found.thumbnail(row).resize((THUMBNAIL, THUMBNAIL)))
+    except ImageError:
         return np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8)

@@ -1,9 +1,11 @@
-"""The validation images of a run, as its teacher and the backbone it started from see them."""
+"""The validation images of a run as embeddings of its teacher and of its baseline, the initial weights."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
+import torch.nn.functional as F
 from PIL import Image
 from pytorch_lightning.utilities.seed import isolate_rng
 
@@ -17,55 +19,100 @@ from ..embedding.embedder import Embedder, embed_manifest, embedder_of, pretrain
 from ..embedding.files import Embeddings
 from ..errors import EarTeachError
 from ..model.checkpoint import Checkpoint
+from ..model.export_format import whitening_of
+from ..model.whitening import Whitening
 from ..quality.collapse import judged_rows
+from ..training.epoch_metrics import ValidationRows
 from ..training.module import EarTeacherLightningModule
 
 
 @dataclass(frozen=True)
 class ValidationEmbeddings:
-    """Rows of unit length. `teacher`: as `embed` gives them, whitened where the run fitted a whitening; `raw`: before
-    that; `start`: of the untouched backbone, None where its weights cannot be had (`no_start` says why). `of`: how many
-    images there are, of which these are at most diagnostics.JUDGED_ON."""
+    """Embeddings of the readable validation images, at most collapse.JUDGED_ON of them, as rows of unit length.
+
+    `teacher`: as `earteach embed` writes them, whitened if the run fitted a whitening; `raw`: before whitening.
+    `baseline`: of the initial weights, not whitened, the same images; None if those weights are not available
+    (`no_baseline` says why). `total`: how many images the manifest has. `root`: where their paths start.
+    """
 
     root: Path | None
     teacher: Embeddings
     raw: Embeddings
-    start: Embeddings | None
-    of: int
-    no_start: str = ""
+    baseline: Embeddings | None
+    total: int
+    no_baseline: str = ""
 
     def ear(self, row: int) -> tuple[str, str] | None:
-        """(identity, side) of a row, as far as they are known; None without an identity."""
+        """Return (identity, side or '') of a row; None without an identity."""
         identity = self.teacher.identities[row] if self.teacher.identities else ""
         side = self.teacher.sides[row] if self.teacher.sides else ""
         return (identity, side) if identity else None
 
     def thumbnail(self, row: int) -> Image.Image:
-        """96 px a side. Raises ImageError if the image is gone."""
+        """Return the crop of a row, 96 px a side. Raises ImageError if the image can no longer be read."""
         seen = self.teacher
         manifest = Manifest(seen.source, self.root, seen.paths, seen.boxes, range(len(seen)))
         return cut(read_image(manifest.file(row)).image, seen.boxes[row], PREVIEW)
 
 
 def embed_validation_set(checkpoint: Checkpoint, console: Console, root_dir: str | None = None) -> ValidationEmbeddings:
-    """Embed the validation images; with `root_dir` from where they lie now. Raises EarTeachError if none can be read."""
+    """Embed the validation images of a run with its checkpoint and with the initial weights.
+
+    `root_dir`: where the images are now, if they have moved. Raises EarTeachError if none can be read.
+    """
     config = replace(checkpoint.config, root_dir=root_dir) if root_dir else checkpoint.config
     whole = read_val_manifest(config)
-    manifest = whole.subset(judged_rows(whole.identities or [None] * len(whole)))
+    manifest = whole.subset(_judged(whole))
     embedder = embedder_of(checkpoint)
     options = (manifest, config.batch_size, config.num_workers, console, False)
     raw = embed_manifest(embedder, *options)
-    fitted = embedder.whitening
-    teacher = replace(raw, rows=fitted.apply(raw.rows), whitened=True) if fitted else raw
     try:
-        start, why = embed_manifest(_untouched(config), *options), ""
-    except EarTeachError as error:  # its weights may be gone, or on a hub that is out of reach
-        start, why = None, str(error)
-    return ValidationEmbeddings(manifest.root, teacher, raw, start, len(whole), why)
+        baseline, why = embed_manifest(_initial_embedder(config), *options), ""
+    except EarTeachError as error:  # a weights file that is gone, a hub that cannot be reached
+        baseline, why = None, str(error)
+    teacher = _whitened(raw, embedder.whitening)
+    return ValidationEmbeddings(manifest.root, teacher, raw, baseline, len(whole), why)
 
 
-def _untouched(config: TrainConfig) -> Embedder:
-    """The backbone as `train` starts with it: from the same weights or the same seed."""
+def validation_embeddings_of(
+    manifest: Manifest, best: ValidationRows, baseline: ValidationRows, checkpoint: Checkpoint
+) -> ValidationEmbeddings:
+    """Return the same from what training kept, without embedding an image.
+
+    `best` is of the checkpoint's epoch, `baseline` of the initial weights, both of rows of `manifest`. Raises
+    EarTeachError if they have no row in common.
+    """
+    known = set(best.index.tolist()).intersection(baseline.index.tolist())
+    rows = [row for row in _judged(manifest) if row in known]
+    if not rows:
+        raise EarTeachError(f"{manifest.source}: not one of {len(manifest)} images could be read; nothing to score")
+    raw = _embeddings(manifest, rows, best, checkpoint.path.name)
+    fitted = checkpoint.content.get("whitening")
+    teacher = _whitened(raw, whitening_of(fitted) if fitted else None)
+    start = _embeddings(manifest, rows, baseline, "initial weights")
+    return ValidationEmbeddings(manifest.root, teacher, raw, start, len(manifest))
+
+
+def _judged(manifest: Manifest) -> list[int]:
+    """Return the rows of a manifest that a report compares, in order."""
+    return judged_rows(manifest.identities or [None] * len(manifest))
+
+
+def _whitened(raw: Embeddings, fitted: Whitening | None) -> Embeddings:
+    """Return the embeddings whitened, or unchanged if no whitening was fitted."""
+    return replace(raw, rows=fitted.apply(raw.rows), whitened=True) if fitted else raw
+
+
+def _embeddings(manifest: Manifest, rows: list[int], kept: ValidationRows, weights: str) -> Embeddings:
+    """Return the embeddings of these rows of the manifest, at unit length."""
+    places = np.searchsorted(kept.index.numpy(), rows)
+    unit = F.normalize(kept.embeddings[places], dim=1).numpy()
+    part = manifest.subset(rows)
+    return Embeddings(part.source, unit, part.paths, part.boxes, part.identities, part.sides, weights, root=part.root)
+
+
+def _initial_embedder(config: TrainConfig) -> Embedder:
+    """Return the backbone with the weights that `train` starts from: the same file, or the same random seed."""
     with isolate_rng():
         pl.seed_everything(config.seed, verbose=False)
         module = EarTeacherLightningModule(config)

@@ -25,8 +25,8 @@ from ..errors import ConfigError
 from ..files import printable
 from ..platform import usable_cores
 from . import loggers
+from .describe import describe, describe_data
 from .module import EarTeacherLightningModule
-from .progress import describe, describe_data
 from .pseudo_labels import class_count
 
 # Lightning's own output, which the console replaces.
@@ -123,9 +123,10 @@ def machine_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def strategy_of(config: TrainConfig) -> Strategy | str:
+    """Return the Trainer's strategy."""
     if config.processes == 1:
         return config.strategy
-    # the others wait while the first clusters what may be millions of images: torch's half hour is too short
+    # while rank 0 clusters, possibly millions of images, the others wait longer than torch's half hour
     return DDPStrategy(timeout=timedelta(hours=6))
 
 

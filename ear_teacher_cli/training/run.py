@@ -25,11 +25,12 @@ from ..model.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..system_errors import explain_system_error
 from . import callbacks, guards, loggers
 from .checkpoints import WholeFileCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
+from .describe import why_best
 from .epoch_metrics import ValidationRows
 from .interruption import SaveOnStop
 from .launch import SILENT, machine_of, new_module, prepare, quiet_lightning, strategy_of
 from .module import EarTeacherLightningModule
-from .progress import Reporter, why_best
+from .progress import Reporter
 
 
 @dataclass(frozen=True)

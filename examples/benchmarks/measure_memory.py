@@ -15,7 +15,7 @@ from photos import drawn
 SCRIPT = """
 import sys
 import numpy as np, torch
-from ear_teacher_cli.config import EmbedConfig
+from ear_teacher_cli.command_config import EmbedConfig
 from ear_teacher_cli.embedding import writer
 from ear_teacher_cli.console import Console
 
