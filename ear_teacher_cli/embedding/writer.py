@@ -82,33 +82,32 @@ def embed(
     Rows that are not normalised are not whitened either. Raises UsageError if a killed embed left finished rows and
     neither `resume` nor `overwrite` is given, EarTeachError if no image could be embedded.
     """
-    weights, backbone, image_size = config.weights, config.backbone, config.image_size
-    format, normalize, whiten = config.format, config.normalize, config.whiten
-    root_dir, reading = config.root_dir, config.reading
-    batch_size, num_workers, load_timeout = config.batch_size, config.num_workers, config.load_timeout
-    resume, overwrite = config.resume, config.overwrite
-    kind = _format_of(out, format)
+    kind = _format_of(out, config.format)
     sidecars = _sidecars(out, kind)
-    if resume and out == "-":
+    if config.resume and out == "-":
         raise UsageError("--resume: stdout keeps nothing to resume from; name a file")
     with distributed_context() as ranks:
         if ranks.world > 1 and (out == "-" or source == "-"):
             raise UsageError("-: cannot be shared by several processes; name files")
         if out != "-":
-            _refuse_outputs([out, *sidecars.values()], (source, weights), resume, overwrite, ranks)
-        manifest = read_input(source, root_dir, reading)
+            _refuse_outputs([out, *sidecars.values()], (source, config.weights), config.resume, config.overwrite, ranks)
+        manifest = read_input(source, config.root_dir, config.reading)
         console = Console(quiet=True) if ranks.rank else console
-        embedder = load_embedder(weights, backbone, image_size, whiten and normalize)
+        whiten = config.whiten and config.normalize
+        embedder = load_embedder(config.weights, config.backbone, config.image_size, whiten)
         _describe(embedder, manifest, console)
         if ranks.rank == 0:
             warn_of_unknown_sides(embedder, manifest, console)
-        about = _provenance(embedder, manifest, normalize)
-        workers = min(num_workers, max(1, usable_cores() // ranks.local))
-        with _open_shards(out, about, manifest, batch_size, resume, console, ranks) as shards:
-            mine = ranks.block(len(manifest), batch_size)
-            batches = partial(embed_images, embedder, manifest, batch_size, workers, load_timeout, console)
-            _embed_missing(shards, mine, batches, embedder.unit_rows if normalize else torch.Tensor.numpy, out, console)
-            ranks.wait()  # now all shards are there
+        about = _provenance(embedder, manifest, config.normalize)
+        workers = min(config.num_workers, max(1, usable_cores() // ranks.local))
+        with _open_shards(out, about, manifest, config.batch_size, config.resume, console, ranks) as shards:
+            mine = ranks.block(len(manifest), config.batch_size)
+            batches = partial(
+                embed_images, embedder, manifest, config.batch_size, workers, config.load_timeout, console
+            )
+            to_rows = embedder.unit_rows if config.normalize else torch.Tensor.numpy
+            _embed_missing(shards, mine, batches, to_rows, out, console)
+            ranks.wait()  # now all shards exist
             rows = _write_outputs(shards, manifest, out, kind, sidecars, about) if ranks.rank == 0 else 0
             rows = ranks.of_first(rows)
     return Embedded(rows, len(manifest) - rows, about["dim"], out)
