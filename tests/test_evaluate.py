@@ -248,7 +248,7 @@ def test_centring_and_whitening_are_fitted_on_another_file(tmp_path, scored):
         (["--compare", "x.npy", "x.npy", "--center", "x.npy"], 2, "given 1 times for 2 files"),
         (["x.npy", "--center", "x.npy", "--whiten", "x.npy"], 2, "one of the two"),
         (["x.npy", "--whiten-dim", "3"], 2, "there is no whitening"),
-        (["x.npy", "--whiten", "x.npy", "--whiten-dim", "13"], 1, "not in 13"),
+        (["x.npy", "--whiten", "x.npy", "--whiten-dim", "13"], 1, "13 needed"),
         (["x.npy", "--whiten", "wide.npy"], 1, "embed both with the same weights"),
         (["x.npy", "--json", "labels.csv", "--overwrite"], 0, ""),
         (["x.npy", "--json", "x.json", "--overwrite"], 2, "x.json: is an input"),

@@ -259,7 +259,7 @@ def test_mirroring_turns_right_ears_into_left_ones_wherever_the_run_goes(sided, 
 
 def test_a_side_policy_needs_sides(manifests, tmp_path, earteach):
     said = earteach("train", *manifests, *SMALL, "--side-policy", "mirror", "--output-dir", tmp_path)
-    assert said.code == 1 and "has no side" in said.err and "leave sides as-is" in said.err
+    assert said.code == 1 and "has no side" in said.err and "leave --side-policy at as-is" in said.err
 
 
 def test_random_weights_are_not_frozen(manifests):
