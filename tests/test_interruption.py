@@ -149,3 +149,23 @@ def test_a_loader_that_dies_of_the_same_signal_does_not_make_a_stop_an_error(man
         main()
     assert started.value >= fatal and stopped.value.code == 128 + signal.SIGTERM
     assert multiprocessing.active_children() == []
+
+
+def test_ctrl_c_that_falls_into_a_destructor_still_stops_the_command(earteach, monkeypatch, tmp_path):
+    """Python cannot raise out of a __del__: it reports the KeyboardInterrupt, and would continue."""
+    import time
+
+    from ear_teacher_cli.data import audit
+
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def interrupted(*args, **options):
+        Interrupted()
+        time.sleep(10)
+        raise AssertionError("the interrupt was lost")
+
+    monkeypatch.setattr(audit, "validate_data", interrupted)
+    result = earteach("validate-data", tmp_path)
+    assert result.code == 130 and result.err == ""

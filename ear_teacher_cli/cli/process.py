@@ -1,10 +1,12 @@
 """The process of a command: its signals, its exit code, and the end of its children."""
 
+import _thread
 import io
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from ..errors import Stopped
 from ..files import printable
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+_AGAIN_S = 0.05  # until a signal that was lost is sent again: by then the __del__ is over
 
 
 @dataclass
@@ -47,7 +50,13 @@ def lifetime() -> Iterator[Lifetime]:
             raise Stopped(number)
 
     def unraisable(what: Any) -> None:
-        if not isinstance(what.exc_value, Stopped):  # raised where Python cannot pass it on, in a __del__ for example
+        error = what.exc_value
+        if isinstance(error, KeyboardInterrupt):  # a signal's, in a __del__ for example, which cannot pass it on
+            number = error.exit_code - 128 if isinstance(error, Stopped) else signal.SIGINT
+            again = threading.Timer(_AGAIN_S, _thread.interrupt_main, (number,))
+            again.daemon = True
+            again.start()
+        elif not _is_half_built_loader(what):
             sys.__unraisablehook__(what)
 
     sys.unraisablehook = unraisable
@@ -67,6 +76,12 @@ def lifetime() -> Iterator[Lifetime]:
                 child.join(10)
         # from here on a stop signal ends the process at once
         platform.handle_stop_signals(signal.SIG_DFL, ignored_too=True)
+
+
+def _is_half_built_loader(what: Any) -> bool:
+    """Return whether the error comes from a loader whose making a signal interrupted."""
+    name = getattr(what.object, "__qualname__", "")
+    return isinstance(what.exc_value, AttributeError) and name == "_MultiProcessingDataLoaderIter.__del__"
 
 
 def fail(message: str, code: int, error: BaseException) -> NoReturn:

@@ -69,6 +69,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (model/whitening.py)
         self.unreadable = UnreadableImages(self.config)
         self.guard = StepGuard()
+        self._needs_weights = False
         self._restored: dict[str, Any] | None = None  # the `earteach` part of the checkpoint that was loaded
         self._training_means = TrainingMeans()
         self._validation_outputs = ValidationOutputs()
@@ -102,12 +103,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         if self.config.compile:
             self.compile_model()
         require_data(self.config, self.preprocessing, self.trainer.datamodule)
-        if self.trainer.ckpt_path is None:  # a new run, perhaps of a module that load_from_checkpoint gave
-            if self.config.pretrained and self.receipt is None and self._restored is None:
-                self.load_pretrained()
-            self._restored = self.prototypes = None
-            self.pseudo_labels = PseudoLabels(self.config)
-        if self.config.learns_classes and self.prototypes is None:
+        # a module from load_from_checkpoint has trained weights, and starts a new run with them
+        self._needs_weights = self.config.pretrained and self.receipt is None and self._restored is None
+        self._restored = self.prototypes = None
+        self.pseudo_labels = PseudoLabels(self.config)
+        if self.config.learns_classes:
             self._allocate(
                 class_count(self.config.pseudo_classes, self.train_set.manifest, self.config.num_pseudo_classes)
             )
@@ -116,6 +116,10 @@ class EarTeacherLightningModule(pl.LightningModule):
         seeded = torch.Generator().manual_seed(self.config.seed)
         prototypes = torch.randn(count, self.config.projection_dim, generator=seeded)
         self.prototypes = nn.Parameter(F.normalize(prototypes, dim=1))
+
+    def on_fit_start(self) -> None:
+        if self._needs_weights and self._restored is None:  # no checkpoint is resumed: it would have been loaded by now
+            self.load_pretrained()
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
