@@ -466,7 +466,7 @@ def test_headers_on_the_page_are_those_that_are_written(opened, run, tmp_path):
 
     metrics, bad = first_lines("An experiment", "csv")
     assert set(metrics) <= set(header(run / "metrics.csv"))
-    assert ",".join(bad) in (ROOT / "ear_teacher_cli/training/callbacks.py").read_text().replace('"', "").replace(
+    assert ",".join(bad) in (ROOT / "ear_teacher_cli/training/guards.py").read_text().replace('"', "").replace(
         ", ", ","
     )
     names, whole = first_lines("Embeddings", "csv")
