@@ -26,6 +26,19 @@ PANELS = {
 }
 
 
+# The charts of several metrics in TensorBoard's tab "custom scalars": title -> group. A metric names its chart by title.
+CHARTS = {
+    "spread": "Is it collapsing?",
+    "effective rank": "Is it collapsing?",
+    "mean absolute cosine": "Is it collapsing?",
+    "pseudo-classes": "Is it collapsing?",
+    "quality, %": "Is it learning?",
+    "loss": "Is it learning?",
+    "reconstruction": "Is it learning?",
+    "PSNR, dB": "Is it learning?",
+}
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric, and where it is shown.
@@ -39,6 +52,8 @@ class Metric:
     table is also in the sentence that a log has instead, within the parentheses of `term_of` if it is a term of a loss;
     `in_log` adds one to the sentence only.
     Report: `report`, whether it has a row in the table; `panel`, one of PANELS; `legend` (default: label).
+    TensorBoard: every metric has a chart of its own; `chart`, one of CHARTS, shows it with others; `outcome`, whether the
+    table of runs (hyper-parameters) has its last value, as it has those of all monitors.
     Model card: `card`, what it is called there (nothing: not in the card). `place`: order in these two tables.
     """
 
@@ -58,6 +73,8 @@ class Metric:
     place: int = 99
     panel: str = ""
     legend: str = ""
+    chart: str = ""
+    outcome: bool = False
     card: str = ""
 
     def number(self, value: float) -> str:
@@ -111,11 +128,21 @@ def _losses(split: str, word: str, rank: int, **of: dict[str, Any]) -> list[Metr
     common: dict[str, Any] = {"direction": "min", "width": 6, "legend": word}
     own = common | of.get("total", {})
     found = [
-        Metric(f"{split}/loss", f"{word} loss", "Weighted sum of the terms.", head=split, rank=0, panel="Loss", **own)
+        Metric(
+            f"{split}/loss",
+            f"{word} loss",
+            "Weighted sum of the terms.",
+            head=split,
+            rank=0,
+            panel="Loss",
+            chart="loss",
+            **own,
+        )
     ]
     for name, panel, description in _TERMS:
         key, label = f"{split}/{name}_loss", panel.removesuffix(" (MSE)").lower()
         own = {"head": name, "rank": rank, "term_of": f"{split}/loss", "panel": panel}
+        own |= {"chart": "reconstruction"} if name == "recon" else {}
         found.append(Metric(key, label, description, **common | own | of.get(name, {})))
     return found
 
@@ -127,33 +154,34 @@ METRICS: tuple[Metric, ...] = (
     *_losses("val", "validation", rank=7, total={"monitor": True, "report": True, "place": 6}, metric={"monitor": True},
              recon={"monitor": True, "place": 5, "card": "reconstruction loss"}),
     Metric("val/psnr", "PSNR", "Peak signal-to-noise ratio of the reconstruction.", "dB", ".1f", "max", monitor=True,
-           rank=2, report=True, place=4, panel="PSNR of reconstructions, dB", legend="validation",
+           rank=2, report=True, place=4, panel="PSNR of reconstructions, dB", chart="PSNR, dB", legend="validation",
            card="PSNR of the reconstruction"),
     Metric("val/retrieval", "retrieval", "Share of validation images that are nearest to their own augmented view.",
-           "%", ".1f", "max", monitor=True, rank=0, report=True, place=1, panel="Quality of held-out embeddings, %",
+           "%", ".1f", "max", monitor=True, rank=0, report=True, place=1, panel="Quality of held-out embeddings, %", chart="quality, %",
            card="validation images found from their own augmented view"),
     Metric("val/rank1", "rank-1", "Share of validation images whose nearest other image is of the same identity.",
-           "%", ".1f", "max", monitor=True, rank=3, report=True, place=2, panel="Quality of held-out embeddings, %",
+           "%", ".1f", "max", monitor=True, rank=3, report=True, place=2, panel="Quality of held-out embeddings, %", chart="quality, %",
            card="rank-1 by identity"),
     Metric("val/eer", "EER", "Equal error rate of pairs of validation images, by identity.",
-           "%", ".1f", "min", monitor=True, rank=4, report=True, place=3, panel="Quality of held-out embeddings, %",
+           "%", ".1f", "min", monitor=True, rank=4, report=True, place=3, panel="Quality of held-out embeddings, %", chart="quality, %",
            card="equal error rate by identity"),
     Metric("val/spread", "spread", "Standard deviation of the unit embeddings' components, times sqrt(D).",
-           format=".2f", rank=5, report=True, place=7, panel="Spread (1: all over the sphere)"),
+           format=".2f", rank=5, report=True, place=7, panel="Spread (1: all over the sphere)", chart="spread",
+           outcome=True),
     Metric("val/effective_rank", "effective rank", "Number of directions that the embeddings use (RankMe).",
-           format=".0f", rank=5, head="eff. rank", report=True, place=8, panel="Effective rank",
+           format=".0f", rank=5, head="eff. rank", report=True, place=8, panel="Effective rank", chart="effective rank", outcome=True,
            card="effective rank of the embeddings"),
     Metric("val/abs_cosine", "mean absolute cosine", "Mean absolute cosine of two embeddings about their mean.",
-           format=".2f", report=True, place=9, panel="Mean absolute cosine"),
+           format=".2f", report=True, place=9, panel="Mean absolute cosine", chart="mean absolute cosine"),
     Metric("val/agreement", "agreement", "Share of validation images whose augmented view has the same prototype.",
            format=".2f", direction="max"),
     Metric("classes/in_use", "in use", "Share of the pseudo-classes that contain an image.",
-           format=".2f", in_log=True, panel="Pseudo-classes", legend="share in use"),
+           format=".2f", in_log=True, panel="Pseudo-classes", chart="pseudo-classes", legend="share in use"),
     Metric("classes/entropy", "entropy", "Entropy of the sizes of the pseudo-classes, divided by log K.",
-           format=".2f", in_log=True, panel="Pseudo-classes"),
+           format=".2f", in_log=True, panel="Pseudo-classes", chart="pseudo-classes"),
     Metric("classes/largest", "largest", "Share of the images in the largest pseudo-class.", format=".2f"),
     Metric("classes/nmi", "NMI", "Normalised mutual information of the last two clusterings.",
-           format=".2f", in_log=True, panel="Pseudo-classes", legend="NMI of rounds"),
+           format=".2f", in_log=True, panel="Pseudo-classes", chart="pseudo-classes", legend="NMI of rounds"),
     Metric("train/lr", "learning rate", "Base learning rate.", panel="Learning rate"),
     Metric("train/grad_ratio", "gradient ratio", "Gradient of the other terms in the embedding / reconstruction's.",
            panel="Gradient of the other terms / reconstruction's", legend="ratio"),
@@ -169,6 +197,19 @@ def metric_of(key: str) -> Metric:
 def monitors() -> dict[str, str]:
     """Return the metrics that may select the best checkpoint, with their directions."""
     return {metric.key: metric.direction for metric in METRICS if metric.monitor}
+
+
+def outcomes() -> list[str]:
+    """Return the keys of the metrics in TensorBoard's table of runs: the monitors first."""
+    return [*monitors(), *(metric.key for metric in METRICS if metric.outcome)]
+
+
+def charts() -> dict[str, dict[str, list[str]]]:
+    """Return the keys of the metrics of each chart by group and title, in the order of CHARTS."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for title, group in CHARTS.items():
+        found.setdefault(group, {})[title] = [metric.key for metric in METRICS if metric.chart == title]
+    return found
 
 
 def report_rows() -> list[Metric]:

@@ -1,4 +1,4 @@
-"""Who is told the figures of a run beside metrics.csv: TensorBoard's events, and by name W&B or MLflow."""
+"""Where metrics are logged besides metrics.csv: TensorBoard's event files, and W&B or MLflow if chosen."""
 
 import os
 import secrets
@@ -11,43 +11,31 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from ..config import MONITORS, TrainConfig
+from .. import metrics_catalogue
+from ..config import TrainConfig
 from ..distributed import is_first_process
 from ..errors import ConfigError
 from ..files import whole_file
 
 PROJECT = "earteach"
-# Charts that belong together, in TensorBoard's tab of custom scalars.
-_LAYOUT = {
-    "Is it collapsing?": {
-        "spread": ["Multiline", [r"val/spread$"]],
-        "effective rank": ["Multiline", [r"val/effective_rank$"]],
-        "mean absolute cosine": ["Multiline", [r"val/abs_cosine$"]],
-        "pseudo-classes": ["Multiline", [r"classes/in_use$", r"classes/entropy$", r"classes/nmi$"]],
-    },
-    "Is it learning?": {
-        "quality, %": ["Multiline", [r"val/retrieval$", r"val/rank1$", r"val/eer$"]],
-        "loss": ["Multiline", [r"train/loss$", r"val/loss$"]],
-        "reconstruction": ["Multiline", [r"train/recon_loss$", r"val/recon_loss$"]],
-        "PSNR, dB": ["Multiline", [r"val/psnr$"]],
-    },
-}
-
-
-# What a run came to, in the table of runs.
-_OUTCOME = (*MONITORS, "val/spread", "val/effective_rank")
 
 
 class _StepsDone:
-    """Count steps as metrics.csv does, those that are done: Lightning gives the metrics of an epoch its last step, counted
-    from 0. What earteach logs itself (without an epoch among the metrics) stays as it is."""
+    """Log the number of completed steps, as metrics.csv does.
+
+    Lightning logs the metrics of an epoch with the index of its last step. Metrics that earteach logs itself (without an
+    epoch among them) are logged with the step given.
+    """
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         super().log_metrics(metrics, step if step is None or "epoch" not in metrics else step + 1)  # type: ignore[misc]
 
 
 class Events(_StepsDone, TensorBoardLogger):
-    """TensorBoard's events alone. Lightning's hparams.yaml would say what config.toml does, and is not written whole."""
+    """TensorBoard's event files only.
+
+    Lightning's hparams.yaml would repeat config.toml, and is not written atomically.
+    """
 
     @rank_zero_only
     def save(self) -> None:
@@ -62,10 +50,21 @@ class _MLFlow(_StepsDone, MLFlowLogger):
     pass
 
 
+def _layout() -> dict[str, dict[str, list[Any]]]:
+    """Return the charts of the catalogue as TensorBoard takes them: by regular expressions."""
+    return {
+        group: {title: ["Multiline", [f"{key}$" for key in keys]] for title, keys in charts.items()}
+        for group, charts in metrics_catalogue.charts().items()
+    }
+
+
 def events(config: TrainConfig, version: str | None, purge_step: int | None) -> Events:
-    """`version`: of a run that is resumed after `purge_step` steps; later events are taken out of TensorBoard's view."""
-    # flush_secs: a signal that comes while an event is put into its queue may leave the writer asleep until it flushes,
-    # by default for two minutes, and the run would wait for it
+    """Return the TensorBoard logger of a run.
+
+    `version`: that of a run that is resumed after `purge_step` steps; TensorBoard then hides events of later steps.
+    """
+    # flush_secs: a signal that arrives while an event is put into the queue can leave the writer asleep until its next
+    # flush, by default two minutes, and the run would wait for it
     logger = Events(
         config.output_dir,
         config.experiment_name,
@@ -75,53 +74,55 @@ def events(config: TrainConfig, version: str | None, purge_step: int | None) -> 
         flush_secs=5,
     )
     if version is None and is_first_process():
-        logger.experiment._get_file_writer().add_summary(custom_scalars(_LAYOUT))
+        logger.experiment._get_file_writer().add_summary(custom_scalars(_layout()))
     return logger
 
 
 def require(config: TrainConfig) -> None:
-    """Raises ConfigError where the package of the logger that was asked for is not installed."""
+    """Raise ConfigError if the package of the chosen logger is not installed."""
     found = find_spec(config.logger)
-    if found is None or found.origin is None:  # a folder of that name, which W&B itself leaves, is no package
+    if found is None or found.origin is None:  # a folder of that name, which W&B creates, is not the package
         raise ConfigError(
             "logger", f"{config.logger} is not installed", f"pip install {config.logger}, or leave --logger out"
         )
 
 
-def others(config: TrainConfig, folder: Path) -> list[Logger]:
-    """The logger that was asked for by name. A run that is gone on with goes on there too: `folder` keeps its mark."""
+def extra_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    """Return the chosen logger besides TensorBoard. A resumed run continues there: `folder` holds the ID of its run."""
     if config.logger == "tensorboard":
         return []
-    mark = folder / f"{config.logger}.txt"
-    begun = mark.is_file()
-    logger, known = _by_name(config, mark.read_text(encoding="utf-8").strip() if begun else None)
+    id_file = folder / f"{config.logger}.txt"
+    begun = id_file.is_file()
+    logger, run_id = _by_name(config, id_file.read_text(encoding="utf-8").strip() if begun else None)
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(mark) as temporary:
-            temporary.write_text(f"{known}\n", encoding="utf-8")
-        if not begun:  # MLflow lets none change
+        with whole_file(id_file) as temporary:
+            temporary.write_text(f"{run_id}\n", encoding="utf-8")
+        if not begun:  # MLflow does not allow a change
             logger.log_hyperparams(config.loggable())
     return [logger]
 
 
-def _by_name(config: TrainConfig, known: str | None) -> tuple[Logger, str]:
-    """(the logger, the mark of its run), of the run with the mark `known` if there is one."""
+def _by_name(config: TrainConfig, run_id: str | None) -> tuple[Logger, str]:
+    """Return the logger and the ID of its run: `run_id`, or that of a new run."""
     name = config.experiment_name
     if config.logger == "wandb":
-        known = known or secrets.token_hex(4)
+        run_id = run_id or secrets.token_hex(4)
         where = str(config.experiment_dir)
-        # what is printed names paths, and the code is not W&B's matter
+        # output would hold paths; the code is not sent
         quiet = {"console": "off", "disable_git": True, "save_code": False}
-        logger = _Wandb(name=name, save_dir=where, project=PROJECT, id=known, resume="allow", settings=quiet)
-        return logger, known
+        logger = _Wandb(name=name, save_dir=where, project=PROJECT, id=run_id, resume="allow", settings=quiet)
+        return logger, run_id
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.experiment_dir.absolute()}/mlflow.db"
-    logger = _MLFlow(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=known)
-    return logger, str(logger.run_id) if is_first_process() else str(known)
+    logger = _MLFlow(experiment_name=PROJECT, run_name=name, tracking_uri=uri, run_id=run_id)
+    return logger, str(logger.run_id) if is_first_process() else str(run_id)
 
 
-def log_hyperparameters(logger: Events, config: TrainConfig, figures: Iterable[str]) -> None:
-    """The options of the recipe, for TensorBoard's table of runs, beside the last values of `figures` (names of scalars)."""
-    shown = {name: 0.0 for name in figures if name in _OUTCOME}  # the values are those of the scalars themselves
+def log_hyperparameters(logger: Events, config: TrainConfig, logged: Iterable[str]) -> None:
+    """Log the options of the recipe and the last values of the metrics `logged` (keys) for TensorBoard's table of runs."""
+    shown = {
+        key: 0.0 for key in logged if key in metrics_catalogue.outcomes()
+    }  # the values are those of the scalars themselves
     for summary in hparams(config.loggable(), shown):
         logger.experiment._get_file_writer().add_summary(summary)
     logger.experiment.flush()

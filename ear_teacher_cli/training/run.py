@@ -177,7 +177,7 @@ def _fit(
             **machine_of(config),
             strategy=strategy_of(config),
             max_epochs=config.max_epochs,
-            logger=[logger, *loggers.others(config, Path(logger.log_dir))],
+            logger=[logger, *loggers.extra_loggers(config, Path(logger.log_dir))],
             log_every_n_steps=min(10, steps),
             callbacks=[*_callbacks(config, console), keep_best, save_on_stop],
             plugins=[WholeFileCheckpointIO()],
