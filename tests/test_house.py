@@ -88,6 +88,14 @@ def test_only_the_command_line_imports_typer():
         assert name.startswith("cli/") or not knows, name
 
 
+def test_functions_and_modules_stay_short():
+    for name, tree in modules().items():
+        assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 400, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{name}: {node.name}"
+
+
 def test_no_blind_except():
     for name, tree in modules().items():
         for node in ast.walk(tree):
