@@ -1,9 +1,9 @@
-"""The options of training, embedding and evaluation: name, default, range and help, each written once, here.
+"""The options of training: name, default, range and help, each written once, here; and the presets.
 
-The classes are frozen and hold plain values only (str, int, float, bool, None, tuples of them), so that a TrainConfig
+TrainConfig is frozen and holds plain values only (str, int, float, bool, None), so that it
 goes into a checkpoint and out again under `weights_only=True`. cli/options.py makes the options of the commands from
 these fields; the Python API (`EarDataModule`, `EarTeacherLightningModule`) takes those of TrainConfig as keywords.
-config_files.py reads configurations that were written.
+command_config.py has the options of the other commands; config_files.py reads configurations from files.
 """
 
 from dataclasses import asdict, dataclass, fields, replace

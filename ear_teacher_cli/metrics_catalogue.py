@@ -1,6 +1,7 @@
 """Every metric that training logs, once: its name, unit, format and direction, and where it is shown.
 
-Adding a metric takes two steps: log it in the LightningModule, and add it to METRICS. metrics.csv and the loggers
+Adding a metric takes two steps: compute it (one of the validation embeddings in `quality` of
+training/epoch_metrics.py, one of a loss term in training/objectives.py), and add it to METRICS, a loss term to _TERMS. metrics.csv and the loggers
 (TensorBoard, W&B, MLflow) record everything that is logged; terminal, report and model card show what METRICS says.
 examples/docs has a page that defines every metric. No torch here.
 """

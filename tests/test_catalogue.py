@@ -68,3 +68,11 @@ def test_a_new_metric_is_in_the_report_and_in_the_model_card(run, tmp_path, monk
     assert earteach("export-backbone", copy, tmp_path / "card").code == 0
     card = (tmp_path / "card" / "README.md").read_text()
     assert "| newness, % | 12.34 | 12.34 |" in card and "name: newness, %" in card
+
+
+def test_the_catalogue_names_every_loss_term():
+    from ear_teacher_cli.training.objectives import TERMS
+
+    for term in TERMS:
+        for split in ("train", "val"):
+            metrics_catalogue.metric_of(f"{split}/{term.name}_loss")

@@ -6,6 +6,13 @@ Shapes: B images, H = W = image_size pixels, D = embedding dimension.
 import torch
 from torch import nn
 
+from ..config import TrainConfig
+
+
+def build_decoder(config: TrainConfig, embedding_dim: int) -> nn.Module:
+    """Return the decoder of a configuration: B,D -> B,3,H,W on the scale of [-1, 1]."""
+    return Decoder(embedding_dim, config.image_size)
+
 
 class Decoder(nn.Module):
     """Map B,D to B,3,H,W on the scale of [-1, 1], not clamped: a linear layer to a grid of H/32 x W/32, five

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..data.preprocessing import pretrained_cfg_of
 from ..errors import ConfigError
-from .decoder import Decoder
+from .decoder import build_decoder
 from .freezing import freeze_to_stride, keep_statistics
 
 
@@ -70,7 +70,7 @@ class TeacherModel(nn.Module):
         projects, predicts = "projection" in heads, "prediction" in heads
         self.projection = projection_head(self.embedding_dim, config.projection_dim) if projects else None
         self.prediction = prediction_head(config.projection_dim) if predicts else None
-        self.decoder = Decoder(self.embedding_dim, config.image_size)
+        self.decoder = build_decoder(config, self.embedding_dim)
 
     def train(self, mode: bool = True) -> "TeacherModel":
         """Set training mode, except for batch normalisation whose statistics are kept."""

@@ -18,7 +18,7 @@ from ..errors import EarTeachError, UsageError
 from ..files import printable, refuse_existing, whole_file
 from ..model.whitening import Whitening, centre, fit
 from . import identity_metrics
-from .evaluation import Evaluation, System, excludes_0, look_alike_sheet, score
+from .scoring import Evaluation, System, excludes_0, look_alike_sheet, score
 
 _BLOCK = 4096
 

@@ -6,8 +6,8 @@ from ..command_config import EvaluateConfig
 from ..console import SilentConsole
 from ..embedding.files import Embeddings
 from ..errors import EarTeachError
-from ..quality.evaluation import FEW_PEOPLE, Evaluation, excludes_0, score
 from ..quality.identity_metrics import Figure, can_be_scored
+from ..quality.scoring import FEW_PEOPLE, Evaluation, excludes_0, score
 from .summary import RunSummary
 from .validation_embeddings import ValidationEmbeddings
 

@@ -6,7 +6,7 @@ The page loads nothing: style and images are inside, there is no script. Text is
 import base64
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import PurePath
 from typing import Any
@@ -24,7 +24,7 @@ from ..errors import EarTeachError, ImageError
 from ..files import shell_word
 from ..metrics_catalogue import metric_of, report_rows
 from ..quality.collapse import judge
-from ..quality.evaluation import Evaluation, look_alike_sheet
+from ..quality.scoring import Evaluation, look_alike_sheet
 from ..templates import environment
 from ..training.describe import of_other_weights
 from . import plots
@@ -35,7 +35,7 @@ from .validation_embeddings import ValidationEmbeddings
 QUERIES, NEIGHBOURS = 6, 5
 COLLAGES_SHOWN = 4
 WIDEST = 1800  # pixels of an image on the page
-_PATHS = ("train_metadata", "val_metadata", "root_dir", "pretrained_path", "output_dir")
+_PRIVATE = frozenset(spec.name for spec in fields(TrainConfig) if spec.metadata.get("private"))
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _options(config: TrainConfig) -> list[tuple[str, str]]:
 def _option(name: str, value: object) -> str:
     if value is None:
         return ""
-    if name in _PATHS:
+    if name in _PRIVATE:
         return _path(str(value))
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
 

@@ -37,9 +37,8 @@ from .pseudo_labels import PseudoLabels, class_count
 class EarTeacherLightningModule(pl.LightningModule):
     """The teacher and how it is trained.
 
-    Takes a `TrainConfig`, or any of its fields as keywords:
-    `EarTeacherLightningModule(learning_rate=1e-4, max_epochs=100)`. Fit it with an `EarDataModule`. Pretrained
-    weights are loaded when fitting starts (not when a checkpoint is being restored), or by `load_pretrained()`.
+    Takes a `TrainConfig`, or its fields as keywords (`EarTeacherLightningModule(max_epochs=100)`). Fit it with an
+    `EarDataModule`. Pretrained weights are loaded when fitting starts without a checkpoint, or by `load_pretrained()`.
 
     Logs train/loss, train/{term}_loss and val/{term}_loss of each term, val/psnr, val/agreement and train/grad_ratio
     (objectives.py), train/lr, val/loss; val/retrieval, val/rank1, val/eer and the health of the validation embeddings
@@ -108,9 +107,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._restored = self.prototypes = None
         self.pseudo_labels = PseudoLabels(self.config)
         if self.config.learns_classes:
-            self._allocate(
-                class_count(self.config.pseudo_classes, self.train_set.manifest, self.config.num_pseudo_classes)
-            )
+            manifest, most = self.train_set.manifest, self.config.num_pseudo_classes
+            self._allocate(class_count(self.config.pseudo_classes, manifest, most))
 
     def _allocate(self, count: int) -> None:
         seeded = torch.Generator().manual_seed(self.config.seed)
@@ -150,7 +148,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             return from_unit(self.model.decoder(self(pixels)))
 
     def on_train_start(self) -> None:
-        # a checkpoint's tensors were loaded before the module moved; resumed within an epoch, no other hook comes first
+        # a checkpoint's tensors were loaded before the module moved to its device
         self.pseudo_labels.move_to(self.device)
         self._training_means.move_to(self.device)
 

@@ -1,6 +1,7 @@
 """The loss terms of training, each in one place: its weight, its heads, what it computes, how it is described.
 
-A new term is a class here, listed in `TERMS`, and an option for its weight in config.py (marked `loss_term`).
+A new term is a class here, listed in `TERMS`, an option for its weight in config.py (marked `loss_term`), and a line in
+`_TERMS` of metrics_catalogue.py, which names it.
 B images, V views of each, D embedding, D' output of the heads, K pseudo-classes, H = W = image_size pixels.
 """
 
