@@ -32,3 +32,19 @@ def test_the_base_model_is_named_where_it_is_known():
     assert _base_model(TrainConfig(backbone="convnext_atto")) == "timm/convnext_atto.d2_in1k"
     assert _base_model(TrainConfig(pretrained=False)) is None
     assert _base_model(TrainConfig(pretrained_path="mine.pth")) is None
+
+
+def test_private_options_are_neither_in_the_card_nor_in_the_report_nor_logged():
+    from dataclasses import fields
+
+    from ear_teacher_cli.config import TrainConfig
+    from ear_teacher_cli.export import model_card
+    from ear_teacher_cli.report import page
+
+    private = [spec.name for spec in fields(TrainConfig) if spec.metadata.get("private")]
+    assert {"train_metadata", "root_dir", "pretrained_path", "identity_column"} <= set(private)
+    secret = {name: f"/secret/{name}" for name in private if name != "experiment_name"}
+    config = TrainConfig(**secret, experiment_name="secret")
+    assert "secret" not in str(model_card._recipe(config)) and "secret" not in str(config.loggable())
+    for name, value in secret.items():
+        assert "/secret" not in page._option(name, value)

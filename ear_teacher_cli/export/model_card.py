@@ -19,10 +19,9 @@ from ..templates import environment
 
 TASK = "image-feature-extraction"
 TAGS = ["ear", "biometrics", "embeddings", "distillation"]
-# Options of the machine or of the user's folders, which are not part of the recipe.
+# Options of the machine, which are not part of the recipe. Private ones (paths and names) are left out, too.
 _PANELS = {"Machine", "Output"}
-_OPTIONS = {"train_metadata", "val_metadata", "root_dir", "pretrained_path", "cache", "cache_limit", "num_workers"}
-_OPTIONS |= {"load_timeout", "max_bad", "images", "num_collage_samples"}
+_OPTIONS = {"cache", "cache_limit", "num_workers", "load_timeout", "max_bad", "images", "num_collage_samples"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _recipe(config: TrainConfig) -> list[tuple[str, str]]:
     values = {
         entry.name: getattr(config, entry.name)
         for entry in fields(TrainConfig)
-        if entry.metadata["panel"] not in _PANELS and entry.name not in _OPTIONS
+        if entry.metadata["panel"] not in _PANELS and entry.name not in _OPTIONS and not entry.metadata.get("private")
     }
     return [(name.replace("_", "-"), "" if value is None else str(value)) for name, value in values.items()]
 
