@@ -69,7 +69,7 @@ class ExportConfig(ListOptions):
     ema: bool = option(
         True,
         OPTIONS,
-        "Export the weights that were validated (the EMA, or mixed with the pretrained weights, if the run does that); "
+        "Export the weights that were validated (the EMA, or interpolated with the initial weights, if the run does that); "
         "--no-ema: those of the last optimiser step.",
     )
     val_metadata: str | None = option(
@@ -100,7 +100,7 @@ class EmbedConfig(ListOptions):
     batch_size: int = shared("batch_size")
     num_workers: int = shared("num_workers")
     load_timeout: int = shared("load_timeout")
-    resume: bool = option(False, "Options", "Continue an embed that was interrupted or killed; the result is the same to the byte.", switch=True)
+    resume: bool = option(False, "Options", "Continue an interrupted embed; the result is byte-identical.", switch=True)
     overwrite: bool = shared("overwrite")
     # fmt: on
 

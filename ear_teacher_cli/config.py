@@ -57,13 +57,13 @@ class TrainConfig(ListOptions):
     augmentation: str = option("strong", "Data", "Augmentation of training images, and of the second view of validation images. Both: rotation (15 degrees), shift (5 %), scale (0.8-1.1). mild: brightness and contrast (0.3), noise, blur; strong: also colour casts, gamma, greyscale, lower resolution.", choices=AUGMENTATIONS)
     views: int = option(2, "Data", "Augmented views of each image in a step; 2 doubles its cost.", low=1, high=2)
     side_policy: str = option("as-is", "Data", "Use of the left/right column. as-is: none; mirror: flip every right ear to a left one; separate: no pseudo-class holds both sides.", choices=SIDE_POLICIES)
-    hflip: float = option(0.0, "Data", "Probability of a horizontal flip. Default 0: a flipped left ear looks like a right ear, which is another ear, not a second view of the same one again.", low=0.0, high=1.0)
+    hflip: float = option(0.0, "Data", "Probability of a horizontal flip. Default 0: a flipped left ear looks like a right ear, that is, like a different ear.", low=0.0, high=1.0)
     max_bad: float = option(0.01, "Data", "Stop with an error if more than this share of the images cannot be read. Each one that cannot is skipped and listed in bad_images.csv.", low=0.0, high=1.0)
 
     backbone: str = shared("backbone", default="convnext_tiny", panel="Model", help="Any timm model that pools to one vector per image.", common=True)
     pretrained: bool = option(True, "Model", "Start from pretrained weights; --no-pretrained starts from random ones.", common=True)
     pretrained_path: str = option("models/convnext_tiny_22k_224.pth", "Model", "Pretrained weights in the key names of Facebook, torchvision, timm or Lightning (.pth, .ckpt, .safetensors). If the default file does not exist, timm downloads its own.", private=True, environment=True, common=True)
-    embedding_dim: int | None = option(None, "Model", "Size of the embedding, if it is to be checked. It is the backbone's (ConvNeXt-Tiny: 768).", low=1)
+    embedding_dim: int | None = option(None, "Model", "Expected size of the embedding (ConvNeXt-Tiny: 768); an error if the backbone's differs.", low=1)
     projection_dim: int = option(256, "Model", "Output size of the projection and prediction heads.", low=2)
 
     freeze_stride: int = option(8, "Model", "Freeze a pretrained backbone up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: train all of it.", low=0, high=16)
@@ -73,7 +73,7 @@ class TrainConfig(ListOptions):
     layer_decay: float = option(1.0, "Training", "Layer-wise learning-rate decay: a layer's learning rate as a share of the next one's; 1: off.", above=0.0, high=1.0)
     head_lr_mult: float = option(10.0, "Training", "Learning rate of heads, prototypes and decoder, as a multiple of --learning-rate.", above=0.0, high=1000.0, earlier="head_rate")
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
-    warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, before a cosine to the end. A warm-up that would fill the run is cut to a fifth of it.", low=0)
+    warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, then cosine decay. A warm-up as long as the run is shortened to a fifth of it.", low=0)
     max_epochs: int = option(10, "Training", "Epochs to train.", low=1, common=True, resumable=True)
     reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True, loss_term=True)
     denoise: bool = option(False, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
@@ -90,7 +90,7 @@ class TrainConfig(ListOptions):
     margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss. paper: 64, and the margin of the loss's paper; gentle: 30 and 0.2, for labels that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(0, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "EMA decay of the weights per step; the average is validated, exported and used by embed; 0: no average.", low=0.0, high=0.99999)
-    baseline_weight: float = option(0.5, "Training", "Share of the pretrained weights in those that are validated, exported and used by embed (interpolation as in WiSE-FT): keeps what the backbone knew of other cameras. 0: the trained weights alone.", low=0.0, high=1.0, earlier="keep_start")
+    baseline_weight: float = option(0.5, "Training", "Share of the pretrained weights in those that are validated, exported and used by embed (interpolation as in WiSE-FT): helps on images from other cameras. 0: the trained weights alone.", low=0.0, high=1.0, earlier="keep_start")
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings after every epoch. It is saved in checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop after this many epochs without improvement of --monitor; 0: off.", low=0, common=True)
     monitor: str = option("val/retrieval", "Training", "Metric that picks the best checkpoint. retrieval: share of validation images whose nearest neighbour is their own augmented view; rank1 and eer need identities in the validation list.", choices=tuple(MONITORS), common=True)
@@ -293,7 +293,7 @@ def describe_recipe(config: TrainConfig) -> str:
     nearest = min(changes, key=lambda name: len(changes[name]))
     differing = changes[nearest]
     if differing:
-        named = ", ".join(map(flag, differing[:_MOST_NAMED]))
+        named = ", ".join(flag(f"no_{each}" if ours.get(each) is False else each) for each in differing[:_MOST_NAMED])
         more = f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
         return f"{nearest} + {len(differing)} option{'s' * (len(differing) > 1)} changed: {named}{more}"
     if nearest == "original":

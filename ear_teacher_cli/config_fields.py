@@ -103,14 +103,13 @@ _SHARED: dict[str, dict[str, Any]] = {
     "consent": {
         "default": None,
         "panel": OPTIONS,
-        "help": "Text of the card on the consent of the people photographed. Default: EARTEACH_CONSENT, else not "
-        "stated.",
+        "help": "Consent statement for the card. Default: EARTEACH_CONSENT, else not stated.",
         "private": True,
     },
     "license": {
         "default": None,
         "panel": OPTIONS,
-        "help": "Text of the card on the licence. Default: EARTEACH_LICENSE, else not stated.",
+        "help": "Licence for the card. Default: EARTEACH_LICENSE, else not stated.",
         "private": True,
     },
     "json": {

@@ -178,8 +178,8 @@ def test_the_decision_is_printed_with_its_numbers(tmp_path, earteach):
     said = earteach("validate-data", source)
     assert said.code == 0, said.out
     assert re.search(
-        r"list.npy: 40 with boxes \(x,y,width,height by their numbers \(as x1,y1,x2,y2 \d+ of 40 boxes are impossible; "
-        r"as x,y,width,height 0 of 40 boxes are impossible\); if they are centres in pixels, "
+        r"list.npy: 40 with boxes \(x,y,width,height, inferred from the numbers: as x1,y1,x2,y2 \d+ of 40 boxes are impossible; "
+        r"as x,y,width,height 0 of 40 boxes are impossible; if they are centres in pixels, "
         r"give --box-format cxcywh\), 0 whole images, 0 identities",
         said.err,
     )

@@ -394,7 +394,7 @@ def test_version(earteach):
         (["eval", "x.npy"], "no such command 'eval'; did you mean evaluate? See `earteach --help`"),
         (["train", "-x"], "train: no such option -x; see `earteach train --help`"),
         (["train", "--batch"], "no such option --batch; did you mean --batch-size?"),
-        (["--batch-size", "3"], "no such option --batch-size before the command; give it after: `earteach train "),
+        (["--batch-size", "3"], "no such option --batch-size before the command; give it after: `earteach COMMAND "),
         (["train", "--max-epochs"], "earteach: --max-epochs: no value is given; give a whole number\n"),
         (["train", "--metric-loss"], "--metric-loss: no value is given; give one of arcface, cosface, none\n"),
         (

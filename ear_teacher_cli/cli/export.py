@@ -55,7 +55,7 @@ def export_backbone(
 
 @command("verify", example="earteach verify teacher.onnx --against teacher.safetensors")
 def verify(
-    export: Annotated[str, argument("EXPORT", "A .safetensors, a .onnx or a folder of export-backbone.")],
+    export: Annotated[str, argument("EXPORT", "A .safetensors file, .onnx file or folder written by export-backbone.")],
     options: VerifyOptions,
     console: Console,
 ) -> None:

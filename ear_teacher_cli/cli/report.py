@@ -16,7 +16,7 @@ class ReportOptions(Checked):
     out: str | None = option(
         None,
         OPTIONS,
-        "Default: report.html in the folder, which is replaced.",
+        "Default: report.html in RUN, which is replaced.",
         short="-o",
         metavar="FILE.html",
         private=True,
@@ -61,7 +61,7 @@ def collage(
     options: CollageOptions,
     console: Console,
 ) -> None:
-    """Draw images above, their reconstructions below."""
+    """Draw images with their reconstructions below them."""
     from ..report.collage import collage as draw_collage
 
     made = draw_collage(

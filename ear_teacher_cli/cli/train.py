@@ -34,14 +34,19 @@ class RunOptions(Checked):
     preset: str | None = option(
         None,
         OPTIONS,
-        "Values of many options at once, in a table in --help-all; --config and other options win over it. Default: "
+        "Values of many options at once, in a table in --help-all; --config and other options override it. Default: "
         "recommended.",
         choices=tuple(PRESETS),
         earlier_choices=tuple(EARLIER_PRESETS),
         common=True,
     )
     config: str | None = option(
-        None, OPTIONS, "TOML file of options; typed options win over it.", metavar="FILE", private=True, common=True
+        None,
+        OPTIONS,
+        "TOML file of options; options on the command line override it.",
+        metavar="FILE",
+        private=True,
+        common=True,
     )
     dry_run: bool = shared(
         "dry_run",

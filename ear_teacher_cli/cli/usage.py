@@ -86,7 +86,7 @@ def _about_unknown_option(name: str, context: Any, program: Any, path: str) -> s
     if hasattr(command, "commands"):
         owners = [each.name for each in command.commands.values() if _option(each, name)]
         if owners:
-            return f"no such option {name} before the command; give it after: `earteach {owners[0]} {name}`"
+            return f"no such option {name} before the command; give it after: `earteach {owners[0] if len(owners) == 1 else 'COMMAND'} {name}`"
     return f"no such option {name}; {_see(nearest(name, _names(command, context)), path)}"
 
 

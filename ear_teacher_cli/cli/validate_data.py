@@ -6,7 +6,7 @@ import typer
 
 from ..command_config import ValidateConfig
 from ..config import TrainConfig
-from ..console import Console
+from ..console import Console, counted
 from ..files import printable
 from . import json_output
 from .options import argument, command
@@ -54,4 +54,7 @@ def _print_report(report: "Report", meanings: dict[str, str]) -> None:
             typer.echo(f"    {place}{printable(finding.detail)}" + (f"; as {finding.other}" if finding.other else ""))
         if len(group) > 5:
             typer.echo(f"    and {len(group) - 5} more (--json FILE lists all)")
-    typer.echo(f"{report.rows} rows, {report.images} images: {report.errors} errors, {report.warnings} warnings")
+    typer.echo(
+        f"{counted(report.rows, 'row')}, {counted(report.images, 'image')}: {counted(report.errors, 'error')}, "
+        f"{counted(report.warnings, 'warning')}"
+    )

@@ -45,7 +45,7 @@ def data_card(
 
 ## Problems
 
-{chr(10).join(["| | ears | |", "|---|---|---|", *found]) if found else "None that `earteach validate-data` checks for."}
+{chr(10).join(["| | ears | |", "|---|---|---|", *found]) if found else "`earteach validate-data` found none."}
 
 ## Limits
 

@@ -262,7 +262,7 @@ def _refuse_overlap(train: Manifest, val: Manifest) -> None:
     shared = [i for i, image in enumerate(_normalised_paths(val)) if image in training_images]
     if shared:
         raise ManifestError(
-            f"{val.where(shared[0])}: is also in the training list, like {len(shared) - 1} other of {len(val)} rows; "
+            f"{val.where(shared[0])}: is also in the training list, as are {len(shared) - 1} more of the {len(val)} rows; "
             "remove them (earteach prepare splits without leaks), or add --allow-overlap"
         )
 

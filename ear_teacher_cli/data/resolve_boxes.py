@@ -168,7 +168,7 @@ def _order_by_numbers(sample: _Sample, orders: tuple[str, ...], where: str, warn
         judged, offered = replace(judged, order=None), (*orders, "cxcywh")
     if judged.order is not None:
         of = "" if len(sample.rows) == sample.count else f", judged from {len(sample.rows)} of {sample.count} boxes"
-        how = f"{BOX_FORMATS[judged.order]} by their numbers ({judged.reason}{of})"
+        how = f"{BOX_FORMATS[judged.order]}, inferred from the numbers: {judged.reason}{of}"
         return judged.order, how + _centres_note(sample, judged.order, orders)
     if np.isnan(sample.sizes).all() and "xyxy" in orders:
         warnings.append(

@@ -115,7 +115,7 @@ def embed(
 
 def _describe(embedder: Embedder, manifest: Manifest, console: Console) -> None:
     console.info(
-        f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} numbers an image, "
+        f"weights: {embedder.receipt}; {embedder.architecture}, {embedder.embedding_dim} dimensions, "
         f"{embedder.preprocessing.image_size} px"
     )
     if embedder.whitening:

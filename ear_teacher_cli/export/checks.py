@@ -70,4 +70,4 @@ def check_whitening(path: Path, about: About) -> list[Check]:
         return [Check("whitening", str(error).removeprefix(f"{printable(path)}: "), False)]
     assert matrix is not None
     rows, columns = matrix.shape
-    return [Check("whitening", f"of this export, {rows} x {columns}", rows == about.embedding_dim)]
+    return [Check("whitening", f"belongs to this export, {rows} x {columns}", rows == about.embedding_dim)]

@@ -44,8 +44,8 @@ def evaluate(sources: Sequence[str], labels: str | None, config: EvaluateConfig,
     evaluation = score(files, transforms, labels, config, console)
     if len(files) > 1 and files[0].whitened != files[1].whitened and not config.whiten:
         console.warn(
-            "--compare: the whitening of its run is applied to one file and not to the other, which is part of the "
-            "difference; use --whiten FILE for the other, or embed both with --no-whiten"
+            "--compare: only one file is whitened (by its run), which accounts for part of the difference; "
+            "use --whiten FILE for the other, or embed both with --no-whiten"
         )
     if config.json not in (None, "-"):
         with whole_file(config.json) as temporary:
@@ -109,7 +109,7 @@ def table(report: Evaluation) -> str:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    if two and report.resamples:
+    if two and any(map(excludes_0, report.difference)):
         lines.append("* the interval of the difference excludes 0")
     return "\n".join(lines)
 

@@ -189,7 +189,7 @@ def _leave_out(left_out: dict[str, int], reason: str, count: int, what: str, con
 
 
 def _path(path: str) -> str:
-    """Normalise a path as it is in a CSV file: control characters escaped, forward slashes."""
+    """Normalise a path as in a CSV file: control characters escaped, forward slashes."""
     return posixpath.normpath(printable(path).replace("\\", "/"))
 
 

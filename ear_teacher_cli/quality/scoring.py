@@ -139,7 +139,7 @@ def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | No
             except ImageError as error:
                 bad[error.detail] += 1
                 continue
-            one, other = (printable(" ".join(_said(image))) for image in pair["pictures"])
+            one, other = (printable(" ".join(_caption(image))) for image in pair["pictures"])
             drawn.append(Pair(left, right, f"similarity {pair['similarity']:.3f}", (one, other)))
         sections.append((title, drawn))
     if bad:
@@ -259,7 +259,7 @@ def _look_alikes(
     }
 
 
-def _said(image: dict[str, Any]) -> list[str]:
+def _caption(image: dict[str, Any]) -> list[str]:
     return [image["identity"], *([image["side"]] if "side" in image else []), image["path"]]
 
 

@@ -82,7 +82,8 @@ def why_best(folder: Path, best: Path | None, monitor: str) -> str:
     before = ""
     if start is not None:
         better = value > start if higher else value < start
-        before = f"; {'' if better else 'no better than the '}{metric.with_unit(f'{start:.4g}')} before training"
+        word = "" if better else "the same as the " if value == start else "worse than the "
+        before = f"; {word}{metric.with_unit(f'{start:.4g}')} before training"
     return f"{monitor} {metric.with_unit(f'{value:.4g}')}, {rank} (epoch {epoch} of {max(scored)}{before})"
 
 

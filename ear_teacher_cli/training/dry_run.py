@@ -81,7 +81,7 @@ def _bytes_of_checkpoints(config: TrainConfig, module: EarTeacherLightningModule
 def describe_estimate(estimate: Estimate) -> str:
     """Return the estimate as a sentence."""
     return (
-        f"one step forward and back: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; "
+        f"one training step: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; "
         f"{counted(estimate.steps_per_epoch, 'step')} an epoch; the run: about {clock(estimate.seconds)} of computing "
         "(full precision; loading, checkpoints and images not counted) and "
         f"{estimate.bytes / 2**20:.0f} MiB of disk"

@@ -74,7 +74,7 @@ class StepGuard:
 
 
 def is_on_all_ranks(module: pl.LightningModule, mine: bool) -> bool:
-    """Return whether it is so on every rank: all must skip the same steps, or they wait for each other forever."""
+    """Return whether the condition holds on every rank: all must skip the same steps, or they wait for each other forever."""
     return module.trainer.strategy.reduce_boolean_decision(mine, all=True)
 
 
