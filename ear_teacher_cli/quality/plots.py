@@ -71,7 +71,7 @@ def _roc(curves: Sequence[Curve], smallest_far: float) -> Any:
         line = np.lexsort((y, x))
         even = curve.measured.figure("EER")
         area = curve.measured.figure("AUC").value
-        label = f"{curve.name}\nAUC {area:.3f}, EER {100 * even.value:.1f} %"
+        label = f"{curve.name}\nAUC {100 * area:.1f} %, EER {100 * even.value:.1f} %"
         axis.plot(np.maximum(x[line], left / 10), 100 * y[line], color=colour, linewidth=1.8, label=label)
         point = float(eer(far, tar))
         axis.plot(point, 100 * (1 - point), "o", color=colour, markeredgecolor="white", markersize=7)

@@ -129,7 +129,8 @@ def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | No
     look = replace(PREVIEW, image_size=132, interpolation="bicubic")
     sections: list[tuple[str, list[Pair]]] = []
     bad: Counter[str] = Counter()
-    titles = {"impostor": "Different identities, most alike", "genuine": "The same identity, least alike"}
+    one, several = ("ear", "ears") if report.by_sides else ("person", "people")
+    titles = {"impostor": f"Different {several}, most alike", "genuine": f"The same {one}, least alike"}
     for kind, title in titles.items():
         drawn = []
         for pair in report.look_alikes[kind]:
@@ -139,8 +140,8 @@ def look_alike_sheet(report: Evaluation, file: Embeddings, root: str | Path | No
             except ImageError as error:
                 bad[error.detail] += 1
                 continue
-            one, other = (printable(" ".join(_caption(image))) for image in pair["pictures"])
-            drawn.append(Pair(left, right, f"similarity {pair['similarity']:.3f}", (one, other)))
+            left_name, right_name = (printable(" ".join(_caption(image))) for image in pair["pictures"])
+            drawn.append(Pair(left, right, f"similarity {pair['similarity']:.3f}", (left_name, right_name)))
         sections.append((title, drawn))
     if bad:
         console.warn(
