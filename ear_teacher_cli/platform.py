@@ -4,6 +4,7 @@ No other module imports what only some systems have, or checks which system it r
 (a time limit on decoders, for example), the function works without it, and its docstring says so.
 """
 
+import _thread
 import ctypes
 import errno
 import os
@@ -43,6 +44,14 @@ def handle_stop_signals(handler: Any, *, but: tuple[int, ...] = (), ignored_too:
 def ignore_stop_signals() -> None:
     """Ignore stop signals in a worker process: Ctrl-C reaches all processes, and the parent ends its workers."""
     handle_stop_signals(signal.SIG_IGN, ignored_too=True)
+
+
+def signal_main_thread(number: int) -> None:
+    """Send a signal to the main thread, where it also ends a system call (on Windows the call ends by itself first)."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def _in_main_thread() -> bool:

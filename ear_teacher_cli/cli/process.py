@@ -1,6 +1,5 @@
 """The process of a command: its signals, its exit code, and the end of its children."""
 
-import _thread
 import io
 import multiprocessing
 import os
@@ -53,7 +52,7 @@ def lifetime() -> Iterator[Lifetime]:
         error = what.exc_value
         if isinstance(error, KeyboardInterrupt):  # a signal's, in a __del__ for example, which cannot pass it on
             number = error.exit_code - 128 if isinstance(error, Stopped) else signal.SIGINT
-            again = threading.Timer(_AGAIN_S, _thread.interrupt_main, (number,))
+            again = threading.Timer(_AGAIN_S, platform.signal_main_thread, (number,))
             again.daemon = True
             again.start()
         elif not _is_half_built_loader(what):
