@@ -115,10 +115,7 @@ def _cut_ears(manifest, lines, indices, preprocessing: Preprocessing) -> Ears:
 
 @torch.inference_mode()
 def cached_maps(maps: torch.nn.Module, pixels: torch.Tensor, embedder: Embedder) -> torch.Tensor:
-    """Return the maps of STRIDES at stride 8, float16 N,C,G,G, of uint8 N,3,H,W.
-
-    Finer maps are averaged, coarser ones interpolated bilinearly.
-    """
+    """Return the maps of STRIDES at stride 8, float16 N,C,G,G, of uint8 N,3,H,W."""
     device = next(embedder.backbone.parameters()).device
     maps.to(device)
     grid = embedder.preprocessing.image_size // GRID_STRIDE
@@ -126,11 +123,12 @@ def cached_maps(maps: torch.nn.Module, pixels: torch.Tensor, embedder: Embedder)
     found = []
     for batch in pixels.split(32):
         stages = maps(normalise(batch.to(device), embedder.preprocessing))
-        found.append(torch.cat([_to_grid(stages[i].float(), grid) for i in chosen], dim=1).half().cpu())
+        found.append(torch.cat([to_grid(stages[i].float(), grid) for i in chosen], dim=1).half().cpu())
     return torch.cat(found)
 
 
-def _to_grid(stage: torch.Tensor, grid: int) -> torch.Tensor:
+def to_grid(stage: torch.Tensor, grid: int) -> torch.Tensor:
+    """Resample a map B,C,H,W to B,C,G,G: average a finer one, interpolate a coarser one bilinearly."""
     if stage.shape[-1] >= grid:
         return F.adaptive_avg_pool2d(stage, grid)
     return F.interpolate(stage, size=(grid, grid), mode="bilinear", align_corners=False)
