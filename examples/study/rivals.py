@@ -1,7 +1,7 @@
 """Train SimCLR, SimSiam and DINO with the losses and heads of the package `lightly`.
 
 Everything else is as in `earteach train`: data set, augmentation, initial weights, frozen layers, AdamW, learning rate,
-batch size and number of steps.
+batch size and, unless --rival-epochs says otherwise, number of steps.
 
 B images, D embedding.
 """

@@ -21,51 +21,17 @@ import sys
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
+from recipes import ROWS, select_rows
 from tables import TRAINED, Results, Row, cost_table, metrics_table
 
-from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
 from ear_teacher_cli.errors import EarTeachError, ImageError, ManifestError, UsageError
 from ear_teacher_cli.quality.collapse import JUDGED_ON, Health, degraded, verdict
 from ear_teacher_cli.run_folder import read_metrics
 
-# All rows except the original recipe, and the methods of lightly too, use the fine-tuning of the recommended preset: two
-# strongly augmented views, early stages and batch-norm statistics frozen. They differ in the objective only.
-NO_CONTRASTIVE = {"contrastive_weight": 0.0}
-# Margin and scale of unsupervised speaker verification (see README.md), without a warm-up because the runs are short.
-CLASSES = {
-    **NO_CONTRASTIVE,
-    "metric_weight": 1.0,
-    "arcface_margin": 0.2,
-    "arcface_scale": 30.0,
-    "margin_warmup_epochs": 0,
-}
-
-ROWS = {
-    "random": Row("Random weights", "initial", {"pretrained": False}),
-    "baseline": Row("Pretrained baseline", "initial"),
-    "original-batch": Row(
-        "Original recipe, labels by place in batch (control)",
-        "earteach",
-        {"preset": "original", "pseudo_classes": "batch"},
-    ),
-    "reconstruction": Row("Reconstruction only", "earteach", {**NO_CONTRASTIVE, "pseudo_classes": "none"}),
-    "fixed": Row("Fixed random classes (control)", "earteach", {**CLASSES, "pseudo_classes": "fixed"}),
-    "instance": Row("One class per image", "earteach", {**CLASSES, "pseudo_classes": "instance"}),
-    "kmeans": Row("k-means classes", "earteach", {**CLASSES, "pseudo_classes": "kmeans"}),
-    "recommended": Row("Recommended preset", "earteach", {"preset": "recommended"}),
-    "simclr": Row("SimCLR (lightly)", "lightly"),
-    "simsiam": Row("SimSiam (lightly)", "lightly"),
-    "dino": Row("DINO (lightly)", "lightly"),
-    # Checks of the measurement, all with the pretrained baseline.
-    "shuffled": Row("Check: identities shuffled", "shuffled"),
-    "grey": Row("Check: 32 x 32 grey pixels", "grey"),
-    "masked": Row("Check: ear painted over", "masked"),
-    "step0": Row("Check: step 0 of a run", "step0"),
-}
 PACKAGES = {  # distribution -> module, of the versions that result.json records
     "ear-teacher-cli": "ear_teacher_cli",
     "torch": "torch",
@@ -124,6 +90,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--backbone", default="convnext_tiny", help="timm model (default: %(default)s)")
     add("--image-size", type=int, default=224, help="input side in pixels (default: %(default)s)")
     add("--epochs", type=int, default=2, help="epochs of every trained row (default: %(default)s)")
+    add(
+        "--rival-epochs",
+        type=int,
+        metavar="N",
+        help="epochs of the methods of lightly, for example as many as cost the same time (default: --epochs)",
+    )
     add("--batch-size", type=int, default=64, help="images per step (default: %(default)s)")
     add("--num-workers", type=int, default=8, help="processes that load images (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="the first for all rows, others for --best (default: 0)")
@@ -193,36 +165,6 @@ def _files(manifest: Manifest) -> dict[int, Path]:
     return files
 
 
-def select_rows(names: str, tries: list[str]) -> dict[str, Row]:
-    """Return the rows of --rows and --try by name. Raises UsageError."""
-    wanted = list(ROWS) if names == "all" else names.split(",")
-    for name in wanted:
-        if name not in ROWS:
-            raise UsageError(f"--rows {name}: is not a row; choose all, or from {', '.join(ROWS)}")
-    rows = {name: ROWS[name] for name in ROWS if name in wanted}
-    for text in tries:
-        name, _, changes = text.partition(":")
-        pairs = [change.split("=", 1) for change in changes.split(",")]
-        if name not in ROWS or ROWS[name].kind != "earteach" or any(len(pair) < 2 for pair in pairs):
-            raise UsageError(f"--try {text}: is not ROW:option=value; write, for example, kmeans:learning_rate=3e-4")
-        options = {option.replace("-", "_"): _parse(option.replace("-", "_"), value) for option, value in pairs}
-        label = f"{ROWS[name].label}, {changes}"
-        rows[re.sub(r"[^\w.]+", "_", text)] = Row(label, "earteach", {**ROWS[name].options, **options})
-    return rows
-
-
-def _parse(option: str, value: str) -> Any:
-    """Parse a value of --try for a field of TrainConfig. Raises UsageError."""
-    if option not in {spec.name for spec in fields(TrainConfig)}:
-        raise UsageError(f"--try {option}: is not an option of earteach train; see its --help")
-    kinds = get_type_hints(TrainConfig)[option]
-    if bool in (kinds, *get_args(kinds)):
-        if value not in ("true", "false"):
-            raise UsageError(f"--try {option}={value}: must be true or false")
-        return value == "true"
-    return value
-
-
 def run_row(study: Study, name: str, row: Row, seed: int) -> None:
     """Add the result of a row to `study.results`, read from its folder or computed, or the reason to `study.failures`."""
     options = study.options
@@ -277,7 +219,7 @@ def job_of(study: Study, name: str, row: Row, seed: int) -> dict[str, Any]:
         "image_size": options.image_size,
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,
-        "max_epochs": options.epochs,
+        "max_epochs": options.rival_epochs or options.epochs if row.kind == "lightly" else options.epochs,
         "precision": "32-true",
         "whiten": False,  # measure.py fits a whitening for every row in the same way
         "seed": seed,

@@ -11,7 +11,7 @@ TRAINED = ("earteach", "lightly")  # kinds of rows that are trained
 TREATMENTS = ("raw", "whitened")
 METRICS = ("rank1", "eer")
 # Rows that "recommended" is compared with.
-COMPARED = ("original-batch", "fixed", "kmeans", "simclr", "simsiam", "dino")
+COMPARED = ("v010", "original", "original-batch", "fixed", "kmeans", "simclr", "simsiam", "dino")
 
 
 @dataclass(frozen=True)
