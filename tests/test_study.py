@@ -1,7 +1,9 @@
 """Test the study on a few drawn ears: its tables are reproducible, and its parts are correct."""
 
 import json
+import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,17 @@ from PIL import Image
 STUDY = Path(__file__).parent.parent / "examples" / "study"
 sys.path.insert(0, str(STUDY))
 
-import measure  # noqa: E402  (needs the path above, because the study is not a package)
+import crops  # noqa: E402  (needs the path above, because the study is not a package)
+import mask_probe  # noqa: E402  (the same)
+import measure  # noqa: E402  (the same)
+import recipes  # noqa: E402  (the same)
 import study  # noqa: E402  (the same)
 import tables  # noqa: E402  (the same)
 
-from ear_teacher_cli.data.crop import cut, points_in_crop  # noqa: E402  (after the imports above)
+from ear_teacher_cli.data.crop import cut, image_size, points_in_crop  # noqa: E402  (after the imports above)
+from ear_teacher_cli.data.manifest import read_manifest  # noqa: E402  (the same)
 from ear_teacher_cli.data.preprocessing import preprocessing_of  # noqa: E402  (the same)
+from ear_teacher_cli.errors import ManifestError  # noqa: E402  (the same)
 
 
 def arguments_of(ears: Path, start: Path) -> list[str]:
@@ -35,6 +42,17 @@ def start(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("start") / "start.safetensors"
     main("convnext_atto", str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def masked_ears(ears, tmp_path_factory) -> Path:
+    """The list of boxes of the drawn ears, with masks."""
+    from drawn_masks import main
+
+    folder = tmp_path_factory.mktemp("masked") / "drawn"
+    shutil.copytree(ears, folder)
+    assert main([str(folder), "--seed", "1"]) == 0
+    return folder / "boxes.csv"
 
 
 @pytest.fixture
@@ -72,6 +90,23 @@ def test_the_same_study_gives_the_same_table(ears, start, tmp_path, capsys, in_t
     assert "study:" not in capsys.readouterr().err  # every run has a result already
     assert study.main([str(tmp_path / "once"), *arguments, "--epochs", "2"]) == 2
     assert "other options" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_has_the_mask_probe_and_the_ear_alone(ears, masked_ears, start, tmp_path, capsys, in_this_process):
+    words = [*arguments_of(ears, start), "--choose-on", str(ears / "eval.csv"), "--masks", str(masked_ears)]
+    assert study.main([str(tmp_path / "out"), *words, "--rows", "baseline,ear-only"]) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "out" / "baseline-0" / "result.json").read_text())
+    alone = json.loads((tmp_path / "out" / "ear-only-0" / "result.json").read_text())["lists"]["choose"]
+    for way in tables.TREATMENTS:  # the check and the baseline's own score are the same measurement
+        assert result["lists"]["choose"][tables.EAR_ONLY + way] == alone[way]
+    assert list(result["masks"]) == ["8+16", "8", "16"]
+    windows = np.load(tmp_path / "out" / "baseline-0" / tables.MASK_WINDOWS)  # noqa: TID251  (not a manifest)
+    assert windows["iou"].mean() == pytest.approx(result["masks"]["8+16"]["mean"])
+    chosen = mask_probe.split(masked_ears, 0, choose=True)[1]
+    assert windows["photos"].tolist() == list(chosen.paths)  # choosing does not use the test photos
+    text = capsys.readouterr().out
+    assert "mask IoU, %" in text and "| ear only |" in text and "all but the ear is painted over" in text
 
 
 def test_a_row_that_cannot_run_is_reported_and_the_others_run(
@@ -180,8 +215,184 @@ def test_differences_are_paired_by_resample():
     )  # 0.7 - 0.5, the same in both resamples
 
 
-def test_a_masked_crop_keeps_only_the_surroundings_of_the_ear():
+def test_painting_the_ear_or_its_surroundings_leaves_the_other():
     preprocessing = preprocessing_of("convnext_atto", 64, 0.1, True)
-    crop = Image.new("RGB", (64, 64), (255, 0, 0))
-    measure.mask_ear(crop, (100, 100), None, preprocessing)
-    assert crop.getpixel((32, 32)) == preprocessing.fill and crop.getpixel((2, 2)) == (255, 0, 0)
+    crop, fill, red = Image.new("RGB", (64, 64), (255, 0, 0)), preprocessing.fill, (255, 0, 0)
+
+    def painted(what, box):
+        return crops.paint(crop, what, (100, 100), box, preprocessing)
+
+    assert painted(crops.EAR, None).getpixel((32, 32)) == painted(crops.SURROUNDINGS, None).getpixel((2, 2)) == fill
+    assert painted(crops.EAR, None).getpixel((2, 2)) == painted(crops.SURROUNDINGS, None).getpixel((32, 32)) == red
+    # without a box a margin of 6 % of the width at each side is not the ear
+    assert (
+        painted(crops.SURROUNDINGS, None).getpixel((1, 32))
+        == fill
+        != painted(crops.SURROUNDINGS, None).getpixel((6, 32))
+    )
+    ear, rest = (np.asarray(painted(what, (20, 20, 60, 80))) == fill for what in (crops.EAR, crops.SURROUNDINGS))
+    assert (ear.all(-1) ^ rest.all(-1)).all()  # with a box they are complements
+    assert crop.getcolors() == [(64 * 64, red)]
+
+
+def test_masks_are_those_of_the_drawn_photos(masked_ears, tmp_path, capsys):
+    from drawn_masks import main
+
+    (tmp_path / "ears.jsonl").write_text((masked_ears.parent / "ears.jsonl").read_text())
+    assert main([str(tmp_path), "--seed", "2"]) == 1
+    assert "drawn with another --seed" in capsys.readouterr().err
+    line = json.loads((masked_ears.parent / "ears.jsonl").read_text().splitlines()[0])
+    with Image.open(masked_ears.parent / mask_probe.mask_path(line["image_path"])) as mask:
+        assert mask.mode == "1" and mask.size == image_size(masked_ears.parent / line["image_path"])
+        assert np.abs(np.subtract(mask.getbbox(), line["bbox"])).max() < 8
+
+
+def test_masks_are_found_beside_the_images():
+    assert mask_probe.mask_path("images/p000/01.jpg") == "masks/p000/01.png"
+    assert mask_probe.mask_path("/photos/images/a.b.jpeg") == "/photos/masks/a.b.png"
+    assert mask_probe.mask_path("a.jpg") == "masks/a.png"
+
+
+def test_windows_for_choosing_are_not_those_of_the_test(masked_ears):
+    train, test = mask_probe.split(masked_ears, 0, choose=False)
+    less, chosen = mask_probe.split(masked_ears, 0, choose=True)
+    assert set(less.paths) | set(chosen.paths) == set(train.paths) and not set(chosen.paths) & set(test.paths)
+    assert not set(train.identities) & set(test.identities) and not set(less.identities) & set(chosen.identities)
+    assert test.paths == mask_probe.split(masked_ears, 0, choose=False)[1].paths
+
+
+def test_near_duplicates_of_a_photo_stay_with_it(masked_ears, tmp_path):
+    shutil.copytree(masked_ears.parent / "images", tmp_path / "images")
+    lines = [line.rsplit(",", 1)[0] for line in masked_ears.read_text().splitlines()]  # without identities
+    copies = []
+    for line in lines[1:]:
+        path, box = line.split(",", 1)
+        copy = path.replace(".jpg", "-again.jpg")
+        with Image.open(tmp_path / path) as image:
+            image.save(tmp_path / copy, quality=60)
+        copies.append(f"{copy},{box}")
+    (tmp_path / "boxes.csv").write_text("\n".join([*lines, *copies]) + "\n")
+    for part in mask_probe.split(tmp_path / "boxes.csv", 0, choose=False):
+        photos = [path.replace("-again", "") for path in part.paths]
+        assert all(photos.count(photo) == 2 for photo in photos)
+
+
+def test_a_window_beyond_the_border_has_the_mean_colour_and_no_ear(tmp_path):
+    for folder, mode, colour in (("images", "RGB", "white"), ("masks", "1", 1)):
+        (tmp_path / folder).mkdir()
+        Image.new(mode, (40, 30), colour).save(tmp_path / folder / "a.png")
+    (tmp_path / "boxes.csv").write_text("image_path,x1,y1,x2,y2\nimages/a.png,10,5,30,25\n")
+    windows = mask_probe.cut_windows(read_manifest(tmp_path / "boxes.csv"), (1, 2, 3))
+    white = windows.pixels[0] == 255
+    assert (white.all(0) == windows.masks[0]).all() and windows.masks.sum() == 40 * 30
+    assert windows.masks[0, 81:111, 76:116].all()  # 96 - 15 and 96 - 20: the box's centre is that of the window
+    assert windows.pixels[0, :, 0, 0].tolist() == [1, 2, 3]
+    Image.new("1", (41, 30), 1).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(ManifestError, match="masks/a.png: is 41 x 30, and its photo is 40 x 30"):
+        mask_probe.cut_windows(read_manifest(tmp_path / "boxes.csv"), (1, 2, 3))
+
+
+def test_the_fit_finds_what_separates_and_the_score_is_the_iou():
+    grid, side = mask_probe.GRID, mask_probe.SIDE
+    masks = torch.zeros(2, side, side, dtype=torch.bool)
+    masks[:, :, side // 2 :] = True
+    target = torch.nn.functional.avg_pool2d(masks.float().unsqueeze(1), mask_probe.GRID_STRIDE).flatten()
+    cells = torch.stack([2 * target - 1, torch.randn(len(target), generator=torch.Generator().manual_seed(0))], 1)
+    weight, bias = mask_probe.fit(cells, target)
+    assert weight[0] > 20 * weight[1].abs()
+    found = mask_probe.score(cells @ weight + bias, masks)
+    assert found.mean > 0.99 and found.pooled > 0.99 and found.predicted.shape == masks.shape
+    half = masks.clone()
+    half[0] = True
+    found = mask_probe.score(cells @ weight + bias, half)
+    assert found.iou == pytest.approx([0.5, 1], abs=0.01) and found.pooled == pytest.approx(2 / 3, abs=0.01)
+    assert torch.tensor([grid, grid]).prod() * 2 == len(target)
+
+
+@pytest.mark.slow
+def test_the_mask_probe_says_the_iou_of_each_stride(masked_ears, start, tmp_path, capsys):
+    words = [str(start), str(masked_ears), "--backbone", "convnext_atto", "--draw", str(tmp_path / "masks.png")]
+    printed = []
+    for _ in range(2):
+        assert mask_probe.main(words) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "strides 8+16: mean IoU " in printed[0] and "strides 8   : mean IoU " in printed[0]
+    assert image_size(tmp_path / "masks.png")[0] == 2 * (2 * mask_probe.SIDE + 4)
+
+
+def test_differences_of_masks_are_paired_by_photo():
+    def run(iou):
+        return {"mask_windows": {"iou": np.array(iou), "photos": np.array(["a", "a", "b"])}}
+
+    baseline = [run([0.2, 0.3, 0.9])]
+    assert tables.mask_difference([run([0.3, 0.4, 1.0])], baseline) == "+10.0 [+10.0, +10.0]"
+    seeds = [run([0.2, 0.3, 0.9]), run([0.2, 0.3, 1.0])]
+    assert tables.mask_difference(seeds, baseline) == "+1.7 [+0.0, +5.0]"  # only photo b differs
+    other = [{"mask_windows": {"iou": np.array([0.1]), "photos": np.array(["a"])}}]
+    assert tables.mask_difference(other, baseline) == tables.mask_difference([{}], baseline) == "–"
+
+
+def test_other_metrics_have_the_columns_that_were_measured():
+    rows = {"baseline": recipes.ROWS["baseline"], "kmeans": recipes.ROWS["kmeans"]}
+    results = {"baseline": [{"nme": 0.02}], "kmeans": [{"nme": 0.018, "psnr": 14.0}, {"nme": 0.019, "psnr": 15.0}]}
+    results["kmeans"][0]["psnr_references"] = {"val/psnr_mean_image": 13.84, "val/psnr_pca64": 23.3}
+    text = tables.metrics_table(results, rows)
+    assert "|  | landmark NME, % | NME relative to baseline | PSNR, dB |" in text
+    assert "| k-means classes | 1.85 ± 0.07 | -7.5 % | 14.5 ± 0.7 |" in text
+    assert "- PSNR: the mean training image gives 13.8 dB; PCA with 64 components gives 23.3 dB." in text
+
+
+def test_ear_only_is_a_table_of_its_own():
+    ways = [prefix + way for prefix in ("", tables.EAR_ONLY) for way in tables.TREATMENTS]
+
+    def run(value):
+        metrics = {way: {"rank1": value + way.startswith(tables.EAR_ONLY) / 10, "eer": 0.2} for way in ways}
+        draws = {f"{way}_{metric}": np.full(3, metrics[way][metric]) for way in ways for metric in tables.METRICS}
+        about = {"pictures": 4, "people": 2, "ears": 2, "chance": 0.3}
+        return {"lists": {"x": metrics | about}, "draws": {"x": {"rows": np.arange(4), **draws}}}
+
+    results = {"baseline": [run(0.5)], "kmeans": [run(0.6)]}
+    text = tables.metrics_table(results, {name: recipes.ROWS[name] for name in results})
+    table = text[text.index("| ear only |") :]
+    assert "| Pretrained baseline | 60.0 / 60.0 | 20.0 / 20.0 | – | – |" in table
+    assert "| k-means classes | 70.0 / 70.0 | 20.0 / 20.0 | +10.0 [+10.0, +10.0] / +10.0 [+10.0, +10.0] |" in table
+
+
+def test_rows_spell_their_options_out():
+    from ear_teacher_cli.config import TrainConfig, preset
+
+    names = {spec.name for spec in fields(TrainConfig)}
+    for row in recipes.ROWS.values():
+        assert set(row.options) - {"preset"} <= names
+        TrainConfig(**{key: value for key, value in row.options.items() if key != "preset"})
+    v010 = TrainConfig(**recipes.ROWS["v010"].options)
+    assert (v010.freeze_stride, v010.baseline_weight, v010.learning_rate, v010.layer_decay) == (8, 0.5, 3e-4, 1.0)
+    assert (v010.contrastive_weight, v010.temperature, v010.metric_weight, v010.reconstruction_weight) == (
+        1,
+        0.2,
+        0.5,
+        1,
+    )
+    assert (v010.scale, v010.margin, v010.pseudo_classes, v010.views, v010.augmentation) == (
+        30,
+        0.2,
+        "kmeans",
+        2,
+        "strong",
+    )
+    # what may change in the presets is given in every row that is not one of them
+    decided = set(preset("recommended")) - {"max_epochs", "whiten", "monitor", "margin_preset", "pseudo_classes"}
+    objective = {"contrastive_weight", "metric_weight"}
+    assert decided <= set(recipes.ROWS["v010"].options) and decided - objective <= set(recipes.ROWS["simclr"].options)
+
+
+def test_rivals_can_train_longer_than_our_rows(tmp_path):
+    words = [str(tmp_path), "--train", "a.npy", "--val", "b.npy", "--eval", "x=c.csv", "--epochs", "3"]
+
+    def epochs(name, *more):
+        options = study.parse_options([*words, *more])
+        return study.job_of(study.Study(options, {}), name, recipes.ROWS[name], 0)["options"]["max_epochs"]
+
+    assert (epochs("simclr"), epochs("kmeans")) == (3, 3)
+    assert (epochs("simclr", "--rival-epochs", "5"), epochs("kmeans", "--rival-epochs", "5")) == (5, 3)

@@ -3,7 +3,8 @@
     python measure.py FOLDER
 
 FOLDER contains the `job.json` that study.py wrote. `train` writes `teacher.safetensors` and `cost.json`, `measure` writes
-`metrics.json` and, for each evaluation manifest, the bootstrap that the paired differences need (`NAME.npz`).
+`metrics.json` and what the paired differences need: for each evaluation manifest a bootstrap (`NAME.npz`), and the IoU of
+each window of the mask probe (`mask-windows.npz`).
 
 N images, D embedding.
 """
@@ -14,23 +15,24 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import landmark_probe
+import mask_probe
 import numpy as np
 import torch
 from backbones import initial_backbone, save_teacher
-from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset
+from crops import EAR, NOTHING, SURROUNDINGS, Crops, Images, evenly_spaced
+from tables import EAR_ONLY, MASK_WINDOWS, RESAMPLES
 
 from ear_teacher_cli.config import TrainConfig, preset
-from ear_teacher_cli.data.crop import cut, points_in_crop, read_image
-from ear_teacher_cli.data.dataset import UnreadableImage, collate
+from ear_teacher_cli.data.dataset import collate
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
-from ear_teacher_cli.data.preprocessing import Preprocessing, preprocessing_for
+from ear_teacher_cli.data.preprocessing import preprocessing_for
 from ear_teacher_cli.embedding.embedder import Embedder, load_embedder
-from ear_teacher_cli.errors import EarTeachError, ImageError, ManifestError
+from ear_teacher_cli.errors import EarTeachError, ManifestError
 from ear_teacher_cli.export.export import export_backbone
 from ear_teacher_cli.model import whitening
 from ear_teacher_cli.platform import usable_cores
@@ -38,7 +40,7 @@ from ear_teacher_cli.quality import identity_metrics, pairs
 from ear_teacher_cli.training.module import EarTeacherLightningModule
 
 GREY_SIDE = 32
-RESAMPLES = 2000
+
 METRICS = {"rank1": "rank-1", "eer": "EER"}  # key in metrics.json -> name in identity_metrics
 
 
@@ -69,18 +71,15 @@ def measure(folder: Path) -> None:
     if job["kind"] == "step0":
         metrics = {"difference": step_zero_difference(config_of(job), folder / "teacher.safetensors", job)}
     else:
-        model = Images.of(job, folder)
+        model = images_of(job, folder)
         training = evenly_spaced(read_manifest(job["train"], job["root_dir"]), job["whiten_on"])
-        mapping = whitening.fit(model.rows(training)[0])
+        mappings = [whitening.fit(rows) for rows in model.rows(training)[0]]
         lists = {
-            name: _measure_manifest(folder, name, path, model, mapping, job) for name, path in job["lists"].items()
+            name: _measure_manifest(folder, name, path, model, mappings, job) for name, path in job["lists"].items()
         }
         metrics = {"lists": lists}
-        if job["landmarks"] and model.embedder and job["kind"] in ("earteach", "lightly", "initial"):
-            from landmark_probe import probe
-
-            result = probe(model.embedder, job["landmarks"], job["seed"])
-            metrics |= {"nme": result.nme, "constant_nme": result.constant_nme}
+        if model.embedder and job["kind"] in ("earteach", "lightly", "initial"):
+            metrics |= _probe(folder, model.embedder, job)
         if job["kind"] == "earteach":
             metrics["psnr"] = _last_psnr(folder / "run" / "metrics.csv")
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -133,80 +132,16 @@ def _earteach_train(folder: Path, options: dict[str, Any]) -> None:
             raise
 
 
-@dataclass
-class Images:
-    """Embed images with a backbone, or describe them by their grey pixels if there is none.
-
-    `masked`: paint the ear over first.
-    """
-
-    preprocessing: Preprocessing
-    embedder: Embedder | None
-    masked: bool
-    num_workers: int
-
-    @staticmethod
-    def of(job: dict[str, Any], folder: Path) -> "Images":
-        """Return what the job measures."""
-        config = config_of(job)
-        workers = min(config.num_workers, usable_cores())
-        if job["kind"] == "grey":
-            tiny = replace(preprocessing_for(config), image_size=GREY_SIDE)
-            return Images(tiny, None, False, workers)
-        embedder = load_embedder(str(folder / "teacher.safetensors"))
-        return Images(embedder.preprocessing, embedder, job["kind"] == "masked", workers)
-
-    def rows(self, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
-        """Return (float32 N,D of unit length, their indices in the manifest), without unreadable images."""
-        crops = Crops(manifest, self.preprocessing, self.masked)
-        found, indices = [], []
-        for batch in DataLoader(crops, batch_size=32, num_workers=self.num_workers, collate_fn=collate):
-            if len(batch["index"]):
-                found.append(self.embedder(batch["pixels"]) if self.embedder else _grey(batch["pixels"]))
-                indices += batch["index"].tolist()
-        if not indices:
-            raise ManifestError(f"{manifest.source}: no image could be read; run earteach validate-data")
-        return torch.nn.functional.normalize(torch.cat(found), dim=1).numpy(), indices
-
-
-class Crops(Dataset):
-    """Clean crops as EarDataset cuts them. `masked`: with the ear painted over, so that only its surroundings remain."""
-
-    def __init__(self, manifest: Manifest, preprocessing: Preprocessing, masked: bool):
-        self.manifest, self.preprocessing, self.masked = manifest, preprocessing, masked
-
-    def __len__(self) -> int:
-        return len(self.manifest)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | UnreadableImage:
-        box = self.manifest.boxes[index]
-        try:
-            image = read_image(self.manifest.file(index)).image
-            crop = cut(image, box, self.preprocessing)
-        except ImageError as error:
-            return UnreadableImage(index, error.reason, error.detail)
-        if self.masked:
-            mask_ear(crop, image.size, box, self.preprocessing)
-        if self.preprocessing.mirror and self.manifest.side(index) == "right":
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return {"index": index, "pixels": torch.from_numpy(np.array(crop)).permute(2, 0, 1)}
-
-
-def mask_ear(crop: Image.Image, size: tuple[int, int], box, preprocessing: Preprocessing) -> None:
-    """Fill the ellipse inscribed in the ear's box (without a box: in the image) with the mean colour, in place."""
-    corners = np.reshape(box or (0, 0, *size), (2, 2))
-    (x1, y1), (x2, y2) = points_in_crop(corners, size, box, preprocessing)
-    ImageDraw.Draw(crop).ellipse((x1, y1, x2, y2), fill=preprocessing.fill)
-
-
-def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    """Return the luminance (ITU-R BT.601) of uint8 B,3,H,W as float32 B,H*W."""
-    return (pixels.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1).flatten(1)
-
-
-def evenly_spaced(manifest: Manifest, most: int) -> Manifest:
-    """Return at most `most` rows of a manifest, evenly spaced."""
-    return manifest.subset(np.linspace(0, len(manifest) - 1, min(most, len(manifest))).round().astype(int).tolist())
+def images_of(job: dict[str, Any], folder: Path) -> Images:
+    """Return what the job measures: images as they are, and for weights of their own also the ears alone."""
+    config = config_of(job)
+    workers = min(config.num_workers, usable_cores())
+    if job["kind"] == "grey":
+        tiny = replace(preprocessing_for(config), image_size=GREY_SIDE)
+        return Images(tiny, None, (NOTHING,), workers)
+    painted = {"masked": (EAR,), "ear-only": (SURROUNDINGS,), "shuffled": (NOTHING,)}
+    embedder = load_embedder(str(folder / "teacher.safetensors"))
+    return Images(embedder.preprocessing, embedder, painted.get(job["kind"], (NOTHING, SURROUNDINGS)), workers)
 
 
 def ears_of(manifest: Manifest, indices: list[int]) -> tuple[list[str], list[str] | None]:
@@ -220,26 +155,47 @@ def ears_of(manifest: Manifest, indices: list[int]) -> tuple[list[str], list[str
     return [manifest.identities[i] for i in indices], None if None in sides else sides
 
 
+def _probe(folder: Path, embedder: Embedder, job: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the probes that the job asks for; write the IoU of each window of the mask probe."""
+    metrics: dict[str, Any] = {}
+    if job["landmarks"]:
+        landmarks = landmark_probe.probe(embedder, job["landmarks"], job["seed"])
+        metrics |= {"nme": landmarks.nme, "constant_nme": landmarks.constant_nme}
+    if job["masks"]:
+        # split with seed 0 whatever the run's, so that all runs are tested on the same photos
+        masks = mask_probe.probe(embedder, job["masks"], choose=job["choosing"])
+        metrics["masks"] = {name: {"mean": score.mean, "pooled": score.pooled} for name, score in masks.scores.items()}
+        first = next(iter(masks.scores.values()))
+        np.savez(folder / MASK_WINDOWS, iou=first.iou, photos=np.array(masks.test.photos))
+    return metrics
+
+
 def _measure_manifest(
-    folder: Path, name: str, path: str, model: Images, mapping: whitening.Whitening, job: dict[str, Any]
+    folder: Path, name: str, path: str, model: Images, mappings: list[whitening.Whitening], job: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the metrics of an evaluation manifest; write its rows and the bootstrap of each metric to `NAME.npz`."""
+    """Return the metrics of an evaluation manifest; write its rows and the bootstrap of each metric to `NAME.npz`.
+
+    The keys of the second way of painting, the ear alone, start with EAR_ONLY.
+    """
     manifest = read_manifest(path)
-    rows, indices = model.rows(manifest)
+    views, indices = model.rows(manifest)
     people, sides = ears_of(manifest, indices)
     if job["kind"] == "shuffled":
         people, sides = np.random.default_rng(job["seed"]).permutation(people).tolist(), None
     order = pairs.arrange(people, sides)
     drawn = identity_metrics.resamples(order.groups, RESAMPLES, 0)
     found, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
-    for treatment, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
-        measured = identity_metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
-        found[treatment] = {key: measured.figure(name).value for key, name in METRICS.items()}
-        draws |= {f"{treatment}_{key}": measured.draws[name] for key, name in METRICS.items()}
+    for prefix, rows, mapping in zip(("", EAR_ONLY), views, mappings, strict=False):
+        for treatment, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
+            measured = identity_metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
+            key = prefix + treatment
+            found[key] = {metric: measured.figure(title).value for metric, title in METRICS.items()}
+            draws |= {f"{key}_{metric}": measured.draws[title] for metric, title in METRICS.items()}
     np.savez(folder / f"{name}.npz", **draws)
     counts = np.unique(order.ear, return_counts=True)[1]
-    chance = float((counts * (counts - 1)).sum() / (len(rows) * max(1, len(rows) - 1)))
-    return {**found, "pictures": len(rows), "people": order.people, "ears": len(counts), "chance": chance}
+    images = len(indices)
+    chance = float((counts * (counts - 1)).sum() / (images * max(1, images - 1)))
+    return {**found, "pictures": images, "people": order.people, "ears": len(counts), "chance": chance}
 
 
 def _last_psnr(metrics: Path) -> float:
@@ -259,8 +215,8 @@ def step_zero_difference(config: TrainConfig, teacher: Path, job: dict[str, Any]
     embedder = load_embedder(str(teacher))
     embedder.backbone.cpu()
     manifest = evenly_spaced(read_manifest(next(iter(job["lists"].values()))), 64)
-    crops = Crops(manifest, embedder.preprocessing, masked=False)
-    pixels = collate([crops[i] for i in range(len(crops))])["pixels"]
+    crops = Crops(manifest, embedder.preprocessing)
+    pixels = collate([crops[i] for i in range(len(crops))])["pixels"][:, 0]
     return float((module(pixels) - embedder(pixels)).abs().max())
 
 

@@ -74,6 +74,7 @@ ROWS = {
     "shuffled": Row("Check: identities shuffled", "shuffled"),
     "grey": Row("Check: 32 x 32 grey pixels", "grey"),
     "masked": Row("Check: ear painted over", "masked"),
+    "ear-only": Row("Check: all but the ear painted over", "ear-only"),
     "step0": Row("Check: step 0 of a run", "step0"),
 }
 

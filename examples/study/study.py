@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from recipes import ROWS, select_rows
-from tables import TRAINED, Results, Row, cost_table, metrics_table
+from tables import MASK_WINDOWS, PSNR_REFERENCES, TRAINED, Results, Row, cost_table, metrics_table
 
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
 from ear_teacher_cli.errors import EarTeachError, ImageError, ManifestError, UsageError
@@ -86,6 +86,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="evaluate on this manifest only, of people who are not in --train, to choose options",
     )
     add("--landmarks", help="ears.jsonl of make_sample_ears.py for the landmark probe (default: no probe)")
+    add("--masks", help="list of ears on whole photos with masks for the mask probe (default: no probe)")
     add("--weights", help="pretrained weights (default: as earteach train)")
     add("--backbone", default="convnext_tiny", help="timm model (default: %(default)s)")
     add("--image-size", type=int, default=224, help="input side in pixels (default: %(default)s)")
@@ -189,8 +190,11 @@ def run_row(study: Study, name: str, row: Row, seed: int) -> None:
         (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         for part in parts:
             part.unlink()
-    result |= health_of(folder / "run" / "metrics.csv", options.val, options.root_dir)
+    metrics = folder / "run" / "metrics.csv"
+    result |= health_of(metrics, options.val, options.root_dir) | {"psnr_references": psnr_references(metrics)}
     result["draws"] = {which: dict(np.load(folder / f"{which}.npz")) for which in result.get("lists", {})}
+    if "masks" in result:
+        result["mask_windows"] = dict(np.load(folder / MASK_WINDOWS))
     study.results.setdefault(name, []).append(result)
 
 
@@ -206,6 +210,13 @@ def health_of(metrics: Path, val: str, root_dir: str | None) -> dict[str, Any]:
     lost = degraded(*(float(row["val/retrieval"]) for row in (rows[-1], rows[0])), images)
     state = "collapsed" if verdict(after, before) else "degraded" if lost else "in order"
     return {"health": (before, after), "verdict": state}
+
+
+def psnr_references(metrics: Path) -> dict[str, float]:
+    """Return the PSNR in dB of references that do not depend on the weights, as far as the run has measured them."""
+    rows = read_metrics(metrics)
+    found = {name: [row[name] for row in rows if row.get(name)] for name in PSNR_REFERENCES}
+    return {name: float(values[-1]) for name, values in found.items() if values}
 
 
 def job_of(study: Study, name: str, row: Row, seed: int) -> dict[str, Any]:
@@ -235,6 +246,8 @@ def job_of(study: Study, name: str, row: Row, seed: int) -> dict[str, Any]:
         "root_dir": options.root_dir,
         "lists": study.manifests,
         "landmarks": options.landmarks,
+        "masks": options.masks,
+        "choosing": options.choose_on is not None,
         "whiten_on": options.whiten_on,
     }
 
