@@ -396,3 +396,18 @@ def test_rivals_can_train_longer_than_our_rows(tmp_path):
 
     assert (epochs("simclr"), epochs("kmeans")) == (3, 3)
     assert (epochs("simclr", "--rival-epochs", "5"), epochs("kmeans", "--rival-epochs", "5")) == (5, 3)
+
+
+def test_the_curve_has_a_point_for_each_row_with_a_decoder(tmp_path, capsys):
+    import curve
+
+    for name, psnr in (("baseline-0", None), ("kmeans-0", 14.0), ("kmeans-1", 15.0), ("masked-0", None)):
+        values = {"lists": {"x": {"whitened": {"rank1": 0.5, "eer": 0.2}}}} | ({"psnr": psnr} if psnr else {})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(values))
+    assert {name: len(runs) for name, runs in curve.read_results(tmp_path, []).items()} == {"baseline": 1, "kmeans": 2}
+    assert list(curve.read_results(tmp_path, ["kmeans", "masked"])) == ["kmeans", "masked"]
+    assert curve.main([str(tmp_path), str(tmp_path / "curve.png"), "--rows", "kmeans,baseline"]) == 0
+    assert image_size(tmp_path / "curve.png")[0] > 1000
+    assert curve.main([str(tmp_path), str(tmp_path / "curve.png"), "--rows", "instance"]) == 2
+    assert "--rows instance: has no result in" in capsys.readouterr().err
