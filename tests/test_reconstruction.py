@@ -1,0 +1,119 @@
+"""What the PSNR of reconstructions is compared with: against numpy, in a run, and in what a run says."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import apart
+
+from ear_teacher_cli.quality import reconstruction
+from ear_teacher_cli.quality.reconstruction import (
+    MEAN_IMAGE,
+    PCA,
+    REFERENCES,
+    PixelBasis,
+    in_words,
+    judge,
+    reference_psnr,
+)
+from ear_teacher_cli.training import losses
+
+
+def crops(count: int, height: int = 6, width: int = 5, seed: int = 0) -> torch.Tensor:
+    """uint8 N,3,H,W with a spectrum that falls, as that of photos does."""
+    random = np.random.default_rng(seed)
+    basis = random.normal(size=(12, 3 * height * width)) * np.geomspace(40, 0.5, 12)[:, None]
+    pixels = 120 + random.normal(size=(count, 12)) @ basis + random.normal(size=(count, 3 * height * width))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).reshape(count, 3, height, width)
+
+
+def by_svd(fitted: torch.Tensor, components: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, components and deviations, all float64, from the singular vectors of all pixels."""
+    pixels = fitted.flatten(1).numpy().astype(np.float64) / 127.5 - 1
+    mean = pixels.mean(0)
+    _, singular, vectors = np.linalg.svd(pixels - mean, full_matrices=False)
+    return mean, vectors[:components], singular[:components] / len(pixels) ** 0.5
+
+
+def test_the_basis_is_that_of_the_singular_vectors():
+    fitted, other = crops(40), crops(7, seed=1)
+    mean, components, deviations = by_svd(fitted, 10)
+    basis = PixelBasis.fit(fitted, 10)
+    assert apart(basis.mean, mean) < 1e-6 and apart(basis.deviations, deviations) < 1e-6
+    assert apart(basis.components @ basis.components.T, np.eye(10)) < 1e-6
+    assert apart((basis.components.numpy() @ components.T) ** 2, np.eye(10)) < 1e-5  # equal but for the sign
+    assert (basis.components.gather(1, basis.components.abs().argmax(1, keepdim=True)) > 0).all()
+    pixels = other.flatten(1).numpy() / 127.5 - 1
+    expected = mean + (pixels - mean) @ components.T @ components
+    assert apart(basis.reconstruct(basis.project(other)), expected) < 1e-6
+    coefficients = basis.project(fitted)
+    assert coefficients.mean(0).abs().max() < 1e-5
+    assert apart(coefficients.std(0, correction=0), deviations) < 1e-5
+    first = basis.first(3)
+    assert first.components.equal(basis.components[:3]) and len(first.deviations) == 3
+
+
+@pytest.mark.parametrize(("images", "components"), [(1, 0), (2, 1), (5, 4), (70, 64)])
+def test_there_are_no_more_components_than_the_crops_span(images, components):
+    basis = PixelBasis.fit(crops(images), 64)
+    assert len(basis.components) == len(basis.deviations) == components
+    assert basis.project(crops(3)).shape == (3, components) and basis.reconstruct(basis.project(crops(3))).shape == (
+        3,
+        90,
+    )
+
+
+def test_equal_crops_have_no_component_and_repeated_ones_no_further():
+    one, two = crops(1).repeat(6, 1, 1, 1), crops(3).repeat(4, 1, 1, 1)
+    assert len(PixelBasis.fit(one, 64).components) == 0 and len(PixelBasis.fit(two, 64).components) == 2
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 4, 4)
+    basis = PixelBasis.fit(black_and_white, 64)
+    assert basis.mean.abs().max() < 1e-7 and basis.deviations.tolist() == pytest.approx([48**0.5])
+    assert reference_psnr(basis, black_and_white)[MEAN_IMAGE].tolist() == pytest.approx([10 * np.log10(4)] * 2)
+
+
+def test_the_basis_is_the_same_each_time_and_whatever_the_blocks(monkeypatch):
+    fitted = crops(30, 24, 20)  # more than one block
+    basis, again = PixelBasis.fit(fitted, 8), PixelBasis.fit(fitted, 8)
+    monkeypatch.setattr(reconstruction, "_BLOCK", 100)
+    blocks = PixelBasis.fit(fitted, 8)
+    for name in ("mean", "components", "deviations"):
+        assert getattr(basis, name).equal(getattr(again, name))
+        assert apart(getattr(blocks, name), getattr(basis, name)) < 1e-6
+
+
+def test_the_references_are_the_psnr_of_each_image_whatever_the_batch():
+    fitted, held_out = crops(90), crops(11, seed=2)
+    mean, components, _ = by_svd(fitted, 64)
+    pixels = held_out.flatten(1).numpy() / 127.5 - 1
+    found = reference_psnr(PixelBasis.fit(fitted, 80), held_out)
+    for name, image in ((MEAN_IMAGE, mean), (PCA, mean + (pixels - mean) @ components.T @ components)):
+        assert apart(found[name], 10 * np.log10(4 / ((image - pixels) ** 2).mean(1))) < 1e-5
+    parts = [reference_psnr(PixelBasis.fit(fitted, 64), part) for part in held_out.split(4)]
+    for name in REFERENCES:
+        assert apart(torch.cat([part[name] for part in parts]), found[name]) < 1e-5
+    assert losses.psnr is reconstruction.psnr and (found[PCA] > found[MEAN_IMAGE]).all()
+
+
+def test_fitting_needs_little_memory_beside_the_crops():
+    """Not P x P, nor all the crops as floats: what is allocated is counted tensor by tensor."""
+    sizes: list[int] = []
+    fitted = crops(20, 100, 100)  # P = 30,000
+
+    class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            sizes.extend(x.nbytes for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor))
+            return found
+
+    with Allocations():
+        PixelBasis.fit(fitted, 4)
+    assert max(sizes) <= fitted.nbytes  # uint8; as floats four times as many
+
+
+def test_the_verdict_asks_for_half_a_decibel():
+    metrics = {"psnr": 13.9, MEAN_IMAGE: 13.8, PCA: 23.3}
+    assert judge(metrics) == "no better than the mean image (13.9 dB against 13.8)"
+    assert judge(metrics | {"psnr": 9.0}) and judge(metrics | {"psnr": float("nan")})
+    assert judge(metrics | {"psnr": 14.4}) == "" == judge({"psnr": 13.9}) == judge({MEAN_IMAGE: 13.8})
+    assert in_words(metrics) == "13.9 dB; the mean training image gives 13.8, PCA with 64 components 23.3"
+    assert in_words({"psnr": 13.94}, " at epoch 2") == "13.9 dB at epoch 2" and in_words({}) == ""
