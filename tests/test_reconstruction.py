@@ -1,10 +1,18 @@
 """What the PSNR of reconstructions is compared with: against numpy, in a run, and in what a run says."""
 
+import csv
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import apart
+from conftest import apart, read_table, small_config
 
+from ear_teacher_cli.console import Console
+from ear_teacher_cli.data.datamodule import EarDataModule
+from ear_teacher_cli.data.dataset import UnreadableImage
+from ear_teacher_cli.model.checkpoint import read_checkpoint, write_checkpoint
 from ear_teacher_cli.quality import reconstruction
 from ear_teacher_cli.quality.reconstruction import (
     MEAN_IMAGE,
@@ -16,6 +24,12 @@ from ear_teacher_cli.quality.reconstruction import (
     reference_psnr,
 )
 from ear_teacher_cli.training import losses
+from ear_teacher_cli.training.epoch_metrics import ReferencePSNR
+from ear_teacher_cli.training.progress import cells, references
+from ear_teacher_cli.training.run import resume, train
+
+QUIET = Console(quiet=True)
+KEYS = {f"val/{name}" for name in REFERENCES}
 
 
 def crops(count: int, height: int = 6, width: int = 5, seed: int = 0) -> torch.Tensor:
@@ -110,6 +124,33 @@ def test_fitting_needs_little_memory_beside_the_crops():
     assert max(sizes) <= fitted.nbytes  # uint8; as floats four times as many
 
 
+class _Two:
+    """A Trainer of two processes, as much of it as is asked for."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+
+
+def test_an_image_that_two_processes_share_counts_once(monkeypatch):
+    basis, held_out = PixelBasis.fit(crops(20), 64), crops(5, seed=3)
+
+    def collected(rows: list[int]) -> ReferencePSNR:
+        found = ReferencePSNR(basis)
+        for row in rows:
+            found.add(torch.tensor([row]), held_out[[row]])
+        return found
+
+    alone = collected([0, 1, 2, 3, 4]).finish(_Two(1))
+    other = [torch.cat(column) for column in zip(*collected([1, 3, 0])._batches, strict=True)]
+
+    def gather(everything, mine):
+        everything[:] = [mine, other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert collected([0, 2, 4]).finish(_Two(2)) == pytest.approx(alone, rel=1e-6)
+    assert list(alone) == list(REFERENCES) and collected([]).finish(_Two(1)) == {}
+
+
 def test_the_verdict_asks_for_half_a_decibel():
     metrics = {"psnr": 13.9, MEAN_IMAGE: 13.8, PCA: 23.3}
     assert judge(metrics) == "no better than the mean image (13.9 dB against 13.8)"
@@ -117,3 +158,75 @@ def test_the_verdict_asks_for_half_a_decibel():
     assert judge(metrics | {"psnr": 14.4}) == "" == judge({"psnr": 13.9}) == judge({MEAN_IMAGE: 13.8})
     assert in_words(metrics) == "13.9 dB; the mean training image gives 13.8, PCA with 64 components 23.3"
     assert in_words({"psnr": 13.94}, " at epoch 2") == "13.9 dB at epoch 2" and in_words({}) == ""
+
+
+def test_the_terminal_has_no_column_of_a_constant_and_a_log_has_it_once():
+    metrics = {"val/psnr": 13.9, f"val/{MEAN_IMAGE}": 13.8, f"val/{PCA}": 23.3}
+    heads = [cell.head for cell in cells(small_config(["", "a", "", "b"]), "1/2", metrics, metrics)]
+    assert sum("PSNR" in head or "mean" in head for head in heads) == 1
+    assert references(metrics) == ["PSNR of the mean training image 13.8 dB", "PSNR of PCA with 64 components 23.3 dB"]
+
+
+def expected_references(config) -> dict[str, float]:
+    """The references from images that are read one by one, and numpy."""
+    data = EarDataModule(config)
+    data.setup()
+    fitted, held_out = (
+        torch.stack([each[i]["pixels"] for i in range(len(each))]) for each in (data.clean_set, data.val_set)
+    )
+    mean, components, _ = by_svd(fitted, 64)
+    components = components[: len(fitted) - 1]
+    pixels = held_out.flatten(1).numpy() / 127.5 - 1
+    images = {MEAN_IMAGE: mean, PCA: mean + (pixels - mean) @ components.T @ components}
+    return {name: float((10 * np.log10(4 / ((image - pixels) ** 2).mean(1))).mean()) for name, image in images.items()}
+
+
+def test_a_run_has_them_in_every_row_and_in_its_checkpoint(run, manifests):
+    expected = expected_references(small_config(manifests))
+    rows = read_table(run / "metrics.csv")
+    assert len(rows) == 7
+    for row in rows:
+        assert {name: float(row[f"val/{name}"]) for name in REFERENCES} == pytest.approx(expected, rel=1e-5)
+    start = read_checkpoint(run / "checkpoints" / "last.ckpt").content["earteach"]["start"]
+    assert {name: start[name] for name in REFERENCES} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_them_from_its_checkpoint_and_an_older_one_goes_on_without(run, tmp_path, monkeypatch):
+    copy, old = (Path(shutil.copytree(run, tmp_path / name / run.name)) for name in ("new", "old"))
+
+    def not_again(*_: object):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("ear_teacher_cli.training.passes.fit_pixel_basis", not_again)
+    resume(copy, QUIET, max_epochs=7)
+    rows = read_table(copy / "metrics.csv")
+    assert [row["epoch"] for row in rows] == list("01234567")
+    assert all(len({row[key] for row in rows}) == 1 for key in KEYS)
+    for path in (old / "checkpoints").glob("*.ckpt"):
+        content = read_checkpoint(path).content
+        for name in REFERENCES:
+            del content["earteach"]["start"][name]
+        write_checkpoint(content, path)
+    rows = [{key: value for key, value in row.items() if key not in KEYS} for row in read_table(old / "metrics.csv")]
+    with open(old / "metrics.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    outcome = resume(old, QUIET, max_epochs=7)
+    assert outcome.epochs == 7 and not KEYS & read_table(old / "metrics.csv")[-1].keys()
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_is_left_out(ears, tmp_path):
+    copy = Path(shutil.copytree(ears, tmp_path / "ears"))
+    lists = ["", str(copy / "train_teacher.npy"), "", str(copy / "val_teacher.npy")]
+    config = small_config(lists, output_dir=str(tmp_path), max_epochs=1, max_bad=0.5)
+    data = EarDataModule(config)
+    data.setup()
+    for part in (data.clean_set, data.val_set):
+        Path(part.manifest.file(0)).write_bytes(b"x")
+    assert isinstance(data.val_set[0], UnreadableImage)
+    outcome = train(config, QUIET)
+    assert outcome.module.baseline.keys() >= set(REFERENCES)
+    assert {split for split, _ in outcome.module.unreadable.errors} == {"train", "val"}
