@@ -1,13 +1,15 @@
 """What the PSNR of reconstructions is compared with: against numpy, in a run, and in what a run says."""
 
 import csv
+import html
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import apart, read_table, small_config
+from conftest import SMALL, apart, read_table, small_config
 
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.datamodule import EarDataModule
@@ -24,6 +26,7 @@ from ear_teacher_cli.quality.reconstruction import (
     reference_psnr,
 )
 from ear_teacher_cli.training import losses
+from ear_teacher_cli.training.describe import reconstruction_in_words
 from ear_teacher_cli.training.epoch_metrics import ReferencePSNR
 from ear_teacher_cli.training.progress import cells, references
 from ear_teacher_cli.training.run import resume, train
@@ -215,6 +218,64 @@ def test_a_resumed_run_has_them_from_its_checkpoint_and_an_older_one_goes_on_wit
         writer.writerows(rows)
     outcome = resume(old, QUIET, max_epochs=7)
     assert outcome.epochs == 7 and not KEYS & read_table(old / "metrics.csv")[-1].keys()
+    assert len(outcome.reconstruction) == 1 and "mean" not in outcome.reconstruction[0]
+
+
+def with_psnr(run: Path, into: Path, above: float, weight: float = 1.0) -> Path:
+    """A copy of the run whose decoder is so many dB above the mean image."""
+    copy = Path(shutil.copytree(run, into / run.name))
+    rows = read_table(copy / "metrics.csv")
+    for row in rows[1:]:
+        row["val/psnr"] = str(float(row[f"val/{MEAN_IMAGE}"]) + above)
+    with open(copy / "metrics.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    text = (copy / "config.toml").read_text()
+    changed = re.sub(r"reconstruction_weight = \S+", f"reconstruction_weight = {weight}", text)
+    (copy / "config.toml").write_text(changed)
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("above", "weight", "wrong"), [(0.1, 1.0, True), (0.6, 1.0, False), (0.1, 0.0, False)])
+def test_the_report_shows_them_and_the_verdict(run, tmp_path, earteach, above, weight, wrong):
+    copy = with_psnr(run, tmp_path, above, weight)
+    assert earteach("report", copy).code == 0
+    text = html.unescape((copy / "report.html").read_text())
+    assert ("no better than the mean image (" in text) == wrong
+    assert (
+        "<td>PSNR of the mean training image, dB</td>" in text and "<td>PSNR of PCA with 64 components, dB</td>" in text
+    )
+    assert "<!-- mean training image -->" in text and "<!-- PCA, 64 components -->" in text  # in the legend
+    tile = re.search(r'<b( class="bad")?>[^<]* dB</b><span>PSNR of reconstructions ([^<]*)', text)
+    assert tile and bool(tile[1]) == wrong and "PCA with 64 components" in tile[2]
+
+
+def test_the_end_of_a_run_has_the_verdict_on_its_best(run, tmp_path, manifests):
+    best = Path("best-epoch_0002-val_loss_1.ckpt")
+    config = small_config(manifests, reconstruction_weight=1.0)
+    said = reconstruction_in_words(with_psnr(run, tmp_path / "a", 0.1), best, config)
+    assert re.fullmatch(
+        r"[\d.]+ dB at epoch 2; the mean training image gives [\d.]+, PCA with 64 components [\d.]+", said[0]
+    )
+    assert re.fullmatch(r"reconstructions: no better than the mean image \([\d.]+ dB against [\d.]+\)", said[1])
+    good = with_psnr(run, tmp_path / "b", 0.6)
+    assert len(reconstruction_in_words(good, best, config)) == 1
+    assert reconstruction_in_words(good, best, small_config(manifests, reconstruction_weight=0.0)) == ()
+    assert reconstruction_in_words(good, None, config) == ()
+
+
+@pytest.mark.slow
+def test_train_says_so_and_exits_with_0(manifests, tmp_path, earteach):
+    words = ["--output-dir", tmp_path, "--max-epochs", 1, *SMALL, "--fail-on-collapse"]
+    said = earteach("train", *manifests, *words, "--learning-rate", 1e-6)
+    assert said.code == 0, said.err
+    assert re.search(r"\nPSNR: [\d.]+ dB at epoch 1; the mean training image gives", said.err)
+    assert "\n    reconstructions: no better than the mean image (" in said.err
+    assert re.search(r"\nbefore training: .*PSNR of the mean training image [\d.]+ dB", said.err)
+    said = earteach("train", *manifests, *words, "--overwrite", "--reconstruction-weight", 0)
+    assert said.code == 0 and "no better than the mean image" not in said.err and "\nPSNR: " not in said.err
 
 
 @pytest.mark.slow
