@@ -52,7 +52,8 @@ class Metric:
     `head` (default: label and unit); `width` (0: as the format makes it, else as many digits as fit). A metric of the
     table is also in the sentence that a log has instead, within the parentheses of `term_of` if it is a term of a loss;
     `in_log` adds one to the sentence only.
-    Report: `report`, whether it has a row in the table; `panel`, one of PANELS; `legend` (default: label).
+    Report: `report`, whether it has a row in the table; `panel`, one of PANELS; `legend` (default: label); `reference`,
+    whether it is a constant that other metrics of the panel are compared with: a line across it.
     TensorBoard: every metric has a chart of its own; `chart`, one of CHARTS, shows it with others; `outcome`, whether the
     table of runs (hyper-parameters) has its last value, as it has those of all monitors.
     Model card: `card`, what it is called there (nothing: not in the card). `place`: order in these two tables.
@@ -74,6 +75,7 @@ class Metric:
     place: int = 99
     panel: str = ""
     legend: str = ""
+    reference: bool = False
     chart: str = ""
     outcome: bool = False
     card: str = ""
@@ -157,6 +159,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("val/psnr", "PSNR", "Peak signal-to-noise ratio of the reconstruction.", "dB", ".1f", "max", monitor=True,
            rank=2, report=True, place=4, panel="PSNR of reconstructions, dB", chart="PSNR, dB", legend="validation",
            card="PSNR of the reconstruction"),
+    Metric("val/psnr_mean_image", "PSNR of the mean training image", "PSNR of the mean training image, whatever the input.",
+           "dB", ".1f", report=True, place=4, panel="PSNR of reconstructions, dB", chart="PSNR, dB", reference=True,
+           legend="mean training image"),
+    Metric("val/psnr_pca64", "PSNR of PCA with 64 components",
+           "PSNR of the projection onto 64 principal components of the training crops.",
+           "dB", ".1f", report=True, place=4, panel="PSNR of reconstructions, dB", chart="PSNR, dB", reference=True,
+           legend="PCA, 64 components"),
     Metric("val/retrieval", "retrieval", "Share of validation images that are nearest to their own augmented view.",
            "%", ".1f", "max", monitor=True, rank=0, report=True, place=1, panel="Quality of held-out embeddings, %", chart="quality, %",
            card="validation images found from their own augmented view"),

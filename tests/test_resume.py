@@ -15,6 +15,7 @@ from conftest import SMALL, read_epochs, small_config
 
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.quality.reconstruction import REFERENCES
 from ear_teacher_cli.training.optimisation import rate_at
 from ear_teacher_cli.training.run import resume, train
 
@@ -153,6 +154,8 @@ def test_two_processes_find_the_same_classes_and_resume_as_one(run, manifests, t
     assert torch.equal(one["pseudo_classes"]["labels"], two["pseudo_classes"]["labels"])
     assert two["global_step"] == 3  # 24 images, 2 x 4 at a time
     assert two["whitening"]["mean"].isfinite().all() and two["earteach"]["start"]["effective_rank"] > 1
+    for name in REFERENCES:  # each process measured half of the images
+        assert two["earteach"]["start"][name] == pytest.approx(one["earteach"]["start"][name], rel=1e-5), name
     said = earteach("resume", tmp_path / "ear_teacher", "--devices", 1, "--max-epochs", 2)
     assert said.code == 0 and "2 epochs" in said.err, said.err
 

@@ -23,6 +23,7 @@ from ..embedding.files import Embeddings
 from ..errors import EarTeachError, ImageError
 from ..files import shell_word
 from ..metrics_catalogue import metric_of, report_rows
+from ..quality import reconstruction
 from ..quality.collapse import judge
 from ..quality.scoring import Evaluation, look_alike_sheet
 from ..templates import environment
@@ -122,7 +123,8 @@ def _subtitle(summary: RunSummary) -> str:
 
 
 def _tiles(summary: RunSummary) -> list[Tile]:
-    """Return epoch, monitored metric, PSNR and the verdict on the embeddings, as far as they are known."""
+    """Return epoch, monitored metric, PSNR and the verdicts on reconstructions and embeddings, as far as they are
+    known."""
     config, row, before = summary.config, summary.row(summary.epoch), summary.row(0)
     at = "at the best epoch" if summary.is_best else f"at epoch {summary.epoch}"
     monitor, psnr = metric_of(config.monitor), metric_of("val/psnr")
@@ -139,12 +141,22 @@ def _tiles(summary: RunSummary) -> list[Tile]:
         ),
     ]
     if row.get(psnr.key):
-        tiles.append(Tile(psnr.with_unit(psnr.number(float(row[psnr.key]))), f"PSNR of reconstructions {at}"))
+        tiles.append(_reconstruction(summary, f"PSNR of reconstructions {at}"))
     images = int(summary.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints lack it
     state, why = judge(_held_out(row), _held_out(before), images)
     if state:
         tiles.append(Tile(state, f"embeddings {at}{f': {why}' if why else ''}", "bad" if why else "good"))
     return tiles
+
+
+def _reconstruction(summary: RunSummary, what: str) -> Tile:
+    """Return the PSNR with its references, and the verdict where the decoder was trained."""
+    metrics = _held_out(summary.row(summary.epoch))
+    wrong = reconstruction.judge(metrics) if summary.config.reconstruction_weight else ""
+    if wrong:  # it has the value of the mean image
+        metrics.pop(reconstruction.MEAN_IMAGE)
+    value, _, references = reconstruction.in_words(metrics).partition("; ")
+    return Tile(value, "; ".join(filter(None, (f"{what}: {wrong}" if wrong else what, references))), wrong and "bad")
 
 
 def _which_epoch(summary: RunSummary) -> str:

@@ -51,12 +51,18 @@ def _draw_panel(title: str, metrics: Sequence[Metric], rows: Sequence[Mapping[st
 
 
 def _draw_line(axis: Any, metric: Metric, rows: Sequence[Mapping[str, str]], colour: str) -> bool:
-    """Draw a metric over epochs, and its value before training (epoch 0) dashed. Return whether there was anything."""
+    """Draw a metric over epochs, and its value before training (epoch 0) dashed; a reference as a dashed and dotted line.
+
+    Return whether there was anything.
+    """
     points = [(int(row["epoch"]), float(row[metric.key])) for row in rows if row.get(metric.key)]
     points = [point for point in points if np.isfinite(point[1])]
     after = [point for point in points if point[0] > 0]
     if not after:
         return False
+    if metric.reference:
+        axis.axhline(after[-1][1], color=colour, linewidth=1, linestyle="-.", label=metric.legend or metric.label)
+        return True
     name, marker = metric.legend or metric.label, "o" if len(after) < 12 else None
     axis.plot(*zip(*after, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name)
     if points[0][0] == 0:

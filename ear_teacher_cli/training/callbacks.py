@@ -26,9 +26,10 @@ WHITEN_ON = 2048
 
 
 class MeasureBaseline(Callback):
-    """Measure the embeddings of the initial weights before the first step, to compare later ones with.
+    """Measure, before the first step, what later epochs are compared with: the embeddings of the initial weights, and the
+    references of the PSNR (quality/reconstruction.py).
 
-    A resumed run has them from its checkpoint.
+    A resumed run has both from its checkpoint.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

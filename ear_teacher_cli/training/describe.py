@@ -9,6 +9,7 @@ from ..console import counted
 from ..data.manifest import Manifest
 from ..files import printable
 from ..metrics_catalogue import metric_of
+from ..quality import reconstruction
 from .kmeans import IMAGES_PER_CLASS
 from .objectives import Objective
 
@@ -85,6 +86,24 @@ def why_best(folder: Path, best: Path | None, monitor: str) -> str:
         word = "" if better else "the same as the " if value == start else "worse than the "
         before = f"; {word}{metric.with_unit(f'{start:.4g}')} before training"
     return f"{monitor} {metric.with_unit(f'{value:.4g}')}, {rank} (epoch {epoch} of {max(scored)}{before})"
+
+
+def reconstruction_in_words(folder: Path, best: Path | None, config: TrainConfig) -> tuple[str, ...]:
+    """Return the PSNR of a checkpoint beside its references and, where the decoder was trained, what is wrong with the
+    reconstructions; empty if metrics.csv does not have the PSNR."""
+    epoch = run_folder.epoch_of(best) if best else -1
+    for row in run_folder.read_metrics(folder / run_folder.METRICS):
+        if int(row["epoch"]) == epoch and config.reconstruction_weight:
+            metrics = {
+                name.removeprefix("val/"): float(row[name]) for name in row if name.startswith("val/") and row[name]
+            }
+            verdict = reconstruction.judge(metrics)
+            found = [
+                reconstruction.in_words(metrics, f" at epoch {epoch}"),
+                f"reconstructions: {verdict}" if verdict else "",
+            ]
+            return tuple(text for text in found if text)
+    return ()
 
 
 def describe_data(config: TrainConfig, train: Manifest, val: Manifest, classes: int) -> str:

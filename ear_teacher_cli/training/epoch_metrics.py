@@ -3,6 +3,7 @@
 N validation images, D embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..data.manifest import Manifest
-from ..quality import collapse
+from ..quality import collapse, reconstruction
 from ..quality.identity_metrics import can_be_scored, rank1_and_eer
 
 
@@ -79,19 +80,34 @@ class ValidationOutputs:
 
         Both are empty with fewer than two images, and the quality if an embedding is not finite: the loss reports it.
         """
-        columns = [torch.cat(column) for column in zip(*self._batches, strict=True)]
+        columns = _gathered(self._batches, trainer)
         self.clear()
-        if trainer.world_size > 1:
-            columns = _on_all_ranks(columns, trainer.world_size)
         if not columns or len(columns[0]) < 2:
             return None, {}
-        embeddings, views = (column.float().cpu() for column in columns[1:])
-        index, order = torch.unique(columns[0].cpu(), return_inverse=True)  # ranks may share an image to come out even
-        first = torch.empty(len(index), dtype=torch.long).scatter_(0, order, torch.arange(len(order)))
-        rows = ValidationRows(index, embeddings[first], epoch)
+        index, embeddings, views = columns
+        rows = ValidationRows(index, embeddings, epoch)
         if not torch.isfinite(rows.embeddings).all():
             return rows, {}
-        return rows, quality(rows, views[first], trainer.datamodule.val_set.manifest)
+        return rows, quality(rows, views, trainer.datamodule.val_set.manifest)
+
+
+class ReferencePSNR:
+    """Collects the references of `val/psnr` (quality/reconstruction.py) of a pass over the validation images, on every
+    rank. `basis`: the same on all ranks."""
+
+    def __init__(self, basis: reconstruction.PixelBasis):
+        self.basis = basis
+        self._batches: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, index: torch.Tensor, pixels: torch.Tensor) -> None:
+        """Add a batch: rows of the list B, and the clean crops, uint8 B,3,H,W on the CPU."""
+        found = reconstruction.reference_psnr(self.basis, pixels)
+        self._batches.append((index, *(found[name] for name in reconstruction.REFERENCES)))
+
+    def finish(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the means over the images of all ranks in dB, by name; empty if none could be read."""
+        _, *columns = _gathered(self._batches, trainer) or [None]
+        return {name: float(values.mean()) for name, values in zip(reconstruction.REFERENCES, columns, strict=False)}
 
 
 def judged_images(trainer: pl.Trainer) -> int:
@@ -115,6 +131,19 @@ def quality(rows: ValidationRows, views: torch.Tensor, manifest: Manifest) -> di
         rank1, eer = rank1_and_eer(embeddings[named].numpy(), [str(ears[i]) for i in named])
         found |= {"rank1": 100 * rank1, "eer": 100 * eer}
     return found
+
+
+def _gathered(batches: Sequence[tuple[torch.Tensor, ...]], trainer: pl.Trainer) -> list[torch.Tensor]:
+    """Return the columns of the batches of all ranks on the CPU, one row for each image, by the first column: int64, the
+    rows of the list. The others become float32. Empty without an image."""
+    columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+    if trainer.world_size > 1:
+        columns = _on_all_ranks(columns, trainer.world_size)
+    if not columns:
+        return []
+    index, order = torch.unique(columns[0].cpu(), return_inverse=True)  # ranks may share an image to come out even
+    first = torch.empty(len(index), dtype=torch.long).scatter_(0, order, torch.arange(len(order)))
+    return [index, *(column.float().cpu()[first] for column in columns[1:])]
 
 
 def _on_all_ranks(columns: list[torch.Tensor], world_size: int) -> list[torch.Tensor]:

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..quality.reconstruction import psnr as psnr  # what a decoder is judged by is computed as its references are
+
 # acos and sqrt(1 - cos^2) have infinite slope at |cos| = 1, which class means used as prototypes do reach.
 _EDGE = 1e-6
 
@@ -71,8 +73,3 @@ def consistency_loss(predictions: torch.Tensor, projections: torch.Tensor) -> to
 def margin_at(epoch: int, margin: float, warmup_epochs: int) -> float:
     """Return the margin in `epoch` (from 0): it grows evenly from 0 in epoch 0 to full in epoch `warmup_epochs`."""
     return margin if epoch >= warmup_epochs else margin * epoch / warmup_epochs
-
-
-def psnr(mse: torch.Tensor) -> torch.Tensor:
-    """Return the peak signal-to-noise ratio in dB of a mean squared error on [-1, 1]: 10 log10(4 / MSE)."""
-    return 10 * torch.log10(4 / mse.clamp_min(1e-10))

@@ -23,6 +23,7 @@ from ..model import weights
 from ..model.checkpoint import describe
 from ..model.teacher import TeacherModel
 from ..quality.collapse import judge
+from ..quality.reconstruction import REFERENCES
 from .averaging import Averages
 from .callbacks import FitWhitening, MeasureBaseline
 from .epoch_metrics import TrainingMeans, ValidationOutputs, ValidationRows, judged_images
@@ -41,11 +42,13 @@ class EarTeacherLightningModule(pl.LightningModule):
     `EarDataModule`. Pretrained weights are loaded when fitting starts without a checkpoint, or by `load_pretrained()`.
 
     Logs train/loss, train/{term}_loss and val/{term}_loss of each term, val/psnr, val/agreement and train/grad_ratio
-    (objectives.py), train/lr, val/loss; val/retrieval, val/rank1, val/eer and the health of the validation embeddings
-    (epoch_metrics.py); classes/in_use, classes/entropy, classes/largest and classes/nmi (pseudo_labels.py).
+    (objectives.py), train/lr, val/loss; the constants that val/psnr is compared with (quality/reconstruction.py);
+    val/retrieval, val/rank1, val/eer and the health of the validation embeddings (epoch_metrics.py); classes/in_use,
+    classes/entropy, classes/largest and classes/nmi (pseudo_labels.py).
 
-    `baseline`: quality of the embeddings before training; `verdict`: of the last validation against it, a state and the
-    reason (quality/collapse.py). `validation_embeddings`, `baseline_embeddings`: what they were measured on.
+    `baseline`: quality of the embeddings before training, and the references of the PSNR; `verdict`: of the embeddings
+    of the last validation against it, a state and the reason (quality/collapse.py). `validation_embeddings`,
+    `baseline_embeddings`: what they were measured on.
     """
 
     def __init__(self, config: TrainConfig | None = None, **options: Any):
@@ -223,7 +226,9 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.validation_embeddings, quality = self._validation_outputs.finish(self.trainer, self.current_epoch + 1)
         self.verdict = judge(quality, self.baseline, judged_images(self.trainer))
         classes = self.pseudo_labels.metrics()
-        found = {f"val/{k}": v for k, v in quality.items()} | {f"classes/{k}": v for k, v in classes.items()}
+        references = {name: self.baseline[name] for name in REFERENCES if name in self.baseline}
+        found = {f"val/{k}": v for k, v in (quality | references).items()}
+        found |= {f"classes/{k}": v for k, v in classes.items()}
         self.log_dict(found)  # from the same gathered embeddings on every rank: nothing to reduce
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

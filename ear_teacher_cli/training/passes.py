@@ -1,18 +1,20 @@
-"""Passes over images without training: of the training set for pseudo-labels and whitening, of the validation set for
-the baseline. All in evaluation mode, without augmentation, in full precision.
+"""Passes over images without training: of the training set for pseudo-labels, whitening and PCA of the pixels, of the
+validation set for the baseline. All in evaluation mode, without augmentation, in full precision.
 
 M readable images, D embedding. `module`: an EarTeacherLightningModule with a Trainer.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from ..console import Console
 from ..errors import EarTeachError
-from .epoch_metrics import ValidationOutputs, ValidationRows
+from ..quality.reconstruction import COMPONENTS, FITTED_ON, PixelBasis
+from .epoch_metrics import ReferencePSNR, ValidationOutputs, ValidationRows
 
 
 @contextmanager
@@ -46,10 +48,42 @@ def embed_train_set(module: pl.LightningModule, rows: range | None = None) -> tu
     return torch.cat(found), torch.cat(indices)
 
 
+def read_train_crops(module: pl.LightningModule, most: int) -> torch.Tensor | None:
+    """Read at most `most` of the training crops, evenly spaced, on this rank alone: uint8 M,3,H,W, clean; None if none
+    of them can be read."""
+    images, found = len(module.train_set), []
+    rows = range(0, images, -(-images // most))
+    with module.console.progress("reading crops for the PCA of their pixels", len(rows), "images") as steps:
+        for batch in module.trainer.datamodule.clean_dataloader(rows):
+            module.unreadable.record("train", batch, module.trainer, this_rank_only=True)
+            if len(batch["index"]):
+                found.append(batch["pixels"])
+            steps.advance(len(batch["index"]) + len(batch["bad"]))
+    return torch.cat(found) if found else None
+
+
+def fit_pixel_basis(module: pl.LightningModule, components: int) -> PixelBasis | None:
+    """Fit the mean and the principal components of the training crops on rank 0, and return them on all ranks; None if
+    no crop can be read. Raises EarTeachError, on all ranks, if too many cannot."""
+    result: Any = None
+    if module.trainer.is_global_zero:
+        try:
+            crops = read_train_crops(module, FITTED_ON)
+            result = None if crops is None else PixelBasis.fit(crops, components)
+        except EarTeachError as error:
+            result = error
+    result = module.trainer.strategy.broadcast(result)
+    if isinstance(result, EarTeachError):
+        raise EarTeachError.on_all_ranks(str(result))
+    return result
+
+
 def measure_initial_weights(module: pl.LightningModule) -> tuple[ValidationRows | None, dict[str, float]]:
     """Embed the validation images, each rank its share, and return the embeddings of all with their quality (see
-    `ValidationOutputs.finish`)."""
+    `ValidationOutputs.finish`) and the references of the PSNR (see `ReferencePSNR.finish`)."""
     outputs, datamodule = ValidationOutputs(), module.trainer.datamodule
+    basis = fit_pixel_basis(module, COMPONENTS)
+    references = ReferencePSNR(basis) if basis else None
     progress = module.console.progress("evaluating the initial weights", len(datamodule.val_set), "images")
     with evaluation_mode(module), progress as steps:
         for batch in datamodule.val_dataloader():
@@ -57,5 +91,8 @@ def measure_initial_weights(module: pl.LightningModule) -> tuple[ValidationRows 
             if len(batch["index"]):
                 views = (module(batch[name].to(module.device)) for name in ("pixels", "view"))
                 outputs.add(batch["index"].to(module.device), *views)
+                if references:
+                    references.add(batch["index"], batch["pixels"])
             steps.advance(len(batch["index"]) + len(batch["bad"]))
-    return outputs.finish(module.trainer, 0)
+    rows, quality = outputs.finish(module.trainer, 0)
+    return rows, quality | (references.finish(module.trainer) if references else {})

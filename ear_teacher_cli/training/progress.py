@@ -85,7 +85,10 @@ class Reporter(Callback):
         self.baseline_due = False
         when = "resuming" if trainer.global_step else "training"
         metrics = {f"val/{name}": value for name, value in pl_module.baseline.items()}
-        self.console.row(cells(self.config, "start", metrics), f"before {when}: {', '.join(phrases(metrics))}")
+        self.console.row(
+            cells(self.config, "start", metrics),
+            f"before {when}: {', '.join([*phrases(metrics), *references(metrics)])}",
+        )
 
 
 def cells(
@@ -157,4 +160,13 @@ def phrases(metrics: Mapping[str, float], prefix: str = "val/") -> list[str]:
         metric.phrase(metrics[metric.key])
         for metric in metrics_catalogue.METRICS
         if metric.key.startswith(prefix) and metric.key in metrics and metric.in_sentence
+    ]
+
+
+def references(metrics: Mapping[str, float]) -> list[str]:
+    """Return `PSNR of the mean training image 13.8 dB`, ...: the constants that other metrics are compared with."""
+    return [
+        metric.phrase(metrics[metric.key])
+        for metric in metrics_catalogue.METRICS
+        if metric.reference and metric.key in metrics
     ]

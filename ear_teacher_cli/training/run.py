@@ -25,7 +25,7 @@ from ..model.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..system_errors import explain_system_error
 from . import callbacks, guards, loggers
 from .checkpoints import WholeFileCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
-from .describe import why_best
+from .describe import reconstruction_in_words, why_best
 from .epoch_metrics import ValidationRows
 from .interruption import SaveOnStop
 from .launch import SILENT, machine_of, new_module, prepare, quiet_lightning, strategy_of
@@ -43,6 +43,7 @@ class Outcome:
     interrupted: int = 0  # the exit code of the signal that stopped it
     saved: bool = False  # in the middle of an epoch, when interrupted
     why: str = ""  # the best is the best
+    reconstruction: tuple[str, ...] = ()  # sentences on the PSNR of the best
     seconds: float = 0.0  # of this call
     report: Path | None = None
     config: TrainConfig | None = None
@@ -128,8 +129,14 @@ def _why_finished(checkpoint: Checkpoint, config: TrainConfig, max_epochs: int |
 def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
     best = run_folder.best_checkpoint(folder)
     report = folder / run_folder.REPORT
-    why = why_best(folder, best, checkpoint.config.monitor)
-    return Outcome(folder, checkpoint.epoch, best, why=why, report=report if report.is_file() else None)
+    return Outcome(
+        folder,
+        checkpoint.epoch,
+        best,
+        why=why_best(folder, best, checkpoint.config.monitor),
+        reconstruction=reconstruction_in_words(folder, best, checkpoint.config),
+        report=report if report.is_file() else None,
+    )
 
 
 def _start_again(folder: Path, changes: dict[str, Any], console: Console) -> Outcome:
@@ -197,6 +204,7 @@ def _fit(
         interrupted=save_on_stop.exit_code if stopped else 0,
         saved=save_on_stop.saved,
         why=why_best(folder, best, config.monitor),
+        reconstruction=reconstruction_in_words(folder, best, config),
         seconds=time.monotonic() - began,
         config=config,
         logger=logger,
