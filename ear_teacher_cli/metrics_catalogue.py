@@ -16,6 +16,7 @@ PANELS = {
     "Reconstruction loss (MSE)": "learning",
     "Metric loss": "learning",
     "Contrastive loss": "learning",
+    "Anchor loss": "learning",
     "Consistency loss": "learning",
     "PSNR of reconstructions, dB": "learning",
     "Learning rate": "learning",
@@ -119,6 +120,7 @@ _TERMS = (
     ("recon", "Reconstruction loss (MSE)", "Mean squared error of the reconstruction on [-1, 1]."),
     ("metric", "Metric loss", "Cross-entropy of the margin softmax over the pseudo-classes."),
     ("contrastive", "Contrastive loss", "NT-Xent: find the other view of an image among all views of the batch."),
+    ("anchor", "Anchor loss", "Distance of the feature maps from the pretrained backbone's at twice the side."),
     ("consistency", "Consistency loss", "Negative cosine of a prediction with the projection of the other view."),
 )
 

@@ -32,10 +32,10 @@ class Augment:
 
     def __call__(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
         """Return the augmented image."""
-        return self.with_target(pixels, seed)[0]
+        return self.with_clean(pixels, seed)[0]
 
-    def with_target(self, pixels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (augmented image, target): the target has the same geometry and flip, but unchanged colours."""
+    def with_clean(self, pixels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (augmented image, clean image): the clean one has the same geometry and flip, but unchanged colours."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
             moved = self.geometry(pixels)

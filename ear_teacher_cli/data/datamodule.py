@@ -161,7 +161,7 @@ class EarDataModule(pl.LightningDataModule):
             preprocessing,
             augment=augment,
             view=augment if config.views == 2 else None,
-            denoise=config.denoise,
+            clean=config.needs_clean_view,
         )
         self.clean_set = EarDataset(train, preprocessing)
         self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing, config.augmentation))

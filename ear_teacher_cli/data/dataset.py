@@ -41,10 +41,10 @@ class UnreadableImage(NamedTuple):
 
 
 class EarDataset(Dataset):
-    """Ears of a manifest. Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'target']}, or an UnreadableImage.
+    """Ears of a manifest. Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'clean']}, or an UnreadableImage.
 
     `pixels` is augmented if `augment` is given. 'view', if `view` is given, is a second augmented crop of the ear.
-    'target', if `denoise`, has the geometric augmentation of `pixels` only.
+    'clean', if `clean`, has the geometric augmentation of `pixels` only.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class EarDataset(Dataset):
         *,
         augment: Augment | None = None,
         view: Augment | None = None,
-        denoise: bool = False,
+        clean: bool = False,
         cache: CropCache | None = None,
     ):
         self.cache = cache
         self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
-        self.denoise = denoise
+        self.clean = clean
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -75,9 +75,9 @@ class EarDataset(Dataset):
             pixels = pixels.flip(-1)
         item = {"index": index, "pixels": pixels}
         if self.augment:
-            item["pixels"], target = self.augment.with_target(pixels, seed)
-            if self.denoise:
-                item["target"] = target
+            item["pixels"], clean = self.augment.with_clean(pixels, seed)
+            if self.clean:
+                item["clean"] = clean
         if self.view:  # beside an augmented image it needs a seed of its own
             item["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
         return item
@@ -90,7 +90,7 @@ class EarDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
-    """Return {'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'target'], 'bad': list of UnreadableImage}.
+    """Return {'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'clean'], 'bad': list of UnreadableImage}.
 
     B may be 0; then there are no pixels. In a worker the tensors are moved to shared memory here: torch would do it in
     a thread whose errors (usually no room) are lost, and the parent would wait for the batch.
@@ -98,7 +98,7 @@ def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
     readable = [item for item in items if not isinstance(item, UnreadableImage)]
     batch: Batch = {"bad": [item for item in items if isinstance(item, UnreadableImage)]}
     batch["index"] = torch.tensor([item["index"] for item in readable], dtype=torch.int64)
-    for name in ("pixels", "view", "target"):
+    for name in ("pixels", "view", "clean"):
         if readable and name in readable[0]:
             batch[name] = torch.stack([item[name] for item in readable])
     if get_worker_info() is not None:

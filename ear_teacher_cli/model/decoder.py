@@ -1,17 +1,22 @@
 """The decoder, which reconstructs an image from its embedding.
 
-Shapes: B images, H = W = image_size pixels, D = embedding dimension.
+Shapes: B images, H = W = image_size pixels, D = embedding dimension, K principal components, S = side of their images.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..config import TrainConfig
 
+COMPONENTS = 256  # K: principal components of the training images that the linear part of the decoder combines
+BASIS_SIDE = 64  # S at most: finer detail is left to the convolutions, and at 224 px the components would take 150 MB
+
 
 def build_decoder(config: TrainConfig, embedding_dim: int) -> nn.Module:
     """Return the decoder of a configuration: B,D -> B,3,H,W on the scale of [-1, 1]."""
-    return Decoder(embedding_dim, config.image_size)
+    kind = LinearStart if config.decoder_start == "linear" else Decoder
+    return kind(embedding_dim, config.image_size)
 
 
 class Decoder(nn.Module):
@@ -38,3 +43,50 @@ class Decoder(nn.Module):
         """Return images B,3,H,W for embeddings B,D."""
         grid = self.start(embedding).unflatten(1, (-1, self.grid, self.grid))  # B,D -> B,256,H/32,W/32
         return self.steps(grid)  # -> B,3,H,W
+
+
+class LinearStart(Decoder):
+    """A linear map to principal components of the training images, plus the transposed convolutions of `Decoder`.
+
+    The image is mean + sum_k c_k component_k, resized bilinearly from S to H, with the standardised coefficients
+    c = code(embedding), plus the output of the convolutions, whose last layer starts at 0. Before training, `set_linear`
+    is called with the components (principal component analysis of pixels) and a ridge regression of the coefficients on
+    the embeddings (training/decoder_start.py), so that the decoder starts as the best linear map and the convolutions learn what it cannot show.
+    Before that the components are 0, and it is a `Decoder` that starts at mid-grey.
+    """
+
+    def __init__(self, embedding_dim: int, image_size: int):
+        super().__init__(embedding_dim, image_size)
+        self.size = image_size
+        side = basis_side(image_size)
+        self.code = nn.Linear(embedding_dim, COMPONENTS)
+        self.register_buffer("mean", torch.zeros(3, side, side))
+        self.register_buffer("components", torch.zeros(COMPONENTS, 3, side, side))
+        for tensor in self.steps[-1].parameters():
+            nn.init.zeros_(tensor)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Return images B,3,H,W for embeddings B,D."""
+        code = self.code(embedding).to(self.components.dtype)
+        linear = self.mean + torch.tensordot(code, self.components, dims=1)  # B,K x K,3,S,S -> B,3,S,S
+        resized = F.interpolate(linear, size=(self.size, self.size), mode="bilinear", antialias=True)
+        return resized + super().forward(embedding)
+
+    @torch.no_grad()
+    def set_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, components: torch.Tensor
+    ) -> None:
+        """Set the linear part: `weight` K',D and `bias` K' of the code, `mean` 3,S,S and `components` K',3,S,S of the
+        image, with K' <= K; the other components stay 0."""
+        found = len(components)
+        for tensor in (self.mean, self.components, self.code.weight, self.code.bias):
+            tensor.zero_()
+        self.mean.copy_(mean)
+        self.components[:found].copy_(components)
+        self.code.weight[:found].copy_(weight)
+        self.code.bias[:found].copy_(bias)
+
+
+def basis_side(image_size: int) -> int:
+    """Return S, the side in pixels of the images that principal components are computed on."""
+    return min(image_size, BASIS_SIDE)

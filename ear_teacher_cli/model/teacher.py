@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
-from ..data.preprocessing import pretrained_cfg_of
+from ..data.preprocessing import pretrained_cfg_of, preprocessing_for
 from ..errors import ConfigError
+from .anchor import Anchor, MapReader, Maps
 from .decoder import build_decoder
 from .freezing import freeze_to_stride, keep_statistics
 
@@ -71,6 +72,7 @@ class TeacherModel(nn.Module):
         self.projection = projection_head(self.embedding_dim, config.projection_dim) if projects else None
         self.prediction = prediction_head(config.projection_dim) if predicts else None
         self.decoder = build_decoder(config, self.embedding_dim)
+        self.anchor = build_anchor(config, self.backbone) if config.is_anchored else None
 
     def train(self, mode: bool = True) -> "TeacherModel":
         """Set training mode, except for batch normalisation whose statistics are kept."""
@@ -82,10 +84,29 @@ class TeacherModel(nn.Module):
         """Return the embeddings B,D of normalised images B,3,H,W: the output that exports and `embed` use."""
         return self.backbone(images)
 
+    def embed_with_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+        """Return the embeddings B,D of `embed`, and the feature maps that the anchor loss is about."""
+        assert self.anchor is not None
+        return self.anchor.reader(self.backbone, images)
+
     def predict(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return predictions B,D' of embeddings B,D: the input of the metric loss."""
         assert self.projection is not None and self.prediction is not None
         return self.prediction(self.projection(embedding))
+
+
+def build_anchor(config: TrainConfig, backbone: nn.Module) -> Anchor:
+    """Build the anchor of a teacher's `backbone`, with random weights until `Anchor.follow`.
+
+    Raises ConfigError if timm gives no feature maps of the model, or if it has a fixed input size.
+    """
+    if pretrained_cfg_of(config.backbone).fixed_input_size:
+        raise ConfigError(
+            "anchor_weight", f"{config.backbone} takes one input size only", "choose another backbone, or 0"
+        )
+    reader = MapReader(backbone)
+    channels = [backbone.feature_info[i]["num_chs"] for i in reader.places]
+    return Anchor(build_backbone(config.backbone, config.image_size), reader, channels, preprocessing_for(config))
 
 
 def projection_head(embedding_dim: int, projection_dim: int) -> nn.Sequential:

@@ -16,6 +16,8 @@ COMPONENTS = 64
 # The PSNR of the decoder must exceed that of the mean image by this many dB: a squared error lower by a tenth. In
 # examples/docs/metrics.md.
 BETTER_BY = 0.5
+# Penalties that `ridge` chooses from.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Names of the references among the metrics, without `val/`.
 REFERENCES = MEAN_IMAGE, PCA = "psnr_mean_image", f"psnr_pca{COMPONENTS}"
 # Pixel values, less 128, are at most 128: the sum of so many products is an integer that float32 holds exactly.
@@ -90,6 +92,32 @@ class PixelBasis:
 def _blocks(values: int) -> Iterator[slice]:
     """Yield slices of at most _BLOCK of the pixel values."""
     yield from (slice(start, min(start + _BLOCK, values)) for start in range(0, values, _BLOCK))
+
+
+def ridge(embeddings: torch.Tensor, codes: torch.Tensor, deviations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit codes ~ embeddings @ weight.T + bias by ridge regression: weight float32 K,D and bias K.
+
+    `embeddings` M,D, `codes` M,K of mean 0; `deviations` K scale the squared errors of the codes. The penalty is the one
+    of RIDGES, times the mean eigenvalue of the embeddings' scatter matrix, that predicts every fifth image best from the
+    others.
+    """
+    rows, targets = embeddings.double(), codes.double()
+    mean = rows.mean(0)
+    rows = rows - mean
+    held_out = torch.arange(len(rows)) % 5 == 0
+
+    def solve(chosen: torch.Tensor, penalty: float) -> torch.Tensor:
+        scatter = rows[chosen].T @ rows[chosen]  # D,D
+        scatter.diagonal().add_(penalty * scatter.diagonal().mean() + 1e-12)
+        return torch.linalg.solve(scatter, rows[chosen].T @ targets[chosen])  # D,K
+
+    def error(penalty: float) -> float:
+        missed = rows[held_out] @ solve(~held_out, penalty) - targets[held_out]
+        return float((missed * deviations.double()).square().sum())
+
+    best = min(RIDGES, key=error) if len(rows) >= 10 else RIDGES[-1]
+    weight = solve(torch.ones_like(held_out), best)
+    return weight.T.float(), -(mean @ weight).float()
 
 
 def reference_psnr(basis: PixelBasis, crops: torch.Tensor) -> dict[str, torch.Tensor]:

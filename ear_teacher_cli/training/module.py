@@ -26,6 +26,7 @@ from ..quality.collapse import judge
 from ..quality.reconstruction import REFERENCES
 from .averaging import Averages
 from .callbacks import FitWhitening, MeasureBaseline
+from .decoder_start import start_decoder
 from .epoch_metrics import TrainingMeans, ValidationOutputs, ValidationRows, judged_images
 from .guards import StepGuard, StopOnCollapse, StopOnNonFinite, UnreadableImages, is_on_all_ranks, require_data
 from .interruption import divide_epoch
@@ -71,7 +72,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (model/whitening.py)
         self.unreadable = UnreadableImages(self.config)
         self.guard = StepGuard()
-        self._needs_weights = False
+        self._needs_weights = self._needs_decoder = False
         self._restored: dict[str, Any] | None = None  # the `earteach` part of the checkpoint that was loaded
         self._training_means = TrainingMeans()
         self._validation_outputs = ValidationOutputs()
@@ -87,6 +88,8 @@ class EarTeacherLightningModule(pl.LightningModule):
     def load_pretrained(self) -> weights.Receipt:
         """Load the backbone's pretrained weights according to the configuration. Raises WeightsError."""
         self.receipt = weights.load_pretrained(self.model.backbone, self.config)
+        if self.model.anchor is not None:
+            self.model.anchor.follow(self.model.backbone)
         return self.receipt
 
     @property
@@ -107,6 +110,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         require_data(self.config, self.preprocessing, self.trainer.datamodule)
         # a module from load_from_checkpoint has trained weights, and starts a new run with them
         self._needs_weights = self.config.pretrained and self.receipt is None and self._restored is None
+        self._needs_decoder = self.config.decoder_start == "linear" and self._restored is None
         self._restored = self.prototypes = None
         self.pseudo_labels = PseudoLabels(self.config)
         if self.config.learns_classes:
@@ -119,8 +123,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.prototypes = nn.Parameter(F.normalize(prototypes, dim=1))
 
     def on_fit_start(self) -> None:
-        if self._needs_weights and self._restored is None:  # no checkpoint is resumed: it would have been loaded by now
+        if self._restored is not None:  # a checkpoint is resumed: it has been loaded by now
+            return
+        if self._needs_weights:
             self.load_pretrained()
+        if self._needs_decoder:
+            start_decoder(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
@@ -171,9 +179,20 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def training_outputs(self, batch: Batch, classes: ClassTargets | None) -> Outputs:
         """Return the teacher's outputs for a training batch on the module's device."""
-        views = [batch[name] for name in ("pixels", "view") if name in batch]
-        embedding = self(torch.cat(views))  # V views of B images: VB,3,H,W -> VB,D
-        return Outputs(self.model, embedding, batch.get("target", batch["pixels"]), classes)
+        views = torch.cat([batch[name] for name in ("pixels", "view") if name in batch])  # VB,3,H,W
+        clean = batch.get("clean", batch["pixels"])
+        return self._outputs(views, clean if self.config.denoise else batch["pixels"], clean, classes)
+
+    def _outputs(
+        self, views: torch.Tensor, target: torch.Tensor, clean: torch.Tensor, classes: ClassTargets | None
+    ) -> Outputs:
+        """Return the teacher's outputs for `views` uint8 VB,3,H,W."""
+        images, maps = normalise(views, self.preprocessing), None
+        if self.model.anchor is None:
+            embedding = self.model.embed(images)
+        else:
+            embedding, maps = self.model.embed_with_maps(images)
+        return Outputs(self.model, embedding, target, clean, maps, classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.unreadable.record("train", batch, self.trainer)
@@ -212,10 +231,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.unreadable.record("val", batch, self.trainer)
         if len(batch["index"]) == 0:
             return
-        pixels, embedding, of_view = batch["pixels"], self(batch["pixels"]), self(batch["view"])
-        self._validation_outputs.add(batch["index"], embedding, of_view)
+        pixels = batch["pixels"]
         classes = ClassTargets(self.prototypes) if self.config.learns_classes else None
-        found = self.objective.validation(Outputs(self.model, torch.cat([embedding, of_view]), pixels, classes))
+        outputs = self._outputs(torch.cat([pixels, batch["view"]]), pixels, pixels, classes)
+        self._validation_outputs.add(batch["index"], *outputs.embedding.split(len(pixels)))
+        found = self.objective.validation(outputs)
         values = {f"val/{name}": value.detach() for name, value in found.metrics.items()}
         self.log_dict(values, on_epoch=True, batch_size=len(pixels), sync_dist=self.trainer.world_size > 1)
 

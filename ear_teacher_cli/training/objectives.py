@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..config import TrainConfig
 from ..data.preprocessing import to_unit
+from ..model.anchor import Maps
 from ..model.teacher import TeacherModel
 from . import losses
 
@@ -35,7 +36,8 @@ class Outputs:
     """The teacher's outputs for V views of B images. Each part of the model runs when first asked for, and once.
 
     `embedding` VB,D: the first views of all images, then their second views. `target` uint8 B,3,H,W: what the first
-    views are reconstructed to. `classes` is None where no metric loss is part of the run.
+    views are reconstructed to; `clean` uint8 B,3,H,W: the first views without changes of colour. `maps`: feature maps of
+    all views by stride, VB,C,G,G; None without an anchor loss. `classes` is None where no metric loss is part of the run.
     """
 
     def __init__(
@@ -43,9 +45,12 @@ class Outputs:
         model: TeacherModel,
         embedding: torch.Tensor,
         target: torch.Tensor,
+        clean: torch.Tensor,
+        maps: Maps | None = None,
         classes: ClassTargets | None = None,
     ):
-        self.model, self.embedding, self.target, self.classes = model, embedding, target, classes
+        self.model, self.embedding, self.target, self.clean = model, embedding, target, clean
+        self.maps, self.classes = maps, classes
 
     @property
     def images(self) -> int:
@@ -190,6 +195,23 @@ class Contrastive(LossTerm):
         return losses.contrastive_loss(outputs.projection, self.config.temperature)
 
 
+class Anchor(LossTerm):
+    """Distance of the first views' maps from those of the frozen pretrained backbone (model/anchor.py)."""
+
+    name = "anchor"
+    weight_option = "anchor_weight"
+    fewest_images = 2  # channels are standardised over the batch
+
+    @property
+    def is_active(self) -> bool:
+        return self.config.is_anchored
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        assert outputs.maps is not None and outputs.model.anchor is not None
+        first = {stride: found[: outputs.images] for stride, found in outputs.maps.items()}
+        return outputs.model.anchor(first, outputs.clean)
+
+
 class Consistency(LossTerm):
     """Each view's prediction against the other view's projection."""
 
@@ -203,7 +225,7 @@ class Consistency(LossTerm):
 
 
 # Reconstruction first: the ratio of gradients compares the sum of the others with it.
-TERMS: tuple[type[LossTerm], ...] = (Reconstruction, Metric, Contrastive, Consistency)
+TERMS: tuple[type[LossTerm], ...] = (Reconstruction, Metric, Contrastive, Anchor, Consistency)
 
 
 @dataclass(frozen=True)
@@ -246,10 +268,11 @@ class Objective:
         reconstruction; None where there is one term only."""
         if not self.config.reconstruction_weight or len(self.terms) < 2:
             return None
-        others, reconstruction = (
-            torch.autograd.grad(loss * _GRADIENT_SCALE, embedding, retain_graph=True)[0].float().norm()
+        found_of = (
+            torch.autograd.grad(loss * _GRADIENT_SCALE, embedding, retain_graph=True, allow_unused=True)[0]
             for loss in (found.others, found.reconstruction)
         )
+        others, reconstruction = (embedding.new_zeros(()) if each is None else each.float().norm() for each in found_of)
         return others / reconstruction.clamp_min(1e-12)
 
     def _sum(self, metrics: dict[str, torch.Tensor]) -> Losses:

@@ -48,17 +48,24 @@ def embed_train_set(module: pl.LightningModule, rows: range | None = None) -> tu
     return torch.cat(found), torch.cat(indices)
 
 
-def read_train_crops(module: pl.LightningModule, most: int) -> torch.Tensor | None:
-    """Read at most `most` of the training crops, evenly spaced, on this rank alone: uint8 M,3,H,W, clean; None if none
-    of them can be read."""
-    images, found = len(module.train_set), []
+def clean_train_batches(module: pl.LightningModule, most: int, about: str) -> Iterator[Any]:
+    """Yield batches of at most `most` of the training images, evenly spaced, on this rank alone, with the progress
+    `about`; without unreadable images."""
+    images = len(module.train_set)
     rows = range(0, images, -(-images // most))
-    with module.console.progress("reading crops for the PCA of their pixels", len(rows), "images") as steps:
+    with module.console.progress(about, len(rows), "images") as steps:
         for batch in module.trainer.datamodule.clean_dataloader(rows):
             module.unreadable.record("train", batch, module.trainer, this_rank_only=True)
             if len(batch["index"]):
-                found.append(batch["pixels"])
+                yield batch
             steps.advance(len(batch["index"]) + len(batch["bad"]))
+
+
+def read_train_crops(module: pl.LightningModule, most: int) -> torch.Tensor | None:
+    """Read at most `most` of the training crops, evenly spaced, on this rank alone: uint8 M,3,H,W, clean; None if none
+    of them can be read."""
+    about = "reading crops for the PCA of their pixels"
+    found = [batch["pixels"] for batch in clean_train_batches(module, most, about)]
     return torch.cat(found) if found else None
 
 

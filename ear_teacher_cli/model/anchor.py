@@ -1,0 +1,99 @@
+"""The anchor: the frozen pretrained backbone at a higher resolution, whose feature maps the teacher's maps predict.
+
+Fine-tuning on few unlabelled images loses part of what pretraining learned, and does so in the feature maps, too. The
+anchor keeps it, and adds what the pretrained backbone sees of the same image at twice the side (dense distillation from
+high to low resolution; DINOv3, Simeoni et al. 2025, sec. 4.3 and 5.1, anchors maps to an earlier teacher at a higher
+resolution by their Gram matrices).
+
+B images, H = W = image_size pixels, C channels of a map, s its stride, G = H / s cells along its side.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..data.preprocessing import Preprocessing, normalise
+from ..errors import ConfigError
+
+Maps = dict[int, torch.Tensor]  # stride in pixels -> map B,C,G,G
+
+FINEST = 8  # stride of the finest map; finer ones have learned edges and colours, which all images share
+SCALE = 2  # side of the anchor's input as a multiple of the teacher's
+
+
+class MapReader:
+    """Returns the feature maps of timm backbones of one architecture, where their stride is FINEST or more.
+
+    Raises ConfigError if timm gives no such maps of `backbone`, or two of one stride (vision transformers).
+    """
+
+    def __init__(self, backbone: Any):
+        strides = [stage["reduction"] for stage in getattr(backbone, "feature_info", [])]
+        self.places = [i for i, stride in enumerate(strides) if stride >= FINEST]
+        self.strides = [strides[i] for i in self.places]
+        if len(set(self.strides)) < max(2, len(self.strides)) or not hasattr(backbone, "forward_intermediates"):
+            raise ConfigError(
+                "anchor_weight", "the backbone has no feature maps of several strides", "choose another backbone, or 0"
+            )
+
+    def __call__(self, backbone: Any, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+        """Return (embedding B,D, maps) of normalised images B,3,H,W: the embedding is `backbone(images)`."""
+        features, maps = backbone.forward_intermediates(images, indices=self.places, output_fmt="NCHW")
+        return backbone.forward_head(features), dict(zip(self.strides, maps, strict=True))
+
+
+class Anchor(nn.Module):
+    """Predict the anchor's maps from the teacher's with one 1 x 1 convolution for each pair of maps.
+
+    The pairs: each stride s with the same stride of the anchor, averaged to G x G cells (the convolution starts as the
+    identity); and each stride s but the last with the anchor's next stride, which has G x G cells at twice the side.
+    """
+
+    def __init__(self, backbone: nn.Module, reader: MapReader, channels: list[int], preprocessing: Preprocessing):
+        """Take over `backbone`, a copy of the teacher's; `channels`: of the maps, in the order of `reader.strides`."""
+        super().__init__()
+        self.backbone, self.reader, self.preprocessing = backbone.requires_grad_(False), reader, preprocessing
+        width = dict(zip(reader.strides, channels, strict=True))
+        following = zip(reader.strides, reader.strides[1:], strict=False)
+        self.pairs = [*((s, s) for s in reader.strides), *(pair for pair in following if pair[1] == SCALE * pair[0])]
+        self.predictors = nn.ModuleDict({f"{a}_{b}": nn.Conv2d(width[a], width[b], 1) for a, b in self.pairs})
+        for stride in reader.strides:
+            convolution = self.predictors[f"{stride}_{stride}"]
+            nn.init.dirac_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+
+    def train(self, mode: bool = True) -> "Anchor":
+        """Set training mode, except for the frozen backbone."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def follow(self, backbone: nn.Module) -> None:
+        """Take the weights of `backbone`: the pretrained ones."""
+        self.backbone.load_state_dict(backbone.state_dict())
+
+    def forward(self, maps: Maps, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the pairs of smooth L1 plus 1 - cosine of standardised maps, a scalar.
+
+        `maps`: the teacher's, of a view; `pixels`: uint8 B,3,H,W, the same view without changes of colour. Each channel
+        is standardised over the batch.
+        """
+        with torch.no_grad():
+            larger = F.interpolate(pixels.float(), scale_factor=SCALE, mode="bicubic").clamp(0, 255)
+            larger = larger.contiguous(memory_format=torch.channels_last)
+            _, targets = self.reader(self.backbone, normalise(larger, self.preprocessing))
+        found = [self._distance(maps[a].float(), targets[b].float(), a, b) for a, b in self.pairs]
+        return torch.stack(found).mean()
+
+    def _distance(self, given: torch.Tensor, target: torch.Tensor, stride: int, of: int) -> torch.Tensor:
+        """Return the loss of a pair: `given` B,C,G,G of `stride`, `target` B,C',G',G' of the anchor's stride `of`."""
+        target = F.adaptive_avg_pool2d(target, given.shape[-2:])
+        deviation, mean = torch.std_mean(target, dim=(0, 2, 3), keepdim=True)  # 1,C',1,1
+        deviation = deviation.clamp_min(1e-3)
+        target = (target - mean) / deviation
+        if of == stride:
+            given = (given - mean) / deviation
+        predicted = self.predictors[f"{stride}_{of}"](given).float()
+        return F.smooth_l1_loss(predicted, target) + (1 - F.cosine_similarity(predicted, target, dim=1)).mean()
