@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
-from ..data.preprocessing import pretrained_cfg_of, preprocessing_for
+from ..data.preprocessing import preprocessing_for, pretrained_cfg_of
 from ..errors import ConfigError
 from .anchor import Anchor, MapReader, Maps
 from .decoder import build_decoder
