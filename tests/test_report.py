@@ -112,6 +112,7 @@ def test_the_report_at_the_end_of_a_run_embeds_nothing_and_equals_a_later_one(ea
     manifest = outcome.data.val_set.manifest
     kept = validation_embeddings_of(manifest, outcome.best_embeddings, outcome.module.baseline_embeddings, checkpoint)
     later = embed_validation_set(checkpoint, QUIET)
+    assert apart(kept.unscaled, later.unscaled) < 1e-5
     for name in ("teacher", "raw", "baseline"):
         assert apart(getattr(kept, name).rows, getattr(later, name).rows) < 1e-5
         assert getattr(kept, name).paths == getattr(later, name).paths

@@ -211,16 +211,25 @@ def warn_of_unknown_sides(embedder: Embedder, manifest: Manifest, console: Conso
 
 
 def embed_manifest(
-    embedder: Embedder, manifest: Manifest, batch_size: int, num_workers: int, console: Console, whiten: bool = True
+    embedder: Embedder,
+    manifest: Manifest,
+    batch_size: int,
+    num_workers: int,
+    console: Console,
+    whiten: bool = True,
+    normalize: bool = True,
 ) -> Embeddings:
-    """Return the unit-length embeddings of all images that can be read, in memory. Raises EarTeachError if none can."""
+    """Return the embeddings of all images that can be read, in memory. Raises EarTeachError if none can.
+
+    They have unit length; without `normalize` they are raw, neither whitened nor of unit length.
+    """
     warn_of_unknown_sides(embedder, manifest, console)
     rows, kept = [], []
     for good, vectors, _ in embed_images(
         embedder, manifest, batch_size, num_workers, TrainConfig.load_timeout, console
     ):
         if vectors is not None:
-            rows.append(embedder.unit_rows(vectors, whiten))
+            rows.append(embedder.unit_rows(vectors, whiten) if normalize else vectors.numpy())
             kept += good
     if not kept:
         raise EarTeachError(
@@ -235,7 +244,7 @@ def embed_manifest(
         part.identities,
         part.sides,
         Path(embedder.source).name,
-        embedder.whitening is not None and whiten,
+        embedder.whitening is not None and whiten and normalize,
         embedder.fingerprint,
         manifest.root,
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -30,7 +31,8 @@ from ..training.module import EarTeacherLightningModule
 class ValidationEmbeddings:
     """Embeddings of the readable validation images, at most collapse.JUDGED_ON of them, as rows of unit length.
 
-    `teacher`: as `earteach embed` writes them, whitened if the run fitted a whitening; `raw`: before whitening.
+    `teacher`: as `earteach embed` writes them, whitened if the run fitted a whitening; `raw`: before whitening;
+    `unscaled`: before scaling to unit length too, as the backbone gives them, float32 N,D.
     `baseline`: of the initial weights, not whitened, the same images; None if those weights are not available
     (`no_baseline` says why). `total`: how many images the manifest has. `root`: where their paths start.
     """
@@ -38,6 +40,7 @@ class ValidationEmbeddings:
     root: Path | None
     teacher: Embeddings
     raw: Embeddings
+    unscaled: np.ndarray
     baseline: Embeddings | None
     total: int
     no_baseline: str = ""
@@ -65,13 +68,14 @@ def embed_validation_set(checkpoint: Checkpoint, console: Console, root_dir: str
     manifest = whole.subset(_judged(whole))
     embedder = embedder_of(checkpoint)
     options = (manifest, config.batch_size, config.num_workers, console, False)
-    raw = embed_manifest(embedder, *options)
+    given = embed_manifest(embedder, *options, normalize=False)
+    raw = replace(given, rows=embedder.unit_rows(torch.from_numpy(given.rows), whiten=False))
     try:
         baseline, why = embed_manifest(_initial_embedder(config), *options), ""
     except EarTeachError as error:  # a weights file that is gone, a hub that cannot be reached
         baseline, why = None, str(error)
     teacher = _whitened(raw, embedder.whitening)
-    return ValidationEmbeddings(manifest.root, teacher, raw, baseline, len(whole), why)
+    return ValidationEmbeddings(manifest.root, teacher, raw, given.rows, baseline, len(whole), why)
 
 
 def validation_embeddings_of(
@@ -90,7 +94,8 @@ def validation_embeddings_of(
     fitted = checkpoint.content.get("whitening")
     teacher = _whitened(raw, whitening_of(fitted) if fitted else None)
     start = _embeddings(manifest, rows, baseline, "initial weights")
-    return ValidationEmbeddings(manifest.root, teacher, raw, start, len(manifest))
+    given = best.embeddings[_places(rows, best)].numpy()
+    return ValidationEmbeddings(manifest.root, teacher, raw, given, start, len(manifest))
 
 
 def _judged(manifest: Manifest) -> list[int]:
@@ -105,10 +110,14 @@ def _whitened(raw: Embeddings, fitted: Whitening | None) -> Embeddings:
 
 def _embeddings(manifest: Manifest, rows: list[int], kept: ValidationRows, weights: str) -> Embeddings:
     """Return the embeddings of these rows of the manifest, at unit length."""
-    places = np.searchsorted(kept.index.numpy(), rows)
-    unit = F.normalize(kept.embeddings[places], dim=1).numpy()
+    unit = F.normalize(kept.embeddings[_places(rows, kept)], dim=1).numpy()
     part = manifest.subset(rows)
     return Embeddings(part.source, unit, part.paths, part.boxes, part.identities, part.sides, weights, root=part.root)
+
+
+def _places(rows: list[int], kept: ValidationRows) -> np.ndarray:
+    """Return where in what was kept these rows of the manifest are."""
+    return np.searchsorted(kept.index.numpy(), rows)
 
 
 def _initial_embedder(config: TrainConfig) -> Embedder:
