@@ -1,4 +1,4 @@
-"""Draw the reconstruction collage, a GIF of how it changes over a run, and sheets of pairs."""
+"""Draw the reconstruction collage, a GIF of how it changes over a run, labelled grids, and sheets of pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +38,28 @@ def collage(originals: "torch.Tensor", reconstructions: "torch.Tensor", title: s
     for column, decibel in enumerate(psnr_of_bytes(originals, reconstructions)):
         x = left + column * (side + gap) + side // 2
         draw.text((x, top + 2 * (side + gap) + 8), f"{decibel:.1f} dB", fill=_FAINT, font=_font(13), anchor="mm")
+    return page
+
+
+def labelled_grid(images: "torch.Tensor", labels: Sequence[tuple[str, str]], heads: Sequence[str]) -> Image.Image:
+    """Return uint8 R,C,3,H,W as R rows and C columns: two lines of text beside each row, one above each column.
+
+    Tiles keep the size the model sees, between 128 and 160 pixels.
+    """
+    rows, columns, side = len(labels), len(heads), min(160, max(128, images.shape[-1]))
+    gap, top, fonts = 6, 34, (_font(15), _font(13))
+    left = 24 + round(max(font.getlength(line) for label in labels for font, line in zip(fonts, label, strict=True)))
+    page = Image.new("RGB", (left + columns * (side + gap), top + rows * (side + gap)), _PAPER)
+    draw = ImageDraw.Draw(page)
+    for column, head in enumerate(heads):
+        draw.text((left + column * (side + gap) + side // 2, top // 2), head, fill=_INK, font=_font(14), anchor="mm")
+    for row, label in enumerate(labels):
+        y = top + row * (side + gap)
+        for font, line, colour, middle in zip(fonts, label, (_INK, _FAINT), (-10, 10), strict=True):
+            draw.text((12, y + side // 2 + middle), line, fill=colour, font=font, anchor="lm")
+        for column in range(columns):
+            tile = to_image(images[row, column]).resize((side, side), Image.Resampling.BICUBIC)
+            page.paste(tile, (left + column * (side + gap), y))
     return page
 
 

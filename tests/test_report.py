@@ -22,16 +22,19 @@ from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ear_teacher_cli.console import Console
+from ear_teacher_cli.data.datamodule import read_val_manifest
+from ear_teacher_cli.data.dataset import EarDataset
 from ear_teacher_cli.errors import EarTeachError, Stopped
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.quality import collapse
 from ear_teacher_cli.quality.collapse import health
-from ear_teacher_cli.report import validation_embeddings
+from ear_teacher_cli.report import principal_axes, validation_embeddings
 from ear_teacher_cli.report import write as verb
 from ear_teacher_cli.report.validation_embeddings import embed_validation_set, validation_embeddings_of
 from ear_teacher_cli.run_folder import best_checkpoint
 from ear_teacher_cli.training import loggers
 from ear_teacher_cli.training.describe import why_best
+from ear_teacher_cli.training.module import EarTeacherLightningModule
 from ear_teacher_cli.training.run import RESUMABLE, resume, train
 
 QUIET = Console(quiet=True)
@@ -59,6 +62,7 @@ def test_the_page_has_every_section_and_loads_nothing(run):
         "How it learned",
         "Reconstructions, from first to last",
         "Health of embeddings and pseudo-classes",
+        "Principal axes of the embedding",
         "Nearest neighbours",
         "What to do next",
         "Configuration",
@@ -70,6 +74,39 @@ def test_the_page_has_every_section_and_loads_nothing(run):
     assert text.count("<svg") >= 8 and text.count("<img") >= 10
     assert f"earteach resume {shlex.quote(str(run))}" in html.unescape(text) and "earteach export-backbone" in text
     assert "<td>train_metadata</td>" in text and "<td>learning_rate</td><td>0.001</td>" in text
+
+
+def test_principal_axes_are_shown_where_reconstructions_are_good_enough(run, tmp_path, monkeypatch, earteach):
+    heading, image = "<h2>Principal axes of the embedding</h2>", 'alt="decoded images: axis 1: '
+    text = (run / "report.html").read_text()
+    row = next(
+        row
+        for row in read_table(run / "metrics.csv")
+        if row["epoch"] == str(read_checkpoint(best_checkpoint(run)).epoch)
+    )
+    above = round(float(row["val/psnr"]) - float(row["val/psnr_mean_image"]), 1)
+    assert above < principal_axes.SHOWN_FROM and heading in text and image not in text
+    assert f"<p>Left out: reconstructions are {abs(above):.1f} dB {'above' if above >= 0 else 'below'} the mean" in text
+    monkeypatch.setattr(principal_axes, "SHOWN_FROM", -100.0)
+    assert earteach("report", run, "-o", tmp_path / "axes.html").code == 0
+    text = (tmp_path / "axes.html").read_text()
+    assert heading in text and image in text and "holds anatomy" in text and "Left out" not in text
+    assert earteach("report", run, "-o", tmp_path / "none.html", "--no-images").code == 0
+    text = (tmp_path / "none.html").read_text()
+    assert heading not in text and image not in text and "Left out" not in text
+
+
+def test_the_axes_are_of_the_embeddings_that_the_decoder_of_the_checkpoint_reconstructs(run):
+    checkpoint = read_checkpoint(best_checkpoint(run))
+    found = embed_validation_set(checkpoint, QUIET)
+    module = EarTeacherLightningModule(checkpoint.config)
+    module.model.load_state_dict(checkpoint.model_state)
+    dataset = EarDataset(read_val_manifest(checkpoint.config), checkpoint.preprocessing)
+    pixels = torch.stack([torch.as_tensor(dataset[row]["pixels"]) for row in range(len(found.unscaled))])
+    decoded = principal_axes._decode(principal_axes._decoder(checkpoint), found.unscaled[:, None])[:, 0]
+    assert (decoded.int() - module.reconstruct(pixels).int()).abs().max() <= 1  # batches differ
+    assert not np.allclose(np.linalg.norm(found.unscaled, axis=1), 1, atol=0.1)
+    assert apart(found.unscaled / np.linalg.norm(found.unscaled, axis=1, keepdims=True), found.raw.rows) < 1e-6
 
 
 def test_the_metrics_of_the_page_are_those_of_the_run(run):

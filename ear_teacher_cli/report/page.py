@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..console import Console
 from ..drawing import read_saved_image
 from ..embedding.files import Embeddings
-from ..errors import EarTeachError, ImageError
+from ..errors import EarTeachError, ImageError, WeightsError
 from ..files import shell_word
 from ..metrics_catalogue import metric_of, report_rows
 from ..quality import reconstruction
@@ -30,6 +30,7 @@ from ..templates import environment
 from ..training.describe import of_other_weights
 from . import plots
 from .comparison import compare_with_baseline
+from .principal_axes import DrawnAxes, draw_principal_axes
 from .summary import RunSummary
 from .validation_embeddings import ValidationEmbeddings
 
@@ -88,6 +89,7 @@ def render(summary: RunSummary, images: bool, console: Console) -> str:
         health=[Markup(svg) for svg in health],
         images=images,
         collages=_collages(summary) if images else [],
+        axes=_axes(summary) if images else None,
         neighbours=_neighbours(found, summary.config.seed) if found and images else [],
         has_baseline=found is not None and found.baseline is not None,
         whitened=found is not None and found.teacher.whitened,
@@ -208,6 +210,17 @@ def _collages(summary: RunSummary) -> list[Figure]:
             continue
         figures.append(Figure(image, f"reconstructions, {paths[place].stem.replace('_', ' ')}"))
     return figures
+
+
+def _axes(summary: RunSummary) -> DrawnAxes | None:
+    """Return the principal axes as the decoder of the checkpoint draws them; None without embeddings."""
+    if summary.embeddings is None:
+        return None
+    metrics = _held_out(summary.row(summary.epoch))
+    try:
+        return draw_principal_axes(summary.checkpoint, summary.embeddings.unscaled, metrics)
+    except WeightsError as error:
+        return DrawnAxes(why_not=str(error))
 
 
 def _neighbours(found: ValidationEmbeddings, seed: int) -> list[list[Neighbours]]:
