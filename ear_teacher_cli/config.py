@@ -135,7 +135,8 @@ class TrainConfig(ListOptions):
 
     def _check_losses(self) -> None:
         """Raise ConfigError if no loss is left, or one has nothing to work on."""
-        if not self.learns_classes and not any(getattr(self, name) for name in _marked("loss_term")):
+        left = [name for name in _marked("loss_term") if getattr(self, name)]
+        if not self.learns_classes and (not left or left == ["anchor_weight"] and not self.is_anchored):
             raise ConfigError(
                 "reconstruction_weight",
                 "0 leaves nothing to learn without another loss",
