@@ -131,6 +131,15 @@ def test_a_run_starts_from_the_best_linear_map(manifests, tmp_path, workers):
     assert ours > of_the_mean + 0.3  # of other people's ears, from random weights, in dB
 
 
+def test_a_module_that_is_fitted_again_keeps_its_decoder(manifests, tmp_path):
+    module = fit_nothing(manifests, tmp_path)
+    with torch.no_grad():
+        module.model.decoder.code.weight.fill_(0.5)  # as if it had learned
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0, **PLAIN_TRAINER)
+    trainer.fit(module, datamodule=EarDataModule(module.config))
+    assert (module.model.decoder.code.weight == 0.5).all()
+
+
 def test_larger_images_start_from_components_of_64_pixels(manifests, tmp_path):
     module = fit_nothing(manifests, tmp_path, image_size=96)
     crops = clean_images(module.trainer.datamodule.clean_set)

@@ -3,6 +3,7 @@
 Shapes: B images, H = W = image_size pixels, D = embedding dimension, D' = projection dimension.
 """
 
+import warnings
 from collections.abc import Collection
 
 import timm
@@ -99,6 +100,9 @@ class TeacherModel(nn.Module):
     def compile_parts(self) -> None:
         """Compile backbone, anchor and decoder with torch.compile, in place: names of tensors stay. The first step is
         slow."""
+        torch._functorch.config.donated_buffer = False  # train/grad_ratio goes back through the graph a second time
+        # dynamo looks at inputs' gradients, which those in mid-model do not have
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         self.backbone.compile()
         self.decoder.compile()
         if self.anchor is not None:  # maps do not come from forward()

@@ -21,7 +21,7 @@ def start_decoder(module: pl.LightningModule) -> None:
     """
     fitted = on_first_rank(module, lambda: _fit(module))
     if fitted is not None:
-        module.model.decoder.set_linear(*(tensor.to(module.device) for tensor in fitted))
+        module.model.decoder.set_linear(*fitted)
 
 
 def _fit(module: pl.LightningModule) -> tuple[torch.Tensor, ...] | None:

@@ -40,7 +40,7 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
     device = torch.device("cuda" if uses_cuda(config) else "cpu")
     module.to(device).train()
     if config.compile:
-        module.compile_model()
+        module.model.compile_parts()
     loader = data.train_dataloader()
     batch = next(iter(loader))
     if len(batch["index"]) < 2:

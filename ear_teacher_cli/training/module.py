@@ -4,7 +4,6 @@ Everything random in a step is a function of (seed, step), every pseudo-label is
 runs at fixed epochs: a resumed run is the uninterrupted one. B images, V views, D embedding, D' projection, K classes.
 """
 
-import warnings
 from dataclasses import fields, replace
 from typing import Any, Self
 
@@ -72,7 +71,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (model/whitening.py)
         self.unreadable = UnreadableImages(self.config)
         self.guard = StepGuard()
-        self._needs_weights = self._needs_decoder = False
+        self._needs_weights, self._needs_decoder = False, self.config.decoder_start == "linear"
         self._restored: dict[str, Any] | None = None  # the `earteach` part of the checkpoint that was loaded
         self._training_means = TrainingMeans()
         self._validation_outputs = ValidationOutputs()
@@ -84,13 +83,6 @@ class EarTeacherLightningModule(pl.LightningModule):
         changes = {spec.name: options.pop(spec.name) for spec in fields(TrainConfig) if spec.name in options}
         config = replace(read_checkpoint(checkpoint_path).config, **changes)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"config": config, **options})
-
-    def compile_model(self) -> None:
-        """Compile backbone, anchor and decoder with torch.compile: see `TeacherModel.compile_parts`."""
-        torch._functorch.config.donated_buffer = False  # train/grad_ratio goes back through the graph a second time
-        # dynamo looks at inputs' gradients, which those in mid-model do not have
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-        self.model.compile_parts()
 
     def load_pretrained(self) -> weights.Receipt:
         """Load the backbone's pretrained weights according to the configuration. Raises WeightsError."""
@@ -113,11 +105,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         if stage != "fit":
             return
         if self.config.compile:
-            self.compile_model()
+            self.model.compile_parts()
         require_data(self.config, self.preprocessing, self.trainer.datamodule)
         # a module from load_from_checkpoint has trained weights, and starts a new run with them
         self._needs_weights = self.config.pretrained and self.receipt is None and self._restored is None
-        self._needs_decoder = self.config.decoder_start == "linear" and self._restored is None
+        self._needs_decoder = self._needs_decoder and self._restored is None
         self._restored = self.prototypes = None
         self.pseudo_labels = PseudoLabels(self.config)
         if self.config.learns_classes:
@@ -136,6 +128,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.load_pretrained()
         if self._needs_decoder:
             start_decoder(self)
+            self._needs_decoder = False
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
