@@ -23,6 +23,7 @@ from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.errors import EarTeachError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.model.teacher import TeacherModel
 from ear_teacher_cli.system_errors import explain_system_error
 from ear_teacher_cli.training.module import EarTeacherLightningModule
 from ear_teacher_cli.training.run import resume, train
@@ -281,17 +282,17 @@ def test_steps_without_a_finite_loss_are_left_out_and_the_third_in_a_row_ends_th
     manifests, tmp_path, monkeypatch, steps, earteach
 ):
     """In training steps 5, 6 (and 7) of 3 an epoch the network's input, so all batch statistics, are infinite."""
-    original, calls = EarTeacherLightningModule.forward, 0
+    original, calls = TeacherModel.embed_with_maps, 0
 
-    def broken(self, pixels):
+    def broken(self, images):
         nonlocal calls
         if self.training and torch.is_grad_enabled():
             calls += 1
             if 5 <= calls < 5 + steps:
-                return self.model.embed(torch.full(pixels.shape, float("inf")))
-        return original(self, pixels)
+                return original(self, torch.full_like(images, float("inf")))
+        return original(self, images)
 
-    monkeypatch.setattr(EarTeacherLightningModule, "forward", broken)
+    monkeypatch.setattr(TeacherModel, "embed_with_maps", broken)
     said = earteach("train", *manifests, *SMALL, "--max-epochs", 3, "--output-dir", tmp_path)
     assert said.err.count("the step is skipped") == 2
     assert re.search(r"epoch 2, step \d+: the loss is nan for train_teacher.npy row \d+ \(images/", said.err)

@@ -74,7 +74,7 @@ def test_the_training_loss_by_hand(trained_on):
         prediction = model.prediction(projection)
         known = (classes.labels >= 0).repeat(2)
         expected = {
-            "recon_loss": F.mse_loss(model.decoder(embedding[:count]), to_unit(batch["target"])),
+            "recon_loss": F.mse_loss(model.decoder(embedding[:count]), to_unit(batch["clean"])),
             "metric_loss": losses.metric_loss(
                 "arcface", prediction[known], classes.prototypes, classes.labels.repeat(2)[known], 0.5, 64
             ),
@@ -121,7 +121,7 @@ def test_dry_run_prints_the_objective_of_the_training_step(manifests):
     loss = one_step(module, batch, torch.randn(2, config.projection_dim))
     with torch.no_grad():
         remade = module.model.decoder(module(batch["pixels"]))
-    assert loss == pytest.approx(float(F.mse_loss(remade, to_unit(batch["target"]))), rel=1e-5)
+    assert loss == pytest.approx(float(F.mse_loss(remade, to_unit(batch["clean"]))), rel=1e-5)
     assert loss != pytest.approx(float(F.mse_loss(remade, to_unit(batch["pixels"]))), rel=1e-3)
     assert estimate(config, QUIET)[1].loss > 0
 

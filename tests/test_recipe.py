@@ -192,12 +192,12 @@ def test_two_views_differ_and_the_denoising_target_is_in_the_images_own_light(ma
     data.setup()
     item = data.train_set[3]
     assert not torch.equal(item["pixels"], item["view"])
-    assert not torch.equal(item["pixels"], item["target"])
+    assert not torch.equal(item["pixels"], item["clean"])
     preprocessing = data.train_set.preprocessing
     clean, strong = data.clean_set[3]["pixels"], Augment(preprocessing, "strong")
-    varied, target = strong.with_target(clean, 5)
+    varied, target = strong.with_clean(clean, 5)
     assert torch.equal(varied, strong(clean, 5)) and varied.dtype == torch.uint8
-    moved = Augment(preprocessing, "mild").with_target(clean, 5)[1]
+    moved = Augment(preprocessing, "mild").with_clean(clean, 5)[1]
     assert torch.equal(target, moved)  # the light is the policy's, the place the seed's
 
 

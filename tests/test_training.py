@@ -22,6 +22,7 @@ from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.errors import EarTeachError, UsageError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.model.teacher import TeacherModel
 from ear_teacher_cli.quality import collapse
 from ear_teacher_cli.quality.collapse import health
 from ear_teacher_cli.training.run import train
@@ -280,17 +281,17 @@ def test_a_plain_trainer_ends_a_run_that_collapses(manifests, tmp_path, monkeypa
 def test_a_plain_trainer_skips_steps_without_a_finite_loss_and_the_third_ends_it(
     manifests, tmp_path, monkeypatch, steps
 ):
-    original, calls = EarTeacherLightningModule.forward, 0
+    original, calls = TeacherModel.embed_with_maps, 0
 
-    def broken(self, pixels):
+    def broken(self, images):
         nonlocal calls
         if self.training and torch.is_grad_enabled():
             calls += 1
             if 2 <= calls < 2 + steps:
-                return self.model.embed(torch.full(pixels.shape, float("inf")))
-        return original(self, pixels)
+                return original(self, torch.full_like(images, float("inf")))
+        return original(self, images)
 
-    monkeypatch.setattr(EarTeacherLightningModule, "forward", broken)
+    monkeypatch.setattr(TeacherModel, "embed_with_maps", broken)
     if steps == 2:
         _, module = fit_plainly(manifests, tmp_path, max_epochs=2)
         assert module.guard.nonfinite_steps == []

@@ -8,6 +8,8 @@ resolution by their Gram matrices).
 B images, H = W = image_size pixels, C channels of a map, s its stride, G = H / s cells along its side.
 """
 
+import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,27 +23,38 @@ Maps = dict[int, torch.Tensor]  # stride in pixels -> map B,C,G,G
 
 FINEST = 8  # stride of the finest map; finer ones have learned edges and colours, which all images share
 SCALE = 2  # side of the anchor's input as a multiple of the teacher's
+# Least deviation that a channel is divided by, absolute and as a share of the channels' mean: behind a ReLU some channels
+# are 0 almost everywhere, and would otherwise have most of the gradient.
+LEAST, LEAST_SHARE = 1e-3, 0.01
 
 
 class MapReader:
     """Returns the feature maps of timm backbones of one architecture, where their stride is FINEST or more.
 
-    Raises ConfigError if timm gives no such maps of `backbone`, or two of one stride (vision transformers).
+    `channels`: stride -> C, measured on one image. Raises ConfigError if timm gives no such maps of `backbone`, or two
+    of one stride (vision transformers).
     """
 
-    def __init__(self, backbone: Any):
+    def __init__(self, backbone: Any, image_size: int):
         strides = [stage["reduction"] for stage in getattr(backbone, "feature_info", [])]
         self.places = [i for i, stride in enumerate(strides) if stride >= FINEST]
         self.strides = [strides[i] for i in self.places]
         if len(set(self.strides)) < max(2, len(self.strides)) or not hasattr(backbone, "forward_intermediates"):
-            raise ConfigError(
-                "anchor_weight", "the backbone has no feature maps of several strides", "choose another backbone, or 0"
-            )
+            raise ConfigError("anchor_weight", "the backbone has no feature maps of several strides", _WAYS)
+        image = torch.linspace(-1, 1, 3 * image_size**2).view(1, 3, image_size, image_size)
+        with torch.no_grad():
+            embedding, maps = self(backbone, image)
+            if not torch.allclose(embedding, backbone(image), atol=1e-5):
+                raise ConfigError("anchor_weight", "the backbone's embedding is not made of its maps", _WAYS)
+        self.channels = {stride: found.shape[1] for stride, found in maps.items()}
 
     def __call__(self, backbone: Any, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
         """Return (embedding B,D, maps) of normalised images B,3,H,W: the embedding is `backbone(images)`."""
         features, maps = backbone.forward_intermediates(images, indices=self.places, output_fmt="NCHW")
         return backbone.forward_head(features), dict(zip(self.strides, maps, strict=True))
+
+
+_WAYS = "choose another backbone, or 0"
 
 
 class Anchor(nn.Module):
@@ -51,15 +64,16 @@ class Anchor(nn.Module):
     identity); and each stride s but the last with the anchor's next stride, which has G x G cells at twice the side.
     """
 
-    def __init__(self, backbone: nn.Module, reader: MapReader, channels: list[int], preprocessing: Preprocessing):
-        """Take over `backbone`, a copy of the teacher's; `channels`: of the maps, in the order of `reader.strides`."""
+    def __init__(self, backbone: nn.Module, preprocessing: Preprocessing):
+        """Copy `backbone`, the teacher's. Raises ConfigError if it has no feature maps (see MapReader)."""
         super().__init__()
-        self.backbone, self.reader, self.preprocessing = backbone.requires_grad_(False), reader, preprocessing
-        width = dict(zip(reader.strides, channels, strict=True))
-        following = zip(reader.strides, reader.strides[1:], strict=False)
-        self.pairs = [*((s, s) for s in reader.strides), *(pair for pair in following if pair[1] == SCALE * pair[0])]
+        self.backbone, self.preprocessing = copy.deepcopy(backbone).requires_grad_(False).eval(), preprocessing
+        self.reader = MapReader(self.backbone, preprocessing.image_size)
+        width, strides = self.reader.channels, self.reader.strides
+        following = [(a, b) for a, b in pairwise(strides) if b == SCALE * a]
+        self.pairs = [*((stride, stride) for stride in strides), *following]
         self.predictors = nn.ModuleDict({f"{a}_{b}": nn.Conv2d(width[a], width[b], 1) for a, b in self.pairs})
-        for stride in reader.strides:
+        for stride in strides:
             convolution = self.predictors[f"{stride}_{stride}"]
             nn.init.dirac_(convolution.weight)
             nn.init.zeros_(convolution.bias)
@@ -74,16 +88,20 @@ class Anchor(nn.Module):
         """Take the weights of `backbone`: the pretrained ones."""
         self.backbone.load_state_dict(backbone.state_dict())
 
+    def targets(self, pixels: torch.Tensor) -> Maps:
+        """Return the frozen backbone's maps of uint8 B,3,H,W, enlarged to twice the side."""
+        with torch.no_grad():
+            larger = F.interpolate(pixels.float(), scale_factor=SCALE, mode="bicubic").clamp(0, 255)
+            larger = larger.contiguous(memory_format=torch.channels_last)
+            return self.reader(self.backbone, normalise(larger, self.preprocessing))[1]
+
     def forward(self, maps: Maps, pixels: torch.Tensor) -> torch.Tensor:
         """Return the mean over the pairs of smooth L1 plus 1 - cosine of standardised maps, a scalar.
 
         `maps`: the teacher's, of a view; `pixels`: uint8 B,3,H,W, the same view without changes of colour. Each channel
         is standardised over the batch.
         """
-        with torch.no_grad():
-            larger = F.interpolate(pixels.float(), scale_factor=SCALE, mode="bicubic").clamp(0, 255)
-            larger = larger.contiguous(memory_format=torch.channels_last)
-            _, targets = self.reader(self.backbone, normalise(larger, self.preprocessing))
+        targets = self.targets(pixels)
         found = [self._distance(maps[a].float(), targets[b].float(), a, b) for a, b in self.pairs]
         return torch.stack(found).mean()
 
@@ -91,7 +109,7 @@ class Anchor(nn.Module):
         """Return the loss of a pair: `given` B,C,G,G of `stride`, `target` B,C',G',G' of the anchor's stride `of`."""
         target = F.adaptive_avg_pool2d(target, given.shape[-2:])
         deviation, mean = torch.std_mean(target, dim=(0, 2, 3), keepdim=True)  # 1,C',1,1
-        deviation = deviation.clamp_min(1e-3)
+        deviation = deviation.maximum((LEAST_SHARE * deviation.mean()).clamp_min(LEAST))
         target = (target - mean) / deviation
         if of == stride:
             given = (given - mean) / deviation

@@ -1,6 +1,6 @@
 """The decoder, which reconstructs an image from its embedding.
 
-Shapes: B images, H = W = image_size pixels, D = embedding dimension, K principal components, S = side of their images.
+Shapes: B images, H = W = image_size pixels, D = embedding dimension, K principal components of S x S pixels.
 """
 
 import torch
@@ -48,38 +48,36 @@ class Decoder(nn.Module):
 class LinearStart(Decoder):
     """A linear map to principal components of the training images, plus the transposed convolutions of `Decoder`.
 
-    The image is mean + sum_k c_k component_k, resized bilinearly from S to H, with the standardised coefficients
-    c = code(embedding), plus the output of the convolutions, whose last layer starts at 0. Before training, `set_linear`
-    is called with the components (principal component analysis of pixels) and a ridge regression of the coefficients on
-    the embeddings (training/decoder_start.py), so that the decoder starts as the best linear map and the convolutions learn what it cannot show.
-    Before that the components are 0, and it is a `Decoder` that starts at mid-grey.
+    The image is mean + sum_k c_k component_k, resized bilinearly from S to H, with the coefficients c = code(embedding),
+    plus the output of the convolutions, whose last layer starts at 0. Before training `set_linear` sets the components
+    and the best linear `code` (training/decoder_start.py); the convolutions then learn what it cannot show. Until then
+    the components are 0, and it is a `Decoder` that starts at mid-grey.
     """
 
     def __init__(self, embedding_dim: int, image_size: int):
         super().__init__(embedding_dim, image_size)
-        self.size = image_size
-        side = basis_side(image_size)
+        self.size, self.side = image_size, basis_side(image_size)
         self.code = nn.Linear(embedding_dim, COMPONENTS)
-        self.register_buffer("mean", torch.zeros(3, side, side))
-        self.register_buffer("components", torch.zeros(COMPONENTS, 3, side, side))
+        # constants, of P = 3SS values; no buffers, which would be copied in every step (guards.py, DDP)
+        self.mean = nn.Parameter(torch.zeros(3 * self.side**2), requires_grad=False)
+        self.components = nn.Parameter(torch.zeros(COMPONENTS, 3 * self.side**2), requires_grad=False)
         for tensor in self.steps[-1].parameters():
             nn.init.zeros_(tensor)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return images B,3,H,W for embeddings B,D."""
-        code = self.code(embedding).to(self.components.dtype)
-        linear = self.mean + torch.tensordot(code, self.components, dims=1)  # B,K x K,3,S,S -> B,3,S,S
-        resized = F.interpolate(linear, size=(self.size, self.size), mode="bilinear", antialias=True)
-        return resized + super().forward(embedding)
+        linear = self.mean + self.code(embedding) @ self.components  # B,K x K,P -> B,P
+        images = linear.unflatten(1, (3, self.side, self.side))
+        return F.interpolate(images, size=(self.size, self.size), mode="bilinear") + super().forward(embedding)
 
     @torch.no_grad()
     def set_linear(
         self, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, components: torch.Tensor
     ) -> None:
-        """Set the linear part: `weight` K',D and `bias` K' of the code, `mean` 3,S,S and `components` K',3,S,S of the
-        image, with K' <= K; the other components stay 0."""
+        """Set the linear part: `weight` K',D and `bias` K' of the code, `mean` P and `components` K',P of the image,
+        with K' <= K; the other components stay 0."""
         found = len(components)
-        for tensor in (self.mean, self.components, self.code.weight, self.code.bias):
+        for tensor in (self.components, self.code.weight, self.code.bias):
             tensor.zero_()
         self.mean.copy_(mean)
         self.components[:found].copy_(components)

@@ -3,6 +3,7 @@
 Shapes: B images, H = W = image_size pixels, D = embedding dimension, D' = projection dimension.
 """
 
+import warnings
 from collections.abc import Collection
 
 import timm
@@ -12,7 +13,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..data.preprocessing import preprocessing_for, pretrained_cfg_of
 from ..errors import ConfigError
-from .anchor import Anchor, MapReader, Maps
+from .anchor import Anchor, Maps
 from .decoder import build_decoder
 from .freezing import freeze_to_stride, keep_statistics
 
@@ -84,9 +85,11 @@ class TeacherModel(nn.Module):
         """Return the embeddings B,D of normalised images B,3,H,W: the output that exports and `embed` use."""
         return self.backbone(images)
 
-    def embed_with_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
-        """Return the embeddings B,D of `embed`, and the feature maps that the anchor loss is about."""
-        assert self.anchor is not None
+    def embed_with_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps | None]:
+        """Return the embeddings B,D of `embed`, and the feature maps that the anchor loss compares; None without an
+        anchor."""
+        if self.anchor is None:
+            return self.embed(images), None
         return self.anchor.reader(self.backbone, images)
 
     def predict(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -94,19 +97,28 @@ class TeacherModel(nn.Module):
         assert self.projection is not None and self.prediction is not None
         return self.prediction(self.projection(embedding))
 
+    def compile_parts(self) -> None:
+        """Compile backbone, anchor and decoder with torch.compile, in place: names of tensors stay. The first step is
+        slow."""
+        torch._functorch.config.donated_buffer = False  # train/grad_ratio goes back through the graph a second time
+        # dynamo looks at inputs' gradients, which those in mid-model do not have
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+        self.backbone.compile()
+        self.decoder.compile()
+        if self.anchor is not None:  # maps do not come from forward()
+            for backbone in (self.backbone, self.anchor.backbone):
+                backbone.forward_intermediates = torch.compile(backbone.forward_intermediates)
+
 
 def build_anchor(config: TrainConfig, backbone: nn.Module) -> Anchor:
-    """Build the anchor of a teacher's `backbone`, with random weights until `Anchor.follow`.
+    """Build the anchor of a teacher's `backbone`, with its weights.
 
     Raises ConfigError if timm gives no feature maps of the model, or if it has a fixed input size.
     """
     if pretrained_cfg_of(config.backbone).fixed_input_size:
-        raise ConfigError(
-            "anchor_weight", f"{config.backbone} takes one input size only", "choose another backbone, or 0"
-        )
-    reader = MapReader(backbone)
-    channels = [backbone.feature_info[i]["num_chs"] for i in reader.places]
-    return Anchor(build_backbone(config.backbone, config.image_size), reader, channels, preprocessing_for(config))
+        found = f"{config.backbone} takes images of one size only, not of twice the side"
+        raise ConfigError("anchor_weight", found, "choose another backbone, or 0")
+    return Anchor(backbone, preprocessing_for(config))
 
 
 def projection_head(embedding_dim: int, projection_dim: int) -> nn.Sequential:

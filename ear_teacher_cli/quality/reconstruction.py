@@ -1,9 +1,10 @@
 """What the PSNR of reconstructions is compared with: the mean training image and PCA of the pixels; and the verdict.
 
-N training crops, B crops, K components, P = 3HW pixel values. Crops are uint8 B,3,H,W; pixel values are on [-1, 1].
+N training crops, B crops, K components, P = 3HW pixel values; M embeddings of dimension D. Crops are uint8 B,3,H,W; pixel
+values are on [-1, 1].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ COMPONENTS = 64
 BETTER_BY = 0.5
 # Penalties that `ridge` chooses from.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_FEWEST = 10  # images that a penalty is chosen on
 # Names of the references among the metrics, without `val/`.
 REFERENCES = MEAN_IMAGE, PCA = "psnr_mean_image", f"psnr_pca{COMPONENTS}"
 # Pixel values, less 128, are at most 128: the sum of so many products is an integer that float32 holds exactly.
@@ -99,24 +101,25 @@ def ridge(embeddings: torch.Tensor, codes: torch.Tensor, deviations: torch.Tenso
 
     `embeddings` M,D, `codes` M,K of mean 0; `deviations` K scale the squared errors of the codes. The penalty is the one
     of RIDGES, times the mean eigenvalue of the embeddings' scatter matrix, that predicts every fifth image best from the
-    others.
+    others; the largest if there are fewer than _FEWEST images.
     """
-    rows, targets = embeddings.double(), codes.double()
+    rows, targets, held_out = embeddings.double(), codes.double(), torch.arange(len(embeddings)) % 5 == 0
     mean = rows.mean(0)
     rows = rows - mean
-    held_out = torch.arange(len(rows)) % 5 == 0
 
-    def solve(chosen: torch.Tensor, penalty: float) -> torch.Tensor:
-        scatter = rows[chosen].T @ rows[chosen]  # D,D
-        scatter.diagonal().add_(penalty * scatter.diagonal().mean() + 1e-12)
-        return torch.linalg.solve(scatter, rows[chosen].T @ targets[chosen])  # D,K
+    def fit(chosen: torch.Tensor) -> Callable[[float], torch.Tensor]:
+        """Return penalty -> weights D,K, fitted to the chosen rows."""
+        values, vectors = torch.linalg.eigh(rows[chosen].T @ rows[chosen])  # D; D,D
+        turned = vectors.T @ (rows[chosen].T @ targets[chosen])  # D,K
+        return lambda penalty: vectors @ (turned / (values.clamp_min(0) + penalty * values.mean() + 1e-12)[:, None])
 
-    def error(penalty: float) -> float:
-        missed = rows[held_out] @ solve(~held_out, penalty) - targets[held_out]
-        return float((missed * deviations.double()).square().sum())
-
-    best = min(RIDGES, key=error) if len(rows) >= 10 else RIDGES[-1]
-    weight = solve(torch.ones_like(held_out), best)
+    best = RIDGES[-1]
+    if len(rows) >= _FEWEST:
+        candidate = fit(~held_out)
+        missed = [rows[held_out] @ candidate(penalty) - targets[held_out] for penalty in RIDGES]
+        errors = [float((each * deviations.double()).square().sum()) for each in missed]
+        best = RIDGES[errors.index(min(errors))]
+    weight = fit(torch.ones_like(held_out))(best)
     return weight.T.float(), -(mean @ weight).float()
 
 

@@ -32,7 +32,7 @@ class Averages(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0 and self.baseline_weight:
-            self.baseline = {k: v for k, v in _floats(pl_module).items() if k.startswith("model.backbone.")}
+            self.baseline = {k: v for k, v in _copies(pl_module).items() if k.startswith("model.backbone.")}
         for tensors in (self.baseline, self.average):  # a checkpoint's were loaded before the module moved
             tensors.update({k: v.to(pl_module.device) for k, v in tensors.items()})
         self.round = pl_module.pseudo_labels.round
@@ -50,16 +50,16 @@ class Averages(Callback):
     ) -> None:
         if self.ema_decay and trainer.global_step > self.step:
             decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))  # in the first steps it follows closely
-            for name, tensor in pl_module.state_dict().items():
+            for name, tensor in _changing(pl_module).items():
                 if name in self.average:
                     self.average[name].lerp_(tensor, 1 - decay)
-                elif tensor.is_floating_point():
+                else:
                     self.average[name] = tensor.clone()
         self.step = trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.learning = _floats(pl_module)
+            self.learning = _copies(pl_module)
             _put(pl_module, self._result(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,15 +90,21 @@ class Averages(Callback):
     @torch.no_grad()
     def _result(self, module: pl.LightningModule) -> Tensors:
         """Return copies of the weights to validate and save."""
-        result = _floats(module) | {k: v.clone() for k, v in self.average.items()}
+        result = _copies(module) | {k: v.clone() for k, v in self.average.items()}
         for name, baseline in self.baseline.items():
             result[name].lerp_(baseline.to(result[name]), self.baseline_weight)
         return result
 
 
-def _floats(module: pl.LightningModule) -> Tensors:
-    """Return copies of the floating-point tensors: weights and batch-norm statistics, not counters."""
-    return {k: v.detach().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+def _changing(module: pl.LightningModule) -> Tensors:
+    """Return the floating-point tensors that training may change: weights and batch-norm statistics, no counters, nothing
+    frozen."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {k: v.detach() for k, v in module.state_dict().items() if v.is_floating_point() and k not in frozen}
+
+
+def _copies(module: pl.LightningModule) -> Tensors:
+    return {k: v.clone() for k, v in _changing(module).items()}
 
 
 @torch.no_grad()

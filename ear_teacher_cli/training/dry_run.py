@@ -9,6 +9,7 @@ from ..config import TrainConfig
 from ..console import Console, clock, counted
 from ..data.dataset import Batch
 from ..errors import EarTeachError
+from ..model.anchor import SCALE
 from ..platform import usable_cores
 from .callbacks import WHITEN_ON
 from .launch import count_classes, new_module, prepare, uses_cuda
@@ -39,7 +40,7 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
     device = torch.device("cuda" if uses_cuda(config) else "cpu")
     module.to(device).train()
     if config.compile:
-        module.compile_model()
+        module.model.compile_parts()
     loader = data.train_dataloader()
     batch = next(iter(loader))
     if len(batch["index"]) < 2:
@@ -51,9 +52,11 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
         start = time.perf_counter()
         loss = one_step(module, batch, prototypes)
         seconds = time.perf_counter() - start
-    # a forward pass is about a third of a step; validation takes two, whitening and its share of k-means one
-    forward = 2 * len(val) + (min(len(train), WHITEN_ON) if config.whiten else 0)
-    images = len(train) + forward / 3 / config.views
+    # in forward passes of an image: a view of a step takes about three, one of validation and of whitening (with its share
+    # of k-means) one, the anchor as many as its image is larger
+    anchor = SCALE**2 if config.is_anchored else 0
+    forward = (2 + anchor) * len(val) + (min(len(train), WHITEN_ON) if config.whiten else 0)
+    images = len(train) + forward / (3 * config.views + anchor)
     parallel = config.processes if uses_cuda(config) else min(config.processes, usable_cores())
     total = seconds * images / len(batch["index"]) * config.max_epochs / parallel
     return config, Estimate(len(loader), seconds, total, _bytes_of_checkpoints(config, module), loss)
@@ -72,10 +75,12 @@ def one_step(module: EarTeacherLightningModule, batch: Batch, prototypes: torch.
 
 
 def _bytes_of_checkpoints(config: TrainConfig, module: EarTeacherLightningModule) -> int:
-    weights = 4 * sum(p.numel() for p in module.parameters())
+    frozen, trained = (
+        4 * sum(p.numel() for p in module.parameters() if p.requires_grad is learns) for learns in (False, True)
+    )
     kept = 4 + config.max_epochs // 5
     copies = 3 + (config.kept_share > 0) + (config.ema_decay > 0) + bool(config.kept_share or config.ema_decay)
-    return copies * weights * kept
+    return (copies * trained + frozen) * kept
 
 
 def describe_estimate(estimate: Estimate) -> str:

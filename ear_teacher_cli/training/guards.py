@@ -89,6 +89,11 @@ def require_data(config: TrainConfig, preprocessing: Preprocessing, datamodule: 
     given = getattr(datamodule, "config", config)
     if config.compares_views and (given.views, given.augment) != (2, True):
         raise EarTeachError("data: gives one view of each image; give EarDataModule views=2 and augment=True, too")
+    if config.needs_clean_view and given.augment and not given.needs_clean_view:
+        raise EarTeachError(
+            "data: gives no image without changes of colour; give EarDataModule the same anchor_weight, pretrained and "
+            "denoise"
+        )
 
 
 class StopOnNonFinite(Callback):

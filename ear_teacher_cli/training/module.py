@@ -4,8 +4,8 @@ Everything random in a step is a function of (seed, step), every pseudo-label is
 runs at fixed epochs: a resumed run is the uninterrupted one. B images, V views, D embedding, D' projection, K classes.
 """
 
-import warnings
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from ..config import MONITORS, RENAMED, TrainConfig
+from ..config import MONITORS, TrainConfig
 from ..console import Console
 from ..data.datamodule import steps_into_epoch
 from ..data.dataset import Batch, EarDataset, derive_seed
 from ..data.preprocessing import from_unit, normalise, preprocessing_for
 from ..errors import EarTeachError
 from ..model import weights
-from ..model.checkpoint import describe
+from ..model.checkpoint import describe, read_checkpoint
 from ..model.teacher import TeacherModel
 from ..quality.collapse import judge
 from ..quality.reconstruction import REFERENCES
@@ -54,8 +54,7 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def __init__(self, config: TrainConfig | None = None, **options: Any):
         super().__init__()
-        # load_from_checkpoint passes the options of the version that wrote the checkpoint
-        self.config = config or TrainConfig(**{RENAMED.get(name, name): value for name, value in options.items()})
+        self.config = config or TrainConfig(**options)
         self.save_hyperparameters(self.config.as_dict(), logger=False)  # loggers.py logs them
         self.objective = Objective(self.config)
         # channels_last: the layout that convolutions are fast in, on CPUs too
@@ -72,18 +71,18 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (model/whitening.py)
         self.unreadable = UnreadableImages(self.config)
         self.guard = StepGuard()
-        self._needs_weights = self._needs_decoder = False
+        self._needs_weights, self._needs_decoder = False, self.config.decoder_start == "linear"
         self._restored: dict[str, Any] | None = None  # the `earteach` part of the checkpoint that was loaded
         self._training_means = TrainingMeans()
         self._validation_outputs = ValidationOutputs()
 
-    def compile_model(self) -> None:
-        """Compile backbone and decoder with torch.compile, in place: names of tensors stay. The first step is slow."""
-        torch._functorch.config.donated_buffer = False  # train/grad_ratio goes back through the graph a second time
-        # dynamo looks at inputs' gradients, which those in mid-model do not have
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-        self.model.backbone.compile()
-        self.model.decoder.compile()
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:
+        """Open a checkpoint, with Lightning's arguments; options that its version did not have get the values of what
+        that did."""
+        changes = {spec.name: options.pop(spec.name) for spec in fields(TrainConfig) if spec.name in options}
+        config = replace(read_checkpoint(checkpoint_path).config, **changes)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"config": config, **options})
 
     def load_pretrained(self) -> weights.Receipt:
         """Load the backbone's pretrained weights according to the configuration. Raises WeightsError."""
@@ -106,11 +105,11 @@ class EarTeacherLightningModule(pl.LightningModule):
         if stage != "fit":
             return
         if self.config.compile:
-            self.compile_model()
+            self.model.compile_parts()
         require_data(self.config, self.preprocessing, self.trainer.datamodule)
         # a module from load_from_checkpoint has trained weights, and starts a new run with them
         self._needs_weights = self.config.pretrained and self.receipt is None and self._restored is None
-        self._needs_decoder = self.config.decoder_start == "linear" and self._restored is None
+        self._needs_decoder = self._needs_decoder and self._restored is None
         self._restored = self.prototypes = None
         self.pseudo_labels = PseudoLabels(self.config)
         if self.config.learns_classes:
@@ -129,6 +128,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.load_pretrained()
         if self._needs_decoder:
             start_decoder(self)
+            self._needs_decoder = False
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
@@ -180,19 +180,10 @@ class EarTeacherLightningModule(pl.LightningModule):
     def training_outputs(self, batch: Batch, classes: ClassTargets | None) -> Outputs:
         """Return the teacher's outputs for a training batch on the module's device."""
         views = torch.cat([batch[name] for name in ("pixels", "view") if name in batch])  # VB,3,H,W
+        embedding, maps = self.model.embed_with_maps(normalise(views, self.preprocessing))
         clean = batch.get("clean", batch["pixels"])
-        return self._outputs(views, clean if self.config.denoise else batch["pixels"], clean, classes)
-
-    def _outputs(
-        self, views: torch.Tensor, target: torch.Tensor, clean: torch.Tensor, classes: ClassTargets | None
-    ) -> Outputs:
-        """Return the teacher's outputs for `views` uint8 VB,3,H,W."""
-        images, maps = normalise(views, self.preprocessing), None
-        if self.model.anchor is None:
-            embedding = self.model.embed(images)
-        else:
-            embedding, maps = self.model.embed_with_maps(images)
-        return Outputs(self.model, embedding, target, clean, maps, classes)
+        target = clean if self.config.denoise else batch["pixels"]
+        return Outputs(self.model, embedding, target, classes, clean, maps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.unreadable.record("train", batch, self.trainer)
@@ -232,10 +223,12 @@ class EarTeacherLightningModule(pl.LightningModule):
         if len(batch["index"]) == 0:
             return
         pixels = batch["pixels"]
+        embedding, maps = self.model.embed_with_maps(normalise(pixels, self.preprocessing))
+        of_view = self(batch["view"])
+        self._validation_outputs.add(batch["index"], embedding, of_view)
         classes = ClassTargets(self.prototypes) if self.config.learns_classes else None
-        outputs = self._outputs(torch.cat([pixels, batch["view"]]), pixels, pixels, classes)
-        self._validation_outputs.add(batch["index"], *outputs.embedding.split(len(pixels)))
-        found = self.objective.validation(outputs)
+        both = torch.cat([embedding, of_view])
+        found = self.objective.validation(Outputs(self.model, both, pixels, classes, pixels, maps))
         values = {f"val/{name}": value.detach() for name, value in found.metrics.items()}
         self.log_dict(values, on_epoch=True, batch_size=len(pixels), sync_dist=self.trainer.world_size > 1)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..config import TrainConfig
 from ..data.preprocessing import to_unit
-from ..model.anchor import Maps
+from ..model.anchor import SCALE, Maps
 from ..model.teacher import TeacherModel
 from . import losses
 
@@ -36,8 +36,8 @@ class Outputs:
     """The teacher's outputs for V views of B images. Each part of the model runs when first asked for, and once.
 
     `embedding` VB,D: the first views of all images, then their second views. `target` uint8 B,3,H,W: what the first
-    views are reconstructed to; `clean` uint8 B,3,H,W: the first views without changes of colour. `maps`: feature maps of
-    all views by stride, VB,C,G,G; None without an anchor loss. `classes` is None where no metric loss is part of the run.
+    views are reconstructed to; `clean` uint8 B,3,H,W: the first views without changes of colour. `maps`: feature maps by
+    stride, of the first views at least, VB,C,G,G; None without an anchor loss. `classes` is None where no metric loss is part of the run.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Outputs:
         model: TeacherModel,
         embedding: torch.Tensor,
         target: torch.Tensor,
-        clean: torch.Tensor,
-        maps: Maps | None = None,
         classes: ClassTargets | None = None,
+        clean: torch.Tensor | None = None,
+        maps: Maps | None = None,
     ):
-        self.model, self.embedding, self.target, self.clean = model, embedding, target, clean
-        self.maps, self.classes = maps, classes
+        self.model, self.embedding, self.target, self.classes = model, embedding, target, classes
+        self.clean, self.maps = clean, maps
 
     @property
     def images(self) -> int:
@@ -206,8 +206,11 @@ class Anchor(LossTerm):
     def is_active(self) -> bool:
         return self.config.is_anchored
 
+    def describe(self) -> str:
+        return f"{self.weight:g} anchor (maps of the pretrained backbone at {SCALE * self.config.image_size} px)"
+
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
-        assert outputs.maps is not None and outputs.model.anchor is not None
+        assert outputs.maps is not None and outputs.clean is not None and outputs.model.anchor is not None
         first = {stride: found[: outputs.images] for stride, found in outputs.maps.items()}
         return outputs.model.anchor(first, outputs.clean)
 
@@ -265,15 +268,16 @@ class Objective:
 
     def gradient_ratio(self, found: Losses, embedding: torch.Tensor) -> torch.Tensor | None:
         """Return the norm of the gradient that the other terms send into the embedding, divided by that of the
-        reconstruction; None where there is one term only."""
+        reconstruction; None where no other term acts on the embedding."""
         if not self.config.reconstruction_weight or len(self.terms) < 2:
             return None
-        found_of = (
+        others, reconstruction = (
             torch.autograd.grad(loss * _GRADIENT_SCALE, embedding, retain_graph=True, allow_unused=True)[0]
             for loss in (found.others, found.reconstruction)
         )
-        others, reconstruction = (embedding.new_zeros(()) if each is None else each.float().norm() for each in found_of)
-        return others / reconstruction.clamp_min(1e-12)
+        if others is None:  # the anchor loss acts on the maps alone
+            return None
+        return others.float().norm() / reconstruction.float().norm().clamp_min(1e-12)
 
     def _sum(self, metrics: dict[str, torch.Tensor]) -> Losses:
         first, *rest = self.terms

@@ -1,12 +1,12 @@
-"""Passes over images without training: of the training set for pseudo-labels, whitening and PCA of the pixels, of the
-validation set for the baseline. All in evaluation mode, without augmentation, in full precision.
+"""Passes over images without training: of the training set for pseudo-labels, whitening, PCA of the pixels and
+the start of the decoder, of the validation set for the baseline. All in evaluation mode, without augmentation, in full precision.
 
 M readable images, D embedding. `module`: an EarTeacherLightningModule with a Trainer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -15,6 +15,8 @@ from ..console import Console
 from ..errors import EarTeachError
 from ..quality.reconstruction import COMPONENTS, FITTED_ON, PixelBasis
 from .epoch_metrics import ReferencePSNR, ValidationOutputs, ValidationRows
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -69,20 +71,29 @@ def read_train_crops(module: pl.LightningModule, most: int) -> torch.Tensor | No
     return torch.cat(found) if found else None
 
 
-def fit_pixel_basis(module: pl.LightningModule, components: int) -> PixelBasis | None:
-    """Fit the mean and the principal components of the training crops on rank 0, and return them on all ranks; None if
-    no crop can be read. Raises EarTeachError, on all ranks, if too many cannot."""
+def on_first_rank(module: pl.LightningModule, compute: Callable[[], Result]) -> Result:
+    """Compute something on rank 0 and return it on all ranks; raise its EarTeachError on all of them."""
     result: Any = None
     if module.trainer.is_global_zero:
         try:
-            crops = read_train_crops(module, FITTED_ON)
-            result = None if crops is None else PixelBasis.fit(crops, components)
+            result = compute()
         except EarTeachError as error:
             result = error
     result = module.trainer.strategy.broadcast(result)
     if isinstance(result, EarTeachError):
         raise EarTeachError.on_all_ranks(str(result))
     return result
+
+
+def fit_pixel_basis(module: pl.LightningModule, components: int) -> PixelBasis | None:
+    """Fit the mean and the principal components of the training crops on rank 0, and return them on all ranks; None if
+    no crop can be read. Raises EarTeachError, on all ranks, if too many cannot."""
+
+    def fit() -> PixelBasis | None:
+        crops = read_train_crops(module, FITTED_ON)
+        return None if crops is None else PixelBasis.fit(crops, components)
+
+    return on_first_rank(module, fit)
 
 
 def measure_initial_weights(module: pl.LightningModule) -> tuple[ValidationRows | None, dict[str, float]]:

@@ -7,7 +7,7 @@ steps on random crops without counting the first, and reports the median of the 
 (CPU) or of PyTorch's allocator (GPU). Loading images is not included.
 
 The last column is computed, not measured: the memory that 16-mixed needs on a GPU, 16 bytes per trained parameter
-(weights, gradients and AdamW's two moments in float32) plus half of what autograd saves for the backward pass in float32.
+(weights, gradients and AdamW's two moments in float32), 4 per frozen one, plus half of what autograd saves for the backward pass in float32.
 Workspaces of cuDNN and overhead of the allocator are not included.
 """
 
@@ -45,19 +45,16 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
 
     from ear_teacher_cli import EarTeacherLightningModule
     from ear_teacher_cli.config import TrainConfig
-    from ear_teacher_cli.model.freezing import freeze_to_stride
     from ear_teacher_cli.training.dry_run import one_step
 
     objective = {} if views == 2 else {"contrastive_weight": 0.0}  # contrastive learning needs two views
-    config = TrainConfig(
-        backbone=backbone, image_size=size, views=views, batch_size=batch, pretrained=False, **objective
-    )
-    module = EarTeacherLightningModule(config).to(device).train()
-    freeze_to_stride(module.model.backbone, TrainConfig.freeze_stride)  # as with pretrained weights
+    config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, **objective)
+    module = EarTeacherLightningModule(config).to(device).train()  # weights are random until they are loaded
     optimizer = torch.optim.AdamW(module.parameters())
     prototypes = torch.randn(512, config.projection_dim, device=device).requires_grad_()
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    batch_of_data = {"pixels": pixels, "index": torch.arange(batch)} | ({"view": pixels.flip(0)} if views == 2 else {})
+    batch_of_data = {"pixels": pixels, "clean": pixels, "index": torch.arange(batch)}
+    batch_of_data |= {"view": pixels.flip(0)} if views == 2 else {}
     seconds, saved = [], {}
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
@@ -69,7 +66,9 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         one_step(module, dict(batch_of_data), prototypes)
     optimizer.zero_grad()
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    trained, frozen = (
+        sum(p.numel() for p in module.parameters() if p.requires_grad is learns) for learns in (True, False)
+    )
     for _ in range(steps + 1):
         start = time.perf_counter()
         with torch.autocast(device, torch.float16, enabled=device == "cuda"):
@@ -86,7 +85,7 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
         "low": min(per_thousand),
         "high": max(per_thousand),
         "gigabytes": gigabytes,
-        "computed": (16 * trained + sum(saved.values()) / 2) / 1e9,
+        "computed": (16 * trained + 4 * frozen + sum(saved.values()) / 2) / 1e9,
         "parameters": sum(p.numel() for p in module.model.backbone.parameters()),
     }
 
