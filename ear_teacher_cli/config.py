@@ -66,7 +66,7 @@ class TrainConfig(ListOptions):
     pretrained_path: str = option("models/convnext_tiny_22k_224.pth", "Model", "Pretrained weights in the key names of Facebook, torchvision, timm or Lightning (.pth, .ckpt, .safetensors). If the default file does not exist, timm downloads its own.", private=True, environment=True, common=True)
     embedding_dim: int | None = option(None, "Model", "Expected size of the embedding (ConvNeXt-Tiny: 768); an error if the backbone's differs.", low=1)
     projection_dim: int = option(256, "Model", "Output size of the projection and prediction heads.", low=2)
-    decoder_start: str = option("linear", "Model", "Start of the decoder. linear: the best linear map from the initial embeddings to principal components of the training images, plus convolutions that learn the rest; random: convolutions only.", choices=DECODER_STARTS)
+    decoder_start: str = option("random", "Model", "Start of the decoder. linear: the best linear map from the initial embeddings to principal components of the training images, plus convolutions that learn the rest; random: convolutions only.", choices=DECODER_STARTS)
 
     freeze_stride: int = option(8, "Model", "Freeze a pretrained backbone up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: train all of it.", low=0, high=16)
     freeze_statistics: bool = option(True, "Model", "Freeze the batch-norm statistics of a pretrained backbone.")
@@ -81,7 +81,7 @@ class TrainConfig(ListOptions):
     denoise: bool = option(False, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
     contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
-    anchor_weight: float = option(3.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the side. Needs pretrained weights.", low=0.0, common=True, loss_term=True)
+    anchor_weight: float = option(0.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the side. Needs pretrained weights.", low=0.0, common=True, loss_term=True)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0, common=True)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES, common=True)
@@ -257,16 +257,13 @@ ORIGINAL: dict[str, Any] = {
     "augment": False,
     "augmentation": "mild",
     "views": 1,
-    "decoder_start": "random",
     "freeze_stride": 0,
     "freeze_statistics": False,
     "learning_rate": 1e-4,
     "head_lr_mult": 1.0,
     "warmup_epochs": 10,
     "max_epochs": 100,
-    "denoise": False,
     "contrastive_weight": 0.0,
-    "anchor_weight": 0.0,
     "pseudo_classes": "kmeans",
     "metric_weight": 0.1,
     "margin_preset": "paper",

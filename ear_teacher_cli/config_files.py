@@ -13,8 +13,15 @@ from .config_fields import check, flag, kinds_of, plain
 from .errors import ConfigError, EarTeachError, UsageError
 
 # What the first versions did where they had no option yet: they read every unnamed box as corners in pixels, let lists
-# overlap, and numbered the images of a batch.
-_BEFORE = {"box_format": "xyxy", "box_units": "pixels", "allow_overlap": True, "pseudo_classes": "batch"}
+# overlap, numbered the images of a batch, and had no anchor and no linear start of the decoder.
+_BEFORE = {
+    "box_format": "xyxy",
+    "box_units": "pixels",
+    "allow_overlap": True,
+    "pseudo_classes": "batch",
+    "anchor_weight": 0.0,
+    "decoder_start": "random",
+}
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
