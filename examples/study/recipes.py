@@ -33,6 +33,8 @@ RECONSTRUCTION = {
     "projection_dim": 256,
     "reconstruction_weight": 1.0,
     "denoise": False,
+    "decoder_start": "random",
+    "anchor_weight": 0.0,
     "contrastive_weight": 0.0,
     "consistency_weight": 0.0,
     "pseudo_classes": "none",
