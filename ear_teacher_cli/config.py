@@ -81,7 +81,7 @@ class TrainConfig(ListOptions):
     denoise: bool = option(False, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
     contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
-    anchor_weight: float = option(0.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the side. Needs pretrained weights.", low=0.0, common=True, loss_term=True)
+    anchor_weight: float = option(0.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the side. Needs pretrained weights.", low=0.0, loss_term=True)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0, common=True)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES, common=True)

@@ -142,7 +142,7 @@ def _finish(outcome: "Outcome", console: Console) -> None:
         [
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
-            *zip(("PSNR", ""), outcome.reconstruction, strict=False),
+            *[("" if number else "PSNR", line) for number, line in enumerate(outcome.reconstruction)],
             *([("report", printable(report))] if report else []),
             ("next", f"earteach collage {named} -o collage.png"),
             ("", f"earteach export-backbone {named} teacher.safetensors"),

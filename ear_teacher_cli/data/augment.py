@@ -35,7 +35,7 @@ class Augment:
         return self.with_clean(pixels, seed)[0]
 
     def with_clean(self, pixels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (augmented image, clean image): the clean one has the same geometry and flip, but unchanged colours."""
+        """Return (augmented image, clean image): the clean one is moved and flipped alike, in its own colours."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
             moved = self.geometry(pixels)

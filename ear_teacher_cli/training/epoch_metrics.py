@@ -106,8 +106,11 @@ class ReferencePSNR:
 
     def finish(self, trainer: pl.Trainer) -> dict[str, float]:
         """Return the means over the images of all ranks in dB, by name; empty if none could be read."""
-        _, *columns = _gathered(self._batches, trainer) or [None]
-        return {name: float(values.mean()) for name, values in zip(reconstruction.REFERENCES, columns, strict=False)}
+        gathered = _gathered(self._batches, trainer)
+        if not gathered:
+            return {}
+        _, *columns = gathered
+        return {name: float(values.mean()) for name, values in zip(reconstruction.REFERENCES, columns, strict=True)}
 
 
 def judged_images(trainer: pl.Trainer) -> int:

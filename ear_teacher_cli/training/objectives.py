@@ -37,7 +37,8 @@ class Outputs:
 
     `embedding` VB,D: the first views of all images, then their second views. `target` uint8 B,3,H,W: what the first
     views are reconstructed to; `clean` uint8 B,3,H,W: the first views without changes of colour. `maps`: feature maps by
-    stride, of the first views at least, VB,C,G,G; None without an anchor loss. `classes` is None where no metric loss is part of the run.
+    stride, of the first views at least, VB,C,G,G; None without an anchor loss. `classes` is None where no metric loss is
+    part of the run.
     """
 
     def __init__(

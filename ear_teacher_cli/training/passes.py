@@ -1,5 +1,5 @@
-"""Passes over images without training: of the training set for pseudo-labels, whitening, PCA of the pixels and
-the start of the decoder, of the validation set for the baseline. All in evaluation mode, without augmentation, in full precision.
+"""Passes over images without training: of the training set for pseudo-labels, whitening, PCA of the pixels and the start
+of the decoder, of the validation set for the baseline. All in evaluation mode, without augmentation, in full precision.
 
 M readable images, D embedding. `module`: an EarTeacherLightningModule with a Trainer.
 """

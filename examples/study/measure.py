@@ -185,7 +185,7 @@ def _measure_manifest(
     order = pairs.arrange(people, sides)
     drawn = identity_metrics.resamples(order.groups, RESAMPLES, 0)
     found, draws = {}, {"rows": np.array([manifest.rows[i] for i in indices])}
-    for prefix, rows, mapping in zip(("", EAR_ONLY), views, mappings, strict=False):
+    for prefix, rows, mapping in zip(("", EAR_ONLY)[: len(views)], views, mappings, strict=True):
         for treatment, embeddings in (("raw", rows), ("whitened", mapping.apply(rows))):
             measured = identity_metrics.measure(np.ascontiguousarray(embeddings[order.index]), order, (), drawn)
             key = prefix + treatment
