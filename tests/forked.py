@@ -5,6 +5,7 @@ with its own signals, environment, folder and exit code. What they do not show i
 that use subprocess. Where processes cannot be forked, subprocess is what they are.
 """
 
+import gc
 import io
 import multiprocessing.process
 import multiprocessing.util
@@ -120,6 +121,7 @@ def _python(words: list[str], env: dict[str, str] | None, cwd: object) -> int:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.process._children.clear()  # those of the process that this one was forked from
+    gc.freeze()  # unreachable objects of that process stay: the destructor of a loader's iterator fails in another one
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
@@ -127,6 +129,7 @@ def _python(words: list[str], env: dict[str, str] | None, cwd: object) -> int:
         os.chdir(cwd)
     warnings.resetwarnings()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    sys.unraisablehook = sys.__unraisablehook__  # not pytest's
     sys.stdin = open(os.devnull, encoding="utf-8")
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True)
