@@ -451,3 +451,39 @@ def test_a_folder_that_is_about_to_take_its_name_is_not_swept(tmp_path, monkeypa
     with whole_folder(tmp_path / "y", ["z"]) as folder:
         (folder / "z").write_text("whole")
     assert (tmp_path / "y" / "z").read_text() == "whole"
+
+
+FAULTS = """
+import resource
+from ear_teacher_cli import platform
+print(platform.reuse_freed_memory())
+for time in range(6):
+    if time == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = b"x" * 200_000_000
+    del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr"), reason="another C library than glibc")
+def test_freed_memory_is_used_again():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    run = [
+        subprocess.run([sys.executable, "-c", FAULTS], env=clean | changes, capture_output=True, text=True, check=True)
+        for changes in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"})
+    ]
+    (reuses, faults), (without, as_set_up) = (done.stdout.split() for done in run)
+    if reuses == "False":
+        pytest.skip("another C library than glibc")
+    assert without == "False"  # the environment decides
+    assert int(faults) < 0.1 * int(as_set_up)
+
+
+def test_other_c_libraries_manage_memory_as_they_do(monkeypatch):
+    for name in ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "confstr", lambda name: None, raising=False)
+    assert not platform.reuse_freed_memory()
+    monkeypatch.delattr(os, "confstr")  # Windows
+    assert not platform.reuse_freed_memory()

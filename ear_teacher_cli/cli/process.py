@@ -58,6 +58,7 @@ def lifetime() -> Iterator[Lifetime]:
         elif not _is_half_built_loader(what):
             sys.__unraisablehook__(what)
 
+    platform.reuse_freed_memory()
     sys.unraisablehook = unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows, or a locale, may hold few characters
