@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -176,3 +178,21 @@ def test_ctrl_c_that_falls_into_a_destructor_still_stops_the_command(earteach, m
     finally:
         signal.signal(signal.SIGINT, before)
     assert result.code == 130 and result.err == "" and time.monotonic() - began < 5
+
+
+SCRIPT = """
+import sys
+from ear_teacher_cli import EarDataModule
+data = EarDataModule(train_metadata=sys.argv[1], val_metadata=sys.argv[2], num_workers=2, batch_size=4, image_size=64)
+data.setup("fit")
+print([batch["nothing"] for batch in data.train_dataloader()])  # Python keeps the iterator for its last traceback
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_fails_between_batches_ends(manifests):
+    """Its workers ignore SIGTERM, with which multiprocessing ends them, to wait for them then."""
+    words = [sys.executable, "-c", SCRIPT, manifests[1], manifests[3]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("KeyError: 'nothing'") == 1, done.stderr
+    assert done.stderr.count("Traceback") == 1, done.stderr

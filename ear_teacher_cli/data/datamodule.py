@@ -1,5 +1,6 @@
 """LightningDataModule: read the training and the validation manifest, and load batches of crops."""
 
+import atexit
 import os
 import time
 import weakref
@@ -53,6 +54,18 @@ def _read(path: str, config: TrainConfig, name: str) -> Manifest:
 
 
 _SECONDS_TO_END = 5.0  # for workers, before they are killed
+_started: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # iterators -> process that started them
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill the workers of iterators that a script left in the middle: multiprocessing would send them SIGTERM, which they
+    ignore, and wait for ever."""
+    with child_exits_unnoticed():
+        for iterator, process in list(_started.items()):
+            for worker in getattr(iterator, "_workers", ()) if process == os.getpid() else ():
+                worker.kill()
+                worker.join(_SECONDS_TO_END)
 
 
 class EarLoader(DataLoader):
@@ -61,6 +74,7 @@ class EarLoader(DataLoader):
     def __iter__(self) -> Any:
         iterator = super().__iter__()
         self.__dict__.setdefault("_iterators", weakref.WeakSet()).add(iterator)
+        _started[iterator] = os.getpid()
         return iterator
 
     def stop_workers(self) -> None:
