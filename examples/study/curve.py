@@ -3,7 +3,7 @@
     python curve.py OUT curve.png --rows recommended,recommended_reconstruction_weight_4
 
 A row is a name of a folder OUT/ROW-SEED, of --rows or --try of study.py. Along x is the PSNR of the reconstruction, along y
-the whitened rank-1 and EER on each evaluation manifest. A large point is the mean over seeds, small dots are the seeds.
+the whitened rank-1 and EER on each evaluation manifest. A large marker is the mean over seeds, small dots are the seeds.
 Rows without a decoder are dashed lines, the references of the PSNR dotted ones.
 """
 
@@ -26,6 +26,7 @@ from tables import PSNR_REFERENCES
 
 from ear_teacher_cli.errors import EarTeachError, UsageError
 
+MARKERS = "osD^vP*X"
 TITLES = {"rank1": "rank-1, % (whitened)", "eer": "EER, % (whitened, lower is better)"}
 
 
@@ -57,6 +58,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for panel, metric in zip(row, TITLES, strict=True):
             _draw_panel(panel, results, which, metric)
             panel.set(title=which, xlabel="PSNR of the reconstruction, dB", ylabel=TITLES[metric])
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -69,15 +71,13 @@ def _draw_panel(panel, results: dict[str, list[dict[str, Any]]], which: str, met
         y = [100 * run["lists"][which]["whitened"][metric] for run in runs]
         references |= runs[0]["psnr_references"]
         if "psnr" not in runs[0]:
-            panel.axhline(np.mean(y), color=colour, linestyle="--", linewidth=1)
-            panel.annotate(name, (0.01, np.mean(y)), (0, 2), panel.get_yaxis_transform(), "offset points", color=colour)
+            panel.axhline(np.mean(y), color=colour, linestyle="--", linewidth=1, label=name)
             continue
         x = [run["psnr"] for run in runs]
         if len(runs) > 1:
             panel.plot(x, y, ".", color=colour, markersize=4)
-        panel.plot(np.mean(x), np.mean(y), "o", color=colour, markersize=8)
-        above_or_below = (6, 6) if number % 2 else (6, -12)  # neighbours in the order of --rows rarely overlap
-        panel.annotate(name, (np.mean(x), np.mean(y)), above_or_below, textcoords="offset points", fontsize=8)
+        marker = MARKERS[number % len(MARKERS)]
+        panel.plot(np.mean(x), np.mean(y), marker, color=colour, markersize=8, linestyle="none", label=name)
     for key, value in references.items():
         panel.axvline(value, color="grey", linestyle=":", linewidth=1)
         place = (value, 0.02), (2, 0)
