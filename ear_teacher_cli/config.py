@@ -24,6 +24,7 @@ AUGMENTATIONS = ("mild", "strong")
 STRATEGIES = ("auto", "ddp")
 CACHES = ("auto", "ram", "disk", "off")
 SIDE_POLICIES = ("as-is", "mirror", "separate")
+DECODER_INPUTS = ("map", "embedding")
 DECODER_STARTS = ("linear", "random")
 # The metrics that may select the best checkpoint, and whether a lower or a higher value is better.
 MONITORS = metrics_catalogue.monitors()
@@ -66,9 +67,10 @@ class TrainConfig(ListOptions):
     pretrained_path: str = option("models/convnext_tiny_22k_224.pth", "Model", "Pretrained weights in the key names of Facebook, torchvision, timm or Lightning (.pth, .ckpt, .safetensors). If the default file does not exist, timm downloads its own.", private=True, environment=True, common=True)
     embedding_dim: int | None = option(None, "Model", "Expected size of the embedding (ConvNeXt-Tiny: 768); an error if the backbone's differs.", low=1)
     projection_dim: int = option(256, "Model", "Output size of the projection and prediction heads.", low=2)
-    decoder_start: str = option("random", "Model", "Start of the decoder. linear: the best linear map from the initial embeddings to principal components of the training images, plus convolutions that learn the rest; random: convolutions only.", choices=DECODER_STARTS)
+    decoder_input: str = option("map", "Model", "What the decoder reconstructs the image from. map: the last feature map, from which the embedding is averaged; embedding: the embedding, which has to keep every detail then.", choices=DECODER_INPUTS)
+    decoder_start: str = option("linear", "Model", "Start of the decoder. linear: the best linear map from what it reads at first to principal components of the training images, plus convolutions that learn the rest; random: convolutions only.", choices=DECODER_STARTS)
 
-    freeze_stride: int = option(8, "Model", "Freeze a pretrained backbone up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: train all of it.", low=0, high=16)
+    freeze_stride: int = option(0, "Model", "Freeze a pretrained backbone up to the stage of this stride (8: the first two stages of a ConvNeXt); 0: train all of it.", low=0, high=16)
     freeze_statistics: bool = option(True, "Model", "Freeze the batch-norm statistics of a pretrained backbone.")
 
     learning_rate: float = option(3e-4, "Training", "Peak learning rate (AdamW).", above=0.0, common=True)
@@ -77,11 +79,11 @@ class TrainConfig(ListOptions):
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, then cosine decay. A warm-up as long as the run is shortened to a fifth of it.", low=0)
     max_epochs: int = option(10, "Training", "Epochs to train.", low=1, common=True, resumable=True)
-    reconstruction_weight: float = option(1.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True, loss_term=True)
-    denoise: bool = option(False, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
+    reconstruction_weight: float = option(3.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True, loss_term=True)
+    denoise: bool = option(True, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
     contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
-    anchor_weight: float = option(0.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the side. Needs pretrained weights.", low=0.0, loss_term=True)
+    anchor_weight: float = option(8.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the side. Without pretrained weights it is left out.", low=0.0, loss_term=True)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0, common=True)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES, common=True)
@@ -93,7 +95,7 @@ class TrainConfig(ListOptions):
     margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss. paper: 64, and the margin of the loss's paper; gentle: 30 and 0.2, for labels that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(0, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "EMA decay of the weights per step; the average is validated, exported and used by embed; 0: no average.", low=0.0, high=0.99999)
-    baseline_weight: float = option(0.5, "Training", "Share of the pretrained weights in those that are validated, exported and used by embed (interpolation as in WiSE-FT): helps on images from other cameras. 0: the trained weights alone.", low=0.0, high=1.0, earlier="keep_start")
+    baseline_weight: float = option(0.0, "Training", "Share of the pretrained weights in those that are validated, exported and used by embed (interpolation as in WiSE-FT); keeps more of them where there is no anchor loss. 0: the trained weights alone.", low=0.0, high=1.0, earlier="keep_start")
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings after every epoch. It is saved in checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop after this many epochs without improvement of --monitor; 0: off.", low=0, common=True)
     monitor: str = option("val/retrieval", "Training", "Metric that picks the best checkpoint. retrieval: share of validation images whose nearest neighbour is their own augmented view; rank1 and eer need identities in the validation list.", choices=tuple(MONITORS), common=True)
@@ -257,17 +259,19 @@ ORIGINAL: dict[str, Any] = {
     "augment": False,
     "augmentation": "mild",
     "views": 1,
-    "freeze_stride": 0,
+    "decoder_input": "embedding",
     "freeze_statistics": False,
     "learning_rate": 1e-4,
     "head_lr_mult": 1.0,
     "warmup_epochs": 10,
     "max_epochs": 100,
+    "reconstruction_weight": 1.0,
+    "denoise": False,
     "contrastive_weight": 0.0,
+    "anchor_weight": 0.0,
     "pseudo_classes": "kmeans",
     "metric_weight": 0.1,
     "margin_preset": "paper",
-    "baseline_weight": 0.0,
     "whiten": False,
     "monitor": "val/loss",
 }

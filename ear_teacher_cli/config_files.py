@@ -20,6 +20,7 @@ _BEFORE = {
     "allow_overlap": True,
     "pseudo_classes": "batch",
     "anchor_weight": 0.0,
+    "decoder_input": "embedding",
     "decoder_start": "random",
 }
 

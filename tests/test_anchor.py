@@ -71,14 +71,14 @@ def test_the_maps_come_with_the_embedding_that_is_exported(backbone, training):
         assert torch.equal(embedding, model.embed(images))
     assert {stride: found.shape[2:] for stride, found in maps.items()} == {8: (8, 8), 16: (4, 4), 32: (2, 2)}
     assert model.anchor.pairs == [(8, 8), (16, 16), (32, 32), (8, 16), (16, 32)]
-    assert {stride: found.shape[1] for stride, found in maps.items()} == model.anchor.reader.channels
+    assert {stride: tuple(found.shape[1:]) for stride, found in maps.items()} == model.anchor.reader.shapes
 
 
-def test_without_an_anchor_there_are_no_maps():
-    model = teacher(anchor_weight=0).eval()
+def test_without_an_anchor_and_a_decoder_of_maps_there_are_no_maps():
+    model = teacher(anchor_weight=0, decoder_input="embedding").eval()
     images = torch.randn(1, 3, 64, 64)
     embedding, maps = model.embed_with_maps(images)
-    assert maps is None and torch.equal(embedding, model.embed(images))
+    assert maps == {} and torch.equal(embedding, model.embed(images))
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,13 @@ def test_without_an_anchor_there_are_no_maps():
 def test_a_backbone_without_maps_is_refused_in_one_line(backbone, options, found):
     with pytest.raises(ConfigError, match=f"anchor_weight: .*{found}.*; choose another backbone, or 0"):
         teacher(backbone, freeze_stride=0, **options)
-    assert teacher(backbone, anchor_weight=0, freeze_stride=0, **options).anchor is None
+    other = {"anchor_weight": 0, "decoder_input": "embedding"}
+    assert teacher(backbone, freeze_stride=0, **options, **other).anchor is None
 
 
 def test_a_module_that_timm_gives_no_maps_of_is_refused():
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 32, 32), torch.nn.Flatten())
-    with pytest.raises(ConfigError, match="has no feature maps of several strides"):
+    with pytest.raises(ConfigError, match="has no feature maps; choose another backbone, or 0"):
         Anchor(plain, preprocessing_of("test_convnext", 64, 0.1, True))
 
 
@@ -165,7 +166,7 @@ def test_the_targets_are_those_of_the_image_at_twice_the_side():
 def test_equal_strides_start_as_the_identity():
     anchor = teacher().anchor
     for stride in anchor.reader.strides:
-        given = torch.randn(2, anchor.reader.channels[stride], 4, 4)
+        given = torch.randn(2, anchor.reader.shapes[stride][0], 4, 4)
         assert torch.allclose(anchor.predictors[f"{stride}_{stride}"](given), given, atol=1e-6)
 
 

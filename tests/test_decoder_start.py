@@ -10,9 +10,10 @@ from conftest import BACKBONE, SMALL, small_config
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.preprocessing import to_unit
-from ear_teacher_cli.errors import EarTeachError
+from ear_teacher_cli.errors import ConfigError, EarTeachError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.model.decoder import COMPONENTS, Decoder, LinearStart, basis_side, build_decoder
+from ear_teacher_cli.model.map_reader import MapReader
 from ear_teacher_cli.quality.reconstruction import RIDGES, PixelBasis, psnr, ridge
 from ear_teacher_cli.training.decoder_start import start_decoder
 from ear_teacher_cli.training.guards import StepGuard
@@ -64,22 +65,58 @@ def test_ridge_of_few_or_equal_embeddings_predicts_the_mean():
 
 
 def test_the_option_chooses_the_decoder():
-    assert type(build_decoder(TrainConfig(decoder_start="linear", image_size=64), 8)) is LinearStart
-    assert type(build_decoder(TrainConfig(decoder_start="random", image_size=64), 8)) is Decoder
+    assert type(build_decoder(TrainConfig(decoder_start="linear", image_size=64), (8,))) is LinearStart
+    assert type(build_decoder(TrainConfig(decoder_start="random", image_size=64), (8,))) is Decoder
     assert basis_side(32) == 32 and basis_side(224) == 64
 
 
 def test_before_its_start_it_shows_mid_grey():
-    decoder = LinearStart(8, 64).eval()
+    decoder = LinearStart((8,), 64).eval()
     assert torch.equal(decoder(random_rows(2, 8)), torch.zeros(2, 3, 64, 64))
+
+
+def test_the_linear_part_of_a_map_by_hand():
+    """5 x 5 cells are averaged to 4 x 4; the convolutions get them on the grid of H/32 = 2 cells."""
+    decoder, cells = LinearStart((3, 5, 5), 64).eval(), 4
+    weight, bias, values = random_rows(2, 3 * cells**2), random_rows(2, seed=1), random_rows(30, 3 * cells**2, seed=5)
+    mean, components = random_rows(3 * 64**2, seed=3), random_rows(2, 3 * 64**2, seed=4)
+    decoder.set_linear(values, weight, bias, mean, components)
+    maps = random_rows(2, 3, 5, 5, seed=2)
+    averaged = [
+        maps[:, :, i * 5 // 4 : -(-(i + 1) * 5 // 4), j * 5 // 4 : -(-(j + 1) * 5 // 4)].mean((2, 3))
+        for i in range(cells)
+        for j in range(cells)
+    ]
+    flat = torch.stack(averaged, 2).flatten(1)
+    expected = (mean + (flat @ weight.T + bias) @ components).view(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(decoder(maps), expected, atol=1e-4)
+        decoder.steps[-1].bias.fill_(0.5)
+        assert torch.allclose(decoder(maps), expected + 0.5, atol=1e-4)
+    assert decoder.start(F.adaptive_avg_pool2d(maps, 2)).shape == (2, 256, 2, 2)
+
+
+@pytest.mark.parametrize("values", [10, 2000])
+def test_a_step_of_adamw_moves_the_image_by_little_however_many_values_it_reads(values):
+    """Unscaled, a step of 1e-3 on 2,000 values moves it by 0.2 standard deviations and more."""
+    decoder = LinearStart((values,), 32).train()
+    rows = 5 + 3 * random_rows(64, values)
+    components = torch.linalg.qr(random_rows(3 * 32**2, 4))[0].T
+    decoder.set_linear(rows, torch.zeros(4, values), torch.zeros(4), torch.zeros(3 * 32**2), components)
+    before = decoder(rows).detach()
+    optimiser = torch.optim.AdamW([decoder.code.weight], lr=1e-3, weight_decay=0)
+    (decoder(rows) - random_rows(64, 3, 32, 32, seed=9)).square().mean().backward()
+    optimiser.step()
+    moved = (decoder(rows) - before).detach().flatten(1) @ components.T  # of coefficients of unit variance
+    assert 1e-4 < moved.square().mean().sqrt() < 1e-2
 
 
 @pytest.mark.parametrize("side", [32, 64, 128])
 def test_the_linear_part_by_hand(side):
-    decoder, small = LinearStart(8, side).eval(), basis_side(side)
+    decoder, small = LinearStart((8,), side).eval(), basis_side(side)
     weight, bias, rows = random_rows(5, 8), random_rows(5, seed=1), random_rows(3, 8, seed=2)
     mean, components = random_rows(3 * small**2, seed=3), random_rows(5, 3 * small**2, seed=4)
-    decoder.set_linear(weight, bias, mean, components)
+    decoder.set_linear(random_rows(30, 8, seed=5), weight, bias, mean, components)
     expected = (mean + (rows @ weight.T + bias) @ components).view(3, 3, small, small)
     if side > small:
         expected = F.interpolate(expected, scale_factor=side / small, mode="bilinear", align_corners=False)
@@ -90,9 +127,11 @@ def test_the_linear_part_by_hand(side):
 
 
 def test_the_constants_do_not_learn_and_are_not_copied_in_every_step():
-    decoder = LinearStart(8, 64).train()
+    decoder = LinearStart((8,), 64).train()
     decoder(random_rows(2, 8)).square().mean().backward()
-    assert {name for name, p in decoder.named_parameters() if p.grad is None} == {"mean", "components"}
+    assert {name for name, p in decoder.named_parameters() if p.grad is None} == {
+        *("mean", "components", "centre", "scale")
+    }
     guard = StepGuard()
     guard.begin(decoder)
     assert sum(buffer.numel() for buffer in guard._buffers) < 1000
@@ -112,6 +151,72 @@ def fit_nothing(manifests, tmp_path, **options) -> EarTeacherLightningModule:
 
 def clean_images(dataset) -> torch.Tensor:
     return torch.stack([dataset[row]["pixels"] for row in range(len(dataset))])
+
+
+def test_a_run_that_decodes_maps_starts_from_the_best_linear_map_of_them(manifests, tmp_path):
+    of_maps, of_embeddings = (fit_nothing(manifests, tmp_path, decoder_input=name) for name in ("map", "embedding"))
+    crops = clean_images(of_maps.trainer.datamodule.clean_set)
+    with torch.no_grad():
+        maps = of_maps.model.decoder_input(*of_maps.features(crops))
+        assert maps.shape == (24, 64, 2, 2) and torch.equal(of_maps.features(crops)[0], of_maps(crops))
+        basis = PixelBasis.fit(crops, COMPONENTS)
+        weight, bias = ridge(maps.flatten(1), basis.project(crops) / basis.deviations, basis.deviations)
+        expected = basis.reconstruct((maps.flatten(1) @ weight.T + bias) * basis.deviations).view(-1, 3, 64, 64)
+        assert torch.allclose(of_maps.model.decoder(maps), expected, atol=1e-3)
+        errors = [
+            (module.model.decoder(module.model.decoder_input(*module.features(crops))) - to_unit(crops)).square().mean()
+            for module in (of_maps, of_embeddings)
+        ]
+        shown = of_maps.reconstruct(crops)
+    assert errors[0] < errors[1]  # it keeps where things are
+    assert (to_unit(shown) - expected.clamp(-1, 1)).abs().max() < 0.02
+
+
+def test_a_random_backbone_starts_with_the_statistics_of_its_batches(manifests, tmp_path):
+    """Its stored batch-norm statistics are those of no image: the first steps would see other embeddings."""
+    options = dict(backbone="test_efficientnet", batch_size=24, decoder_input="map")
+    module = fit_nothing(manifests, tmp_path, **options)
+    fresh = EarTeacherLightningModule(module.config).model.backbone.state_dict()
+    kept = [name for name in fresh if "running" in name or "num_batches" in name]
+    assert kept and all(torch.equal(module.model.backbone.state_dict()[name], fresh[name]) for name in kept)
+    crops = clean_images(module.trainer.datamodule.clean_set)
+    module.train()
+    with torch.no_grad():
+        found = module.model.decoder(module.model.decoder_input(*module.features(crops)))
+    of_the_mean = (to_unit(crops) - to_unit(crops).mean(0)).square().mean((1, 2, 3))
+    assert psnr((found - to_unit(crops)).square().mean((1, 2, 3))).mean() > psnr(of_the_mean).mean() + 1
+
+
+def test_the_loss_on_maps_does_not_need_the_embedding(manifests):
+    """Its gradient ends in the last map: the average of the map is free for the other losses."""
+    module = EarTeacherLightningModule(
+        small_config(manifests, metric_loss="none", decoder_input="map", decoder_start="random")
+    )
+    pixels = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    outputs = module.training_outputs({"pixels": pixels}, None)
+    embedding, maps = outputs.embedding, outputs.maps
+    loss = module.objective.training(outputs).total
+    to_embedding, to_map = torch.autograd.grad(loss, [embedding, maps[32]], retain_graph=True)
+    assert to_embedding.abs().sum() == 0 and to_map.abs().sum() > 0
+    loss.backward()
+    # DistributedDataParallel refuses parameters without one
+    assert [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_byobnet"])
+def test_backbones_of_other_kinds_have_a_last_map(manifests, backbone):
+    config = small_config(manifests, metric_loss="none", backbone=backbone, image_size=160, decoder_input="map")
+    module = EarTeacherLightningModule(config)
+    pixels = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    assert module.reconstruct(pixels).shape == pixels.shape
+
+
+def test_a_backbone_without_maps_is_refused_in_one_line():
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 32, 32), torch.nn.Flatten())
+    with pytest.raises(
+        ConfigError, match="decoder_input: .*has no feature maps; choose another backbone, or embedding"
+    ):
+        MapReader(plain, 32, None, "decoder_input", "embedding")
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])

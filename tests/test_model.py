@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.config import DECODER_INPUTS, TrainConfig, preset
 from ear_teacher_cli.data.preprocessing import from_unit, normalise, preprocessing_of, to_unit
 from ear_teacher_cli.errors import ConfigError
 from ear_teacher_cli.model.teacher import TeacherModel
@@ -14,18 +14,20 @@ def config(**changes):
     return TrainConfig(**{"backbone": "test_convnext", "image_size": 64, "pretrained": False, **changes})
 
 
+@pytest.mark.parametrize("given", DECODER_INPUTS)
 @pytest.mark.parametrize("size", [64, 96, 224])
-def test_shapes_from_pixels_to_pixels(size):
-    model = TeacherModel(config(image_size=size))
+def test_shapes_from_pixels_to_pixels(size, given):
+    model = TeacherModel(config(image_size=size, decoder_input=given))
     embedding = model.embed(torch.zeros(2, 3, size, size))
     assert embedding.shape == (2, 64) and model.embedding_dim == 64
     assert model.predict(embedding).shape == (2, 256)
-    assert model.decoder(embedding).shape == (2, 3, size, size)
+    features = model.embed_with_maps(torch.zeros(2, 3, size, size))
+    assert model.decoder(model.decoder_input(*features)).shape == (2, 3, size, size)
 
 
 @pytest.mark.slow
 def test_the_model_of_the_original_package_has_768_dimensions_and_224_pixels():
-    model = TeacherModel(TrainConfig(pretrained=False, embedding_dim=768))
+    model = TeacherModel(TrainConfig(pretrained=False, embedding_dim=768, **preset("original")))
     assert model.embedding_dim == 768
     assert model.decoder(torch.zeros(1, 768)).shape == (1, 3, 224, 224)
 
@@ -40,10 +42,12 @@ def test_an_unknown_backbone_is_an_error_that_names_similar_ones():
         TeacherModel(config(backbone="convnext_tin"))
 
 
-def test_every_parameter_gets_a_gradient():
-    model = TeacherModel(config())
-    embedding = model.embed(torch.randn(4, 3, 64, 64))
-    (model.decoder(embedding).square().mean() + model.predict(embedding).square().mean()).backward()
+@pytest.mark.parametrize("given", DECODER_INPUTS)
+def test_every_parameter_gets_a_gradient(given):
+    model = TeacherModel(config(decoder_input=given, decoder_start="random"))
+    embedding, maps = model.embed_with_maps(torch.randn(4, 3, 64, 64))
+    images = model.decoder(model.decoder_input(embedding, maps))
+    (images.square().mean() + model.predict(embedding).square().mean()).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # the gradient of a bias before batch normalisation or ReLU may be exactly 0, but not None
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

@@ -1,5 +1,6 @@
 """Principal axes of embeddings: against numpy's singular values, and as the decoder of a checkpoint draws them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,17 +8,23 @@ import pytest
 import torch
 from conftest import apart, small_config
 
-from ear_teacher_cli.data.preprocessing import from_unit, preprocessing_for
+from ear_teacher_cli.console import Console
+from ear_teacher_cli.data.dataset import EarDataset
+from ear_teacher_cli.data.manifest import Manifest
+from ear_teacher_cli.data.preprocessing import from_unit
 from ear_teacher_cli.drawing import labelled_grid
-from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.embedding.files import Embeddings
+from ear_teacher_cli.errors import EarTeachError, WeightsError
 from ear_teacher_cli.model.checkpoint import Checkpoint
-from ear_teacher_cli.model.decoder import build_decoder
 from ear_teacher_cli.quality.principal_axes import PrincipalAxes
 from ear_teacher_cli.quality.reconstruction import MEAN_IMAGE
 from ear_teacher_cli.report import principal_axes
 from ear_teacher_cli.report.principal_axes import AXES, STEPS, DrawnAxes, draw_principal_axes
+from ear_teacher_cli.report.validation_embeddings import ValidationEmbeddings
+from ear_teacher_cli.training.module import EarTeacherLightningModule, module_of
 
 SIZE = 12  # D
+QUIET = Console(quiet=True)
 GOOD = {"psnr": 20.1, MEAN_IMAGE: 18.0}
 
 
@@ -72,41 +79,89 @@ def test_steps_are_in_standard_deviations():
     assert apart(moved[0, 0], found.mean - 2 * found.deviations[0] * found.axes[0]) < 1e-12
 
 
-def checkpoint_of(start: str) -> tuple[Checkpoint, torch.nn.Module]:
-    """A checkpoint with a decoder that reacts to its embedding, and that decoder, in training mode."""
-    config = small_config(["", "train.npy", "", "val.npy"], decoder_start=start)
+def run_of(tmp_path: Path, ears: Path, people: int = 3, **options) -> tuple[Checkpoint, ValidationEmbeddings]:
+    """A checkpoint of drawn ears with a decoder that reacts to what it reads, and its validation embeddings."""
+    paths = sorted(str(path) for path in ears.rglob("*.jpg"))[: 4 * people]
+    manifest = Manifest("val.npy", None, paths, [None] * len(paths), range(len(paths)))
+    config = small_config(["", "train.npy", "", "val.npy"], metric_loss="none", **options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        decoder = build_decoder(config, SIZE)
-        for name, tensor in decoder.state_dict().items():
+        module = EarTeacherLightningModule(config)
+        for name, tensor in module.model.decoder.state_dict().items():
             if tensor.is_floating_point() and "running" not in name:
-                tensor.normal_(0, {"linear": 0.05, "random": 0.25}[start])
-    state = {f"model.decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    state["model.backbone.stem.weight"] = torch.zeros(1)
-    return Checkpoint(Path("best.ckpt"), config, preprocessing_for(config), SIZE, 3, 0, {"state_dict": state}), decoder
+                tensor.normal_(0, {"linear": 0.05, "random": 0.25}[config.decoder_start])
+    state = {f"model.{name}": tensor for name, tensor in module.model.state_dict().items()}
+    size = module.model.embedding_dim
+    checkpoint = Checkpoint(Path("best.ckpt"), config, module.preprocessing, size, 3, 0, {"state_dict": state})
+    return checkpoint, embeddings_of(manifest, module)
+
+
+def embeddings_of(manifest: Manifest, module: EarTeacherLightningModule) -> ValidationEmbeddings:
+    with torch.no_grad():
+        rows = module.eval()(crops(manifest, module)).numpy()
+    unit = Embeddings("val.npy", rows, manifest.paths, manifest.boxes)
+    return ValidationEmbeddings(None, unit, unit, rows, None, len(rows))
+
+
+def crops(manifest: Manifest, module: EarTeacherLightningModule) -> torch.Tensor:
+    dataset = EarDataset(manifest, module.preprocessing)
+    return torch.stack([dataset[row]["pixels"] for row in range(len(manifest))])
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """What was drawn: (images, labels, heads)."""
+    found: list = []
+    monkeypatch.setattr(principal_axes, "labelled_grid", lambda *words: found.append(words) or labelled_grid(*words))
+    return found
 
 
 @pytest.mark.parametrize("start", ["linear", "random"])
-def test_the_grid_is_what_the_decoder_of_the_checkpoint_makes_in_evaluation_mode(start, monkeypatch):
-    checkpoint, decoder = checkpoint_of(start)
-    drawn: list = []
-    monkeypatch.setattr(principal_axes, "labelled_grid", lambda *words: drawn.append(words) or labelled_grid(*words))
-    rows = embeddings()
-    found = draw_principal_axes(checkpoint, rows, GOOD)
+def test_the_grid_is_what_the_decoder_of_the_checkpoint_makes_in_evaluation_mode(start, ears, tmp_path, drawn):
+    checkpoint, found = run_of(tmp_path, ears, decoder_start=start, decoder_input="embedding")
+    image = draw_principal_axes(checkpoint, found, GOOD, QUIET)
     images, labels, heads = drawn[0]
-    moved = torch.from_numpy(PrincipalAxes.fit(rows, AXES).along(STEPS)).float()
+    moved = torch.from_numpy(PrincipalAxes.fit(found.unscaled, AXES).along(STEPS)).float()
     with torch.no_grad():
-        expected = from_unit(decoder.eval()(moved[1]))
+        expected = from_unit(module_of(checkpoint).model.decoder(moved[1]))
     assert images.shape == (6, 5, 3, 64, 64) and images[1].equal(expected)
-    assert len({tuple(image.flatten().tolist()) for image in images[1]}) == 5  # not all black or white
+    assert len({tuple(each.flatten().tolist()) for each in images[1]}) == 5  # not all black or white
     assert heads == ["-3 sd", "-2 sd", "mean", "+2 sd", "+3 sd"]
-    share = PrincipalAxes.fit(rows, 1).shares[0]
+    share = PrincipalAxes.fit(found.unscaled, 1).shares[0]
     assert labels[0] == ("axis 1", f"{100 * share:.0f} % of the variance") and len(labels) == 6
-    assert labels[5][1] == "under 1 % of the variance"
-    assert found.description.startswith(f"axis 1: {100 * share:.0f} % of the variance, axis 2: ") and not found.why_not
-    again = draw_principal_axes(checkpoint, rows, GOOD)
-    assert again.image.tobytes() == found.image.tobytes()
-    assert max(found.image.size) < 1800 and found.image.width > found.image.height > 6 * 128
+    assert image.description.startswith(f"axis 1: {100 * share:.0f} % of the variance, axis 2: ") and not image.why_not
+    again = draw_principal_axes(checkpoint, found, GOOD, QUIET)
+    assert again.image.tobytes() == image.image.tobytes()
+    assert max(image.image.size) < 1800 and image.image.height > 6 * 128 and image.image.width > 5 * 128
+
+
+def test_a_decoder_of_maps_draws_the_map_that_goes_with_the_embedding(ears, tmp_path, drawn):
+    """The map is a linear function of the embeddings here, so that the regression has to find it."""
+    checkpoint, found = run_of(tmp_path, ears, decoder_input="map")
+    module = module_of(checkpoint)
+    axes = PrincipalAxes.fit(found.unscaled, AXES)
+    with torch.no_grad():
+        maps = module.model.decoder_input(*module.features(crops(found.manifest(), module))).double()
+    scores = torch.from_numpy((found.unscaled - axes.mean) @ axes.axes.T)  # N,K; uncorrelated, of mean 0
+    draw_principal_axes(checkpoint, found, GOOD, QUIET)
+    images = drawn[0][0]
+    for axis in range(len(axes.axes)):
+        slope, *_ = torch.linalg.lstsq(scores[:, axis : axis + 1], (maps - maps.mean(0)).flatten(1))
+        moved = torch.stack([maps.mean(0).flatten() + step * axes.deviations[axis] * slope[0] for step in STEPS])
+        with torch.no_grad():
+            expected = from_unit(module.model.decoder(moved.view(-1, *maps.shape[1:]).float()))
+        assert (images[axis].int() - expected.int()).abs().max() <= 1
+    assert not images[0, 0].equal(images[0, -1])
+
+
+def test_the_maps_of_a_part_of_many_images_are_enough(ears, tmp_path, drawn, monkeypatch):
+    checkpoint, found = run_of(tmp_path, ears, decoder_input="map")
+    monkeypatch.setattr(principal_axes, "FITTED_ON", 5)
+    read: list = []
+    original = principal_axes.crops_of
+    monkeypatch.setattr(principal_axes, "crops_of", lambda *words: read.extend(words[-1]) or original(*words))
+    assert draw_principal_axes(checkpoint, found, GOOD, QUIET).image is not None
+    assert read == [0, 3, 6, 9]
 
 
 @pytest.mark.parametrize(
@@ -120,19 +175,26 @@ def test_the_grid_is_what_the_decoder_of_the_checkpoint_makes_in_evaluation_mode
         ({}, "metrics.csv has no val/psnr"),
     ],
 )
-def test_poor_reconstructions_are_not_shown(metrics, why):
-    found = draw_principal_axes(checkpoint_of("random")[0], embeddings(), metrics)
+def test_poor_reconstructions_are_not_shown(metrics, why, ears, tmp_path):
+    found = draw_principal_axes(*run_of(tmp_path, ears, people=1), metrics, QUIET)
     assert found.image is None and found.why_not.startswith(why)
 
 
-def test_equal_embeddings_are_not_drawn():
-    rows = np.ones((9, SIZE), np.float32)
-    found = draw_principal_axes(checkpoint_of("random")[0], rows, GOOD)
-    assert found == DrawnAxes(why_not="the embeddings do not differ")
+def test_equal_embeddings_are_not_drawn(ears, tmp_path):
+    checkpoint, found = run_of(tmp_path, ears, people=1)
+    same = replace(found, unscaled=np.ones((9, SIZE), np.float32))
+    assert draw_principal_axes(checkpoint, same, GOOD, QUIET) == DrawnAxes(why_not="the embeddings do not differ")
 
 
-def test_a_decoder_that_does_not_fit_is_one_line():
-    checkpoint, _ = checkpoint_of("random")
+def test_a_decoder_that_does_not_fit_is_one_line(ears, tmp_path):
+    checkpoint, found = run_of(tmp_path, ears)
     del checkpoint.content["state_dict"]["model.decoder.start.bias"]
-    with pytest.raises(WeightsError, match=r"^best\.ckpt: its decoder does not fit its configuration; use another"):
-        draw_principal_axes(checkpoint, embeddings(), GOOD)
+    with pytest.raises(WeightsError, match=r"^best\.ckpt: .*decoder\.start\.bias"):
+        draw_principal_axes(checkpoint, found, GOOD, QUIET)
+
+
+def test_images_that_are_gone_are_one_line(ears, tmp_path):
+    checkpoint, found = run_of(tmp_path, ears, decoder_input="map")
+    gone = replace(found.teacher, paths=[f"{path}.gone" for path in found.teacher.paths])
+    with pytest.raises(EarTeachError, match="no image can be read any more"):
+        draw_principal_axes(checkpoint, replace(found, teacher=gone), GOOD, QUIET)

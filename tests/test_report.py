@@ -103,7 +103,7 @@ def test_the_axes_are_of_the_embeddings_that_the_decoder_of_the_checkpoint_recon
     module.model.load_state_dict(checkpoint.model_state)
     dataset = EarDataset(read_val_manifest(checkpoint.config), checkpoint.preprocessing)
     pixels = torch.stack([torch.as_tensor(dataset[row]["pixels"]) for row in range(len(found.unscaled))])
-    decoded = principal_axes._decode(principal_axes._decoder(checkpoint), found.unscaled[:, None])[:, 0]
+    decoded = principal_axes._decode(module.model.eval().decoder, torch.from_numpy(found.unscaled[:, None]))[:, 0]
     assert (decoded.int() - module.reconstruct(pixels).int()).abs().max() <= 1  # batches differ
     assert not np.allclose(np.linalg.norm(found.unscaled, axis=1), 1, atol=0.1)
     assert apart(found.unscaled / np.linalg.norm(found.unscaled, axis=1, keepdims=True), found.raw.rows) < 1e-6

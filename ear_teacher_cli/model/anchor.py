@@ -10,51 +10,19 @@ B images, H = W = image_size pixels, C channels of a map, s its stride, G = H / 
 
 import copy
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..data.preprocessing import Preprocessing, normalise
-from ..errors import ConfigError
-
-Maps = dict[int, torch.Tensor]  # stride in pixels -> map B,C,G,G
+from .map_reader import MapReader, Maps
 
 FINEST = 8  # stride of the finest map; finer ones have learned edges and colours, which all images share
 SCALE = 2  # side of the anchor's input as a multiple of the teacher's
 # Least deviation that a channel is divided by, absolute and as a share of the channels' mean: behind a ReLU some channels
 # are 0 almost everywhere, and would otherwise have most of the gradient.
 LEAST, LEAST_SHARE = 1e-3, 0.01
-
-
-class MapReader:
-    """Returns the feature maps of timm backbones of one architecture, where their stride is FINEST or more.
-
-    `channels`: stride -> C, measured on one image. Raises ConfigError if timm gives no such maps of `backbone`, or two
-    of one stride (vision transformers).
-    """
-
-    def __init__(self, backbone: Any, image_size: int):
-        strides = [stage["reduction"] for stage in getattr(backbone, "feature_info", [])]
-        self.places = [i for i, stride in enumerate(strides) if stride >= FINEST]
-        self.strides = [strides[i] for i in self.places]
-        if len(set(self.strides)) < max(2, len(self.strides)) or not hasattr(backbone, "forward_intermediates"):
-            raise ConfigError("anchor_weight", "the backbone has no feature maps of several strides", _WAYS)
-        image = torch.linspace(-1, 1, 3 * image_size**2).view(1, 3, image_size, image_size)
-        with torch.no_grad():
-            embedding, maps = self(backbone, image)
-            if not torch.allclose(embedding, backbone(image), atol=1e-5):
-                raise ConfigError("anchor_weight", "the backbone's embedding is not made of its maps", _WAYS)
-        self.channels = {stride: found.shape[1] for stride, found in maps.items()}
-
-    def __call__(self, backbone: Any, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
-        """Return (embedding B,D, maps) of normalised images B,3,H,W: the embedding is `backbone(images)`."""
-        features, maps = backbone.forward_intermediates(images, indices=self.places, output_fmt="NCHW")
-        return backbone.forward_head(features), dict(zip(self.strides, maps, strict=True))
-
-
-_WAYS = "choose another backbone, or 0"
 
 
 class Anchor(nn.Module):
@@ -68,8 +36,10 @@ class Anchor(nn.Module):
         """Copy `backbone`, the teacher's. Raises ConfigError if it has no feature maps (see MapReader)."""
         super().__init__()
         self.backbone, self.preprocessing = copy.deepcopy(backbone).requires_grad_(False).eval(), preprocessing
-        self.reader = MapReader(self.backbone, preprocessing.image_size)
-        width, strides = self.reader.channels, self.reader.strides
+        self.reader = MapReader(self.backbone, preprocessing.image_size, FINEST, "anchor_weight", "0")
+        width, strides = {stride: shape[0] for stride, shape in self.reader.shapes.items()}, self.reader.strides
+        if len(strides) < 2:
+            raise self.reader.error("the backbone has no feature maps of several strides")
         following = [(a, b) for a, b in pairwise(strides) if b == SCALE * a]
         self.pairs = [*((stride, stride) for stride in strides), *following]
         self.predictors = nn.ModuleDict({f"{a}_{b}": nn.Conv2d(width[a], width[b], 1) for a, b in self.pairs})

@@ -1,6 +1,8 @@
-"""The decoder, which reconstructs an image from its embedding.
+"""The decoder, which reconstructs an image from its embedding, or from the last feature map, whose average over positions
+the embedding is made of.
 
-Shapes: B images, H = W = image_size pixels, D = embedding dimension, K principal components of S x S pixels.
+Shapes: B images, H = W = image_size pixels, D = embedding dimension, C channels and G x G cells of the map, K principal
+components of S x S pixels.
 """
 
 import torch
@@ -11,23 +13,31 @@ from ..config import TrainConfig
 
 COMPONENTS = 256  # K: principal components of the training images that the linear part of the decoder combines
 BASIS_SIDE = 64  # S at most: finer detail is left to the convolutions, and at 224 px the components would take 150 MB
+# Cells along the side of a map at most, for the linear part: a larger one is averaged. At 224 px 7 x 7 cells of 768
+# channels would be 37,632 values to regress on.
+LINEAR_CELLS = 4
 
 
-def build_decoder(config: TrainConfig, embedding_dim: int) -> nn.Module:
-    """Return the decoder of a configuration: B,D -> B,3,H,W on the scale of [-1, 1]."""
+def build_decoder(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
+    """Return the decoder of a configuration: B,*shape -> B,3,H,W on the scale of [-1, 1]. `shape`: (D,) or (C, G, G)."""
     kind = LinearStart if config.decoder_start == "linear" else Decoder
-    return kind(embedding_dim, config.image_size)
+    return kind(shape, config.image_size)
 
 
 class Decoder(nn.Module):
-    """Map B,D to B,3,H,W on the scale of [-1, 1], not clamped: a linear layer to a grid of H/32 x W/32, five
-    transposed convolutions with batch normalisation and ReLU, and a final convolution."""
+    """Map an embedding B,D or a feature map B,C,G,G (`shape`: without B) to B,3,H,W on the scale of [-1, 1], not clamped.
 
-    def __init__(self, embedding_dim: int, image_size: int):
+    A linear layer, or a 1 x 1 convolution of the map, to a grid of H/32 x W/32, five transposed convolutions with batch
+    normalisation and ReLU, and a final convolution.
+    """
+
+    def __init__(self, shape: tuple[int, ...], image_size: int):
         super().__init__()
-        self.grid = image_size // 32
+        self.grid, self.reads_map = image_size // 32, len(shape) > 1
         widths = (256, 128, 96, 64, 32, 16)
-        self.start = nn.Linear(embedding_dim, widths[0] * self.grid**2)
+        self.start: nn.Module = (
+            nn.Conv2d(shape[0], widths[0], 1) if self.reads_map else nn.Linear(shape[0], widths[0] * self.grid**2)
+        )
         steps: list[nn.Module] = []
         for wide, narrow in zip(widths, widths[1:], strict=False):
             # the kernel is a multiple of the stride, which avoids checkerboard artefacts (Odena et al. 2016)
@@ -39,50 +49,78 @@ class Decoder(nn.Module):
         # transposed convolutions alone leave a grid of dots on the image; a final plain one removes it
         self.steps = nn.Sequential(*steps, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return images B,3,H,W for embeddings B,D."""
-        grid = self.start(embedding).unflatten(1, (-1, self.grid, self.grid))  # B,D -> B,256,H/32,W/32
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """Return images B,3,H,W for embeddings B,D, or maps B,C,G,G."""
+        if self.reads_map:
+            grid = self.start(F.adaptive_avg_pool2d(given, self.grid))  # B,C,G,G -> B,256,H/32,W/32
+        else:
+            grid = self.start(given).unflatten(1, (-1, self.grid, self.grid))  # B,D -> B,256,H/32,W/32
         return self.steps(grid)  # -> B,3,H,W
 
 
 class LinearStart(Decoder):
     """A linear map to principal components of the training images, plus the transposed convolutions of `Decoder`.
 
-    The image is mean + sum_k c_k component_k, resized bilinearly from S to H, with the coefficients c = code(embedding),
-    plus the output of the convolutions, whose last layer starts at 0. Before training `set_linear` sets the components
-    and the best linear `code` (training/decoder_start.py); the convolutions then learn what it cannot show. Until then
-    the components are 0, and it is a `Decoder` that starts at mid-grey.
+    The image is mean + sum_k c_k component_k, resized bilinearly from S to H, with the coefficients c = code(values),
+    plus the output of the convolutions, whose last layer starts at 0. The values are those of the embedding or of the
+    map, standardised and divided by the square root of their number D': AdamW moves all weights by like amounts, and
+    would move the sum of so many values too far otherwise. Before training `set_linear` sets the components and the best
+    linear `code` (training/decoder_start.py); the convolutions then learn what it cannot show. Until then the components
+    are 0, and it is a `Decoder` that starts at mid-grey.
     """
 
-    def __init__(self, embedding_dim: int, image_size: int):
-        super().__init__(embedding_dim, image_size)
-        self.size, self.side = image_size, basis_side(image_size)
-        self.code = nn.Linear(embedding_dim, COMPONENTS)
-        # constants, of P = 3SS values; no buffers, which would be copied in every step (guards.py, DDP)
+    def __init__(self, shape: tuple[int, ...], image_size: int):
+        super().__init__(shape, image_size)
+        self.size, self.side, self.cells = image_size, basis_side(image_size), min(shape[-1], LINEAR_CELLS)
+        count = shape[0] * self.cells**2 if self.reads_map else shape[0]  # D'
+        self.code = nn.Linear(count, COMPONENTS)
+        # constants, of P = 3SS and D' values; no buffers, which would be copied in every step (guards.py, DDP)
         self.mean = nn.Parameter(torch.zeros(3 * self.side**2), requires_grad=False)
         self.components = nn.Parameter(torch.zeros(COMPONENTS, 3 * self.side**2), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(count), requires_grad=False)
+        self.scale = nn.Parameter(torch.full((count,), count**-0.5), requires_grad=False)
         for tensor in self.steps[-1].parameters():
             nn.init.zeros_(tensor)
 
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return images B,3,H,W for embeddings B,D."""
-        linear = self.mean + self.code(embedding) @ self.components  # B,K x K,P -> B,P
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """Return images B,3,H,W for embeddings B,D, or maps B,C,G,G."""
+        code = self.code((self.values(given) - self.centre) * self.scale)
+        linear = self.mean + code @ self.components  # B,K x K,P -> B,P
         images = linear.unflatten(1, (3, self.side, self.side))
-        return F.interpolate(images, size=(self.size, self.size), mode="bilinear") + super().forward(embedding)
+        return F.interpolate(images, size=(self.size, self.size), mode="bilinear") + super().forward(given)
+
+    def values(self, given: torch.Tensor) -> torch.Tensor:
+        """Return what the linear part reads, B,D': the embedding, or the map in at most LINEAR_CELLS x LINEAR_CELLS
+        cells."""
+        return F.adaptive_avg_pool2d(given, self.cells).flatten(1) if self.reads_map else given
 
     @torch.no_grad()
     def set_linear(
-        self, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, components: torch.Tensor
+        self,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        components: torch.Tensor,
     ) -> None:
-        """Set the linear part: `weight` K',D and `bias` K' of the code, `mean` P and `components` K',P of the image,
-        with K' <= K; the other components stay 0."""
+        """Set the linear part: `weight` K',D' and `bias` K' of the code, `mean` P and `components` K',P of the image,
+        with K' <= K; the other components stay 0. `values` M,D' of images give the scale of the values."""
         found = len(components)
         for tensor in (self.components, self.code.weight, self.code.bias):
             tensor.zero_()
         self.mean.copy_(mean)
         self.components[:found].copy_(components)
-        self.code.weight[:found].copy_(weight)
-        self.code.bias[:found].copy_(bias)
+        deviations, centre = torch.std_mean(values, 0, correction=0)
+        least = _LEAST_SHARE * deviations.mean()
+        scale = 1 / (deviations.clamp_min(max(float(least), 1e-6)) * len(deviations) ** 0.5)
+        self.centre.copy_(centre)
+        self.scale.copy_(scale)
+        self.code.weight[:found].copy_(weight / scale)
+        self.code.bias[:found].copy_(bias + weight @ centre)
+
+
+# Least deviation of a value that it is divided by, as a share of the mean: behind a ReLU some are 0 almost everywhere.
+_LEAST_SHARE = 0.01
 
 
 def basis_side(image_size: int) -> int:

@@ -13,9 +13,10 @@ from torch import nn
 from ..config import TrainConfig
 from ..data.preprocessing import preprocessing_for, pretrained_cfg_of
 from ..errors import ConfigError
-from .anchor import Anchor, Maps
+from .anchor import Anchor
 from .decoder import build_decoder
 from .freezing import freeze_to_stride, keep_statistics
+from .map_reader import MapReader, Maps
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:
@@ -49,7 +50,7 @@ def embedding_size(backbone: nn.Module, image_size: int) -> int:
 
 
 class TeacherModel(nn.Module):
-    """Backbone -> embedding -> projection -> prediction, and embedding -> decoder -> image.
+    """Backbone -> embedding -> projection -> prediction, and embedding or last feature map -> decoder -> image.
 
     The metric loss takes the output of the prediction head, the end of the chain, so that both heads get a gradient
     (DistributedDataParallel does not accept parameters without one) and the pseudo-classes act on the embedding only
@@ -72,8 +73,19 @@ class TeacherModel(nn.Module):
         projects, predicts = "projection" in heads, "prediction" in heads
         self.projection = projection_head(self.embedding_dim, config.projection_dim) if projects else None
         self.prediction = prediction_head(config.projection_dim) if predicts else None
-        self.decoder = build_decoder(config, self.embedding_dim)
         self.anchor = build_anchor(config, self.backbone) if config.is_anchored else None
+        self.reader = self.anchor.reader if self.anchor is not None else None
+        self.decodes_map = config.decoder_input == "map"
+        if self.decodes_map and self.reader is None:
+            self.reader = MapReader(self.backbone, config.image_size, None, "decoder_input", "embedding")
+        self.decoder = build_decoder(config, self._decoder_shape())
+
+    def _decoder_shape(self) -> tuple[int, ...]:
+        """Return (D,) of an embedding, or (C, G, G) of the last feature map."""
+        if not self.decodes_map:
+            return (self.embedding_dim,)
+        assert self.reader is not None
+        return self.reader.shapes[self.reader.strides[-1]]
 
     def train(self, mode: bool = True) -> "TeacherModel":
         """Set training mode, except for batch normalisation whose statistics are kept."""
@@ -85,12 +97,16 @@ class TeacherModel(nn.Module):
         """Return the embeddings B,D of normalised images B,3,H,W: the output that exports and `embed` use."""
         return self.backbone(images)
 
-    def embed_with_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps | None]:
-        """Return the embeddings B,D of `embed`, and the feature maps that the anchor loss compares; None without an
-        anchor."""
-        if self.anchor is None:
-            return self.embed(images), None
-        return self.anchor.reader(self.backbone, images)
+    def embed_with_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+        """Return the embeddings B,D of `embed`, and the feature maps that the anchor loss compares and the decoder reads;
+        none without an anchor and a decoder of maps."""
+        if self.reader is None:
+            return self.embed(images), {}
+        return self.reader(self.backbone, images)
+
+    def decoder_input(self, embedding: torch.Tensor, maps: Maps) -> torch.Tensor:
+        """Return what the decoder reads of the output of `embed_with_maps`: B,D, or the last map B,C,G,G."""
+        return maps[max(maps)] if self.decodes_map else embedding
 
     def predict(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return predictions B,D' of embeddings B,D: the input of the metric loss."""
@@ -105,9 +121,10 @@ class TeacherModel(nn.Module):
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         self.backbone.compile()
         self.decoder.compile()
-        if self.anchor is not None:  # maps do not come from forward()
-            for backbone in (self.backbone, self.anchor.backbone):
-                backbone.forward_intermediates = torch.compile(backbone.forward_intermediates)
+        if self.reader is not None:  # maps do not come from forward()
+            self.backbone.forward_intermediates = torch.compile(self.backbone.forward_intermediates)
+        if self.anchor is not None:
+            self.anchor.backbone.forward_intermediates = torch.compile(self.anchor.backbone.forward_intermediates)
 
 
 def build_anchor(config: TrainConfig, backbone: nn.Module) -> Anchor:

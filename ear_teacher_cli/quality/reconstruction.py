@@ -99,7 +99,7 @@ def _blocks(values: int) -> Iterator[slice]:
 def ridge(embeddings: torch.Tensor, codes: torch.Tensor, deviations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit codes ~ embeddings @ weight.T + bias by ridge regression: weight float32 K,D and bias K.
 
-    `embeddings` M,D, `codes` M,K of mean 0; `deviations` K scale the squared errors of the codes. The penalty is the one
+    `embeddings` M,D, or other values, `codes` M,K of mean 0; `deviations` K scale the squared errors of the codes. The penalty is the one
     of RIDGES, times the mean eigenvalue of the embeddings' scatter matrix, that predicts every fifth image best from the
     others; the largest if there are fewer than _FEWEST images.
     """
@@ -109,6 +109,14 @@ def ridge(embeddings: torch.Tensor, codes: torch.Tensor, deviations: torch.Tenso
 
     def fit(chosen: torch.Tensor) -> Callable[[float], torch.Tensor]:
         """Return penalty -> weights D,K, fitted to the chosen rows."""
+        given, dim = rows[chosen], rows.shape[1]
+        if len(given) < dim:  # the same solution from the smaller Gram matrix of the rows
+            values, vectors = torch.linalg.eigh(given @ given.T)  # M; M,M
+            turned = vectors.T @ targets[chosen]  # M,K
+            mean = values.sum() / dim
+            return lambda penalty: (
+                given.T @ (vectors @ (turned / (values.clamp_min(0) + penalty * mean + 1e-12)[:, None]))
+            )
         values, vectors = torch.linalg.eigh(rows[chosen].T @ rows[chosen])  # D; D,D
         turned = vectors.T @ (rows[chosen].T @ targets[chosen])  # D,K
         return lambda penalty: vectors @ (turned / (values.clamp_min(0) + penalty * values.mean() + 1e-12)[:, None])

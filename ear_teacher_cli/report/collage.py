@@ -11,9 +11,9 @@ from ..drawing import collage as draw_collage
 from ..drawing import psnr_of_bytes, save_image
 from ..errors import EarTeachError, ManifestError, UsageError
 from ..files import printable, refuse_existing
-from ..model.checkpoint import read_checkpoint, require_fit
+from ..model.checkpoint import read_checkpoint
 from ..training.callbacks import sample_pixels
-from ..training.module import EarTeacherLightningModule
+from ..training.module import module_of
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def collage(
             else " (the run's paths start from the folder where it was trained; or name images with --metadata)"
         )
         raise ManifestError(f"{error}{where}") from error
-    module = EarTeacherLightningModule(config)
-    require_fit(checkpoint, module.model.state_dict())
-    module.model.load_state_dict(checkpoint.model_state, strict=True)
+    module = module_of(checkpoint)
     pixels = sample_pixels(EarDataset(manifest, checkpoint.preprocessing), num_samples, seed)
     if pixels is None:
         raise EarTeachError(

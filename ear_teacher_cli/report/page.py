@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..console import Console
 from ..drawing import read_saved_image
 from ..embedding.files import Embeddings
-from ..errors import EarTeachError, ImageError, WeightsError
+from ..errors import EarTeachError, ImageError
 from ..files import shell_word
 from ..metrics_catalogue import metric_of, report_rows
 from ..quality import reconstruction
@@ -89,7 +89,8 @@ def render(summary: RunSummary, images: bool, console: Console) -> str:
         health=[Markup(svg) for svg in health],
         images=images,
         collages=_collages(summary) if images else [],
-        axes=_axes(summary) if images else None,
+        axes=_axes(summary, console) if images else None,
+        decodes_map=summary.config.decoder_input == "map",
         neighbours=_neighbours(found, summary.config.seed) if found and images else [],
         has_baseline=found is not None and found.baseline is not None,
         whitened=found is not None and found.teacher.whitened,
@@ -212,14 +213,14 @@ def _collages(summary: RunSummary) -> list[Figure]:
     return figures
 
 
-def _axes(summary: RunSummary) -> DrawnAxes | None:
+def _axes(summary: RunSummary, console: Console) -> DrawnAxes | None:
     """Return the principal axes as the decoder of the checkpoint draws them; None without embeddings."""
     if summary.embeddings is None:
         return None
     metrics = _held_out(summary.row(summary.epoch))
     try:
-        return draw_principal_axes(summary.checkpoint, summary.embeddings.unscaled, metrics)
-    except WeightsError as error:
+        return draw_principal_axes(summary.checkpoint, summary.embeddings, metrics, console)
+    except EarTeachError as error:
         return DrawnAxes(why_not=str(error))
 
 

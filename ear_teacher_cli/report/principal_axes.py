@@ -9,16 +9,19 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..console import Console
 from ..data.preprocessing import from_unit
 from ..drawing import labelled_grid
-from ..errors import WeightsError
-from ..files import printable
+from ..embedding.embedder import crops_of
+from ..errors import EarTeachError
 from ..model.checkpoint import Checkpoint
-from ..model.decoder import build_decoder
 from ..quality import reconstruction
 from ..quality.principal_axes import PrincipalAxes
+from ..training.module import EarTeacherLightningModule, module_of
+from .validation_embeddings import ValidationEmbeddings
 
 AXES = 6
+FITTED_ON = 256  # images whose maps are regressed on the axes
 STEPS = -3, -2, 0, 2, 3  # standard deviations from the mean
 # The PSNR of the decoder must exceed that of the mean image by this many dB: a squared error lower by 37 %. In
 # examples/docs/metrics.md.
@@ -34,20 +37,28 @@ class DrawnAxes:
     why_not: str = ""
 
 
-def draw_principal_axes(checkpoint: Checkpoint, embeddings: np.ndarray, metrics: Mapping[str, float]) -> DrawnAxes:
+def draw_principal_axes(
+    checkpoint: Checkpoint, found: ValidationEmbeddings, metrics: Mapping[str, float], console: Console
+) -> DrawnAxes:
     """Draw the mean embedding, and the mean moved by STEPS along each of the first AXES principal axes, as images.
 
-    `embeddings`: N,D of the weights of `checkpoint`, as the backbone gives them. `metrics`: of its epoch, name -> value,
-    without `val/`. Raises WeightsError if the checkpoint holds no decoder of its configuration.
+    A decoder of maps draws the map that goes with such an embedding: the linear regression of the maps of FITTED_ON of
+    the images on the axes. `found`: embeddings of the weights of `checkpoint`. `metrics`: of its epoch, name -> value,
+    without `val/`. Raises WeightsError if the checkpoint does not hold the weights of its configuration, EarTeachError
+    if no image can be read any more.
     """
     if why_not := _unfit(metrics):
         return DrawnAxes(why_not=why_not)
-    found = PrincipalAxes.fit(embeddings, AXES)
-    if not len(found.axes):
+    axes = PrincipalAxes.fit(found.unscaled, AXES)
+    if not len(axes.axes):
         return DrawnAxes(why_not="the embeddings do not differ")
-    labels = [(f"axis {number}", f"{_percent(share)} of the variance") for number, share in enumerate(found.shares, 1)]
+    module = module_of(checkpoint)
+    given = torch.from_numpy(axes.along(STEPS))  # K,M,D
+    if module.model.decodes_map:
+        given = _expected_maps(module, found, axes, console)  # K,M,C,G,G
+    labels = [(f"axis {number}", f"{_percent(share)} of the variance") for number, share in enumerate(axes.shares, 1)]
     heads = [f"{step:+d} sd" if step else "mean" for step in STEPS]
-    image = labelled_grid(_decode(_decoder(checkpoint), found.along(STEPS)), labels, heads)
+    image = labelled_grid(_decode(module.model.decoder, given), labels, heads)
     return DrawnAxes(image, ", ".join(": ".join(label) for label in labels))
 
 
@@ -77,21 +88,32 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "under 1 %"
 
 
-def _decoder(checkpoint: Checkpoint) -> nn.Module:
-    """Return the decoder of a checkpoint, in evaluation mode."""
-    decoder = build_decoder(checkpoint.config, checkpoint.embedding_dim)
-    state = {k.removeprefix("decoder."): v for k, v in checkpoint.model_state.items() if k.startswith("decoder.")}
-    try:
-        decoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{printable(checkpoint.path)}: its decoder does not fit its configuration; use another checkpoint"
-        ) from error
-    return decoder.eval()
+@torch.inference_mode()
+def _expected_maps(
+    module: EarTeacherLightningModule, found: ValidationEmbeddings, axes: PrincipalAxes, console: Console
+) -> torch.Tensor:
+    """Return the last feature map to be expected of an embedding at STEPS along each axis: K,M,C,G,G."""
+    config, manifest = module.config, found.manifest()
+    rows = range(0, len(manifest), -(-len(manifest) // FITTED_ON))
+    options = (config.batch_size, config.num_workers, config.load_timeout, console, "drawing the principal axes", rows)
+    good, maps = [], []
+    for kept, pixels, _ in crops_of(manifest, module.preprocessing, *options):
+        if pixels is not None:
+            good += kept
+            maps.append(module.model.decoder_input(*module.features(pixels)))
+    if not good:
+        raise EarTeachError(f"{manifest.source}: no image can be read any more")
+    about = torch.cat(maps).double()  # N,C,G,G
+    mean = about.mean(0)
+    scores = torch.from_numpy((found.unscaled[good] - axes.mean) @ axes.axes.T)  # N,K
+    scores = scores - scores.mean(0)
+    slopes = torch.einsum("nk,nchw->kchw", scores, about - mean)
+    slopes = slopes / scores.square().sum(0).clamp_min(1e-12)[:, None, None, None]  # per unit along the axis
+    moves = torch.from_numpy(np.multiply.outer(axes.deviations, np.asarray(STEPS, np.float64)))  # K,M
+    return mean + moves[..., None, None, None] * slopes[:, None]
 
 
 @torch.inference_mode()
-def _decode(decoder: nn.Module, embeddings: np.ndarray) -> torch.Tensor:
-    """Return images uint8 K,M,3,H,W of embeddings K,M,D."""
-    images = decoder(torch.from_numpy(embeddings).float().flatten(0, 1))
-    return from_unit(images).unflatten(0, embeddings.shape[:2])
+def _decode(decoder: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """Return images uint8 K,M,3,H,W of what the decoder reads: K,M,D or K,M,C,G,G."""
+    return from_unit(decoder(given.float().flatten(0, 1))).unflatten(0, given.shape[:2])

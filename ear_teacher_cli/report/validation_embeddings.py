@@ -53,9 +53,13 @@ class ValidationEmbeddings:
 
     def thumbnail(self, row: int) -> Image.Image:
         """Return the crop of a row, 96 px a side. Raises ImageError if the image can no longer be read."""
+        manifest = self.manifest()
+        return cut(read_image(manifest.file(row)).image, manifest.boxes[row], PREVIEW)
+
+    def manifest(self) -> Manifest:
+        """Return the rows as a manifest."""
         seen = self.teacher
-        manifest = Manifest(seen.source, self.root, seen.paths, seen.boxes, range(len(seen)))
-        return cut(read_image(manifest.file(row)).image, seen.boxes[row], PREVIEW)
+        return Manifest(seen.source, self.root, seen.paths, seen.boxes, range(len(seen)), sides=seen.sides)
 
 
 def embed_validation_set(checkpoint: Checkpoint, console: Console, root_dir: str | None = None) -> ValidationEmbeddings:

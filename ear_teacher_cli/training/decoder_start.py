@@ -1,13 +1,20 @@
-"""The closed-form start of the decoder: the best linear map from the initial embeddings to the training images.
+"""The closed-form start of the decoder: the best linear map from the initial embeddings, or last feature maps, to the
+training images.
 
 Trained from random weights, the transposed convolutions need hundreds of steps to show more than the mean image; a
 ridge regression on principal components shows more than that before the first step, in seconds.
-M images, D embedding, K principal components of the images at S x S pixels.
+M images, D' values of the embedding or map, K principal components of the images at S x S pixels.
 """
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..model.decoder import COMPONENTS, basis_side
 from ..quality.reconstruction import FITTED_ON, PixelBasis, ridge
@@ -27,17 +34,37 @@ def start_decoder(module: pl.LightningModule) -> None:
 def _fit(module: pl.LightningModule) -> tuple[torch.Tensor, ...] | None:
     """Return the arguments of `LinearStart.set_linear`; None if the images do not differ or none can be read."""
     side = basis_side(module.config.image_size)
-    rows, crops = [], []
-    with evaluation_mode(module):
+    values, crops = [], []
+    with evaluation_mode(module), _statistics_of_training(module.model.backbone, module.config.keeps_statistics):
         for batch in clean_train_batches(module, FITTED_ON, "starting the decoder"):
-            rows.append(module(batch["pixels"].to(module.device)).float().cpu())
+            given = module.model.decoder_input(*module.features(batch["pixels"].to(module.device)))
+            values.append(module.model.decoder.values(given).float().cpu())
             small = F.interpolate(batch["pixels"].float(), size=(side, side), mode="bilinear", antialias=True)
             crops.append(small.round().clamp(0, 255).byte())
-    if not rows:
+    if not values:
         return None
     basis = PixelBasis.fit(torch.cat(crops), COMPONENTS)
     if not len(basis.components):
         return None
+    rows = torch.cat(values)
     codes = basis.project(torch.cat(crops)) / basis.deviations  # M,K, of unit variance
-    weight, bias = ridge(torch.cat(rows), codes, basis.deviations)
-    return weight, bias, basis.mean, basis.components * basis.deviations[:, None]
+    weight, bias = ridge(rows, codes, basis.deviations)
+    return rows, weight, bias, basis.mean, basis.components * basis.deviations[:, None]
+
+
+@contextmanager
+def _statistics_of_training(backbone: nn.Module, kept: bool) -> Iterator[None]:
+    """Normalise by the statistics that the first steps will: those of the batch, unless they are `kept`. A random
+    backbone's stored ones are not those of any image."""
+    layers = [layer for layer in backbone.modules() if isinstance(layer, _BatchNorm)]
+    if kept or not layers:
+        yield
+        return
+    before = copy.deepcopy([layer.state_dict() for layer in layers])
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer.load_state_dict(state)

@@ -20,7 +20,8 @@ from ..data.dataset import Batch, EarDataset, derive_seed
 from ..data.preprocessing import from_unit, normalise, preprocessing_for
 from ..errors import EarTeachError
 from ..model import weights
-from ..model.checkpoint import describe, read_checkpoint
+from ..model.checkpoint import Checkpoint, describe, read_checkpoint, require_fit
+from ..model.map_reader import Maps
 from ..model.teacher import TeacherModel
 from ..quality.collapse import judge
 from ..quality.reconstruction import REFERENCES
@@ -153,10 +154,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         """uint8 B,3,H,W -> embedding float B,D."""
         return self.model.embed(normalise(pixels, self.preprocessing))
 
+    def features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+        """uint8 B,3,H,W -> embedding float B,D, and the feature maps that losses need (TeacherModel.embed_with_maps)."""
+        return self.model.embed_with_maps(normalise(pixels, self.preprocessing))
+
     def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the decoder's reconstructions: uint8 B,3,H,W -> uint8 B,3,H,W."""
         with evaluation_mode(self):
-            return from_unit(self.model.decoder(self(pixels)))
+            return from_unit(self.model.decoder(self.model.decoder_input(*self.features(pixels))))
 
     def on_train_start(self) -> None:
         # a checkpoint's tensors were loaded before the module moved to its device
@@ -180,7 +185,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def training_outputs(self, batch: Batch, classes: ClassTargets | None) -> Outputs:
         """Return the teacher's outputs for a training batch on the module's device."""
         views = torch.cat([batch[name] for name in ("pixels", "view") if name in batch])  # VB,3,H,W
-        embedding, maps = self.model.embed_with_maps(normalise(views, self.preprocessing))
+        embedding, maps = self.features(views)
         clean = batch.get("clean", batch["pixels"])
         target = clean if self.config.denoise else batch["pixels"]
         return Outputs(self.model, embedding, target, classes, clean, maps)
@@ -198,7 +203,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         found = self.objective.training(outputs)
         if not self.guard.check(self, found.total, batch["index"]):
             return self.guard.skip(self)
-        if batch_idx == 0 and (ratio := self.objective.gradient_ratio(found, outputs.embedding)) is not None:
+        if batch_idx == 0 and (ratio := self.objective.gradient_ratio(found, outputs.decoder_input)) is not None:
             self._training_means.add({"grad_ratio": ratio}, 1)
         self._training_means.add(found.metrics, len(batch["index"]))
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
@@ -223,7 +228,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         if len(batch["index"]) == 0:
             return
         pixels = batch["pixels"]
-        embedding, maps = self.model.embed_with_maps(normalise(pixels, self.preprocessing))
+        embedding, maps = self.features(pixels)
         of_view = self(batch["view"])
         self._validation_outputs.add(batch["index"], embedding, of_view)
         classes = ClassTargets(self.prototypes) if self.config.learns_classes else None
@@ -267,3 +272,11 @@ class EarTeacherLightningModule(pl.LightningModule):
             if self.prototypes is None:
                 self._allocate(state["count"])
             self.pseudo_labels.load_state_dict(state, self.train_set.manifest if trainer is not None else None)
+
+
+def module_of(checkpoint: Checkpoint) -> EarTeacherLightningModule:
+    """Return the module of a checkpoint, with its weights, in evaluation mode. Raises WeightsError if they do not fit."""
+    module = EarTeacherLightningModule(checkpoint.config)
+    require_fit(checkpoint, module.model.state_dict())
+    module.model.load_state_dict(checkpoint.model_state, strict=True)
+    return module.eval()

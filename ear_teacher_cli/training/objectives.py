@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from ..config import TrainConfig
 from ..data.preprocessing import to_unit
-from ..model.anchor import SCALE, Maps
+from ..model.anchor import SCALE
+from ..model.map_reader import Maps
 from ..model.teacher import TeacherModel
 from . import losses
 
@@ -37,8 +38,8 @@ class Outputs:
 
     `embedding` VB,D: the first views of all images, then their second views. `target` uint8 B,3,H,W: what the first
     views are reconstructed to; `clean` uint8 B,3,H,W: the first views without changes of colour. `maps`: feature maps by
-    stride, of the first views at least, VB,C,G,G; None without an anchor loss. `classes` is None where no metric loss is
-    part of the run.
+    stride, VB,C,G,G, where the anchor loss or the decoder needs them. `classes` is None where no metric loss is part of the
+    run.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Outputs:
         maps: Maps | None = None,
     ):
         self.model, self.embedding, self.target, self.classes = model, embedding, target, classes
-        self.clean, self.maps = clean, maps
+        self.clean, self.maps = clean, maps or {}
 
     @property
     def images(self) -> int:
@@ -61,7 +62,12 @@ class Outputs:
     @cached_property
     def reconstruction(self) -> torch.Tensor:
         """Float B,3,H,W on [-1, 1], of the first views alone: decoding costs as much as embedding."""
-        return self.model.decoder(self.embedding[: self.images]).float()
+        return self.model.decoder(self.decoder_input[: self.images]).float()
+
+    @cached_property
+    def decoder_input(self) -> torch.Tensor:
+        """What the decoder reads: VB,D or VB,C,G,G."""
+        return self.model.decoder_input(self.embedding, self.maps)
 
     @cached_property
     def projection(self) -> torch.Tensor:
@@ -132,7 +138,9 @@ class Reconstruction(LossTerm):
         return f"{self.weight:g} reconstruction"
 
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
-        return F.mse_loss(outputs.reconstruction, to_unit(outputs.target))
+        loss = F.mse_loss(outputs.reconstruction, to_unit(outputs.target))
+        # a decoder of maps does not use the layers behind the last map, and DDP wants a gradient for every parameter
+        return loss + 0 * outputs.embedding.float().sum() if outputs.model.decodes_map else loss
 
     def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:
         squares = (outputs.reconstruction - to_unit(outputs.target)).square().mean((1, 2, 3))  # B,3,H,W -> B
@@ -211,7 +219,7 @@ class Anchor(LossTerm):
         return f"{self.weight:g} anchor (maps of the pretrained backbone at {SCALE * self.config.image_size} px)"
 
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
-        assert outputs.maps is not None and outputs.clean is not None and outputs.model.anchor is not None
+        assert outputs.clean is not None and outputs.model.anchor is not None
         first = {stride: found[: outputs.images] for stride, found in outputs.maps.items()}
         return outputs.model.anchor(first, outputs.clean)
 
@@ -267,13 +275,13 @@ class Objective:
                 metrics |= term.validation_metrics(outputs)
         return self._sum(metrics)
 
-    def gradient_ratio(self, found: Losses, embedding: torch.Tensor) -> torch.Tensor | None:
-        """Return the norm of the gradient that the other terms send into the embedding, divided by that of the
-        reconstruction; None where no other term acts on the embedding."""
+    def gradient_ratio(self, found: Losses, given: torch.Tensor) -> torch.Tensor | None:
+        """Return the norm of the gradient that the other terms send into what the decoder reads (`given`: the embedding, or
+        the last map), divided by that of the reconstruction; None where no other term acts on it."""
         if not self.config.reconstruction_weight or len(self.terms) < 2:
             return None
         others, reconstruction = (
-            torch.autograd.grad(loss * _GRADIENT_SCALE, embedding, retain_graph=True, allow_unused=True)[0]
+            torch.autograd.grad(loss * _GRADIENT_SCALE, given, retain_graph=True, allow_unused=True)[0]
             for loss in (found.others, found.reconstruction)
         )
         if others is None:  # the anchor loss acts on the maps alone

@@ -43,10 +43,11 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
     """Return seconds per 1,000 images (`seconds`, `low`, `high`), GB (`gigabytes`, `computed`) and `parameters`."""
     import torch
 
-    from ear_teacher_cli import EarTeacherLightningModule
+    from ear_teacher_cli import EarTeacherLightningModule, platform
     from ear_teacher_cli.config import TrainConfig
     from ear_teacher_cli.training.dry_run import one_step
 
+    platform.reuse_freed_memory()  # as `earteach train` does
     objective = {} if views == 2 else {"contrastive_weight": 0.0}  # contrastive learning needs two views
     config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, **objective)
     module = EarTeacherLightningModule(config).to(device).train()  # weights are random until they are loaded
