@@ -28,6 +28,10 @@ def random_rows(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def centre_and_deviations(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows.mean(0), rows.std(0, correction=0)
+
+
 # Ridge regression
 
 
@@ -80,7 +84,7 @@ def test_the_linear_part_of_a_map_by_hand():
     decoder, cells = LinearStart((3, 5, 5), 64).eval(), 4
     weight, bias, values = random_rows(2, 3 * cells**2), random_rows(2, seed=1), random_rows(30, 3 * cells**2, seed=5)
     mean, components = random_rows(3 * 64**2, seed=3), random_rows(2, 3 * 64**2, seed=4)
-    decoder.set_linear(values, weight, bias, mean, components)
+    decoder.set_linear(weight, bias, mean, components, *centre_and_deviations(values))
     maps = random_rows(2, 3, 5, 5, seed=2)
     averaged = [
         maps[:, :, i * 5 // 4 : -(-(i + 1) * 5 // 4), j * 5 // 4 : -(-(j + 1) * 5 // 4)].mean((2, 3))
@@ -102,7 +106,8 @@ def test_a_step_of_adamw_moves_the_image_by_little_however_many_values_it_reads(
     decoder = LinearStart((values,), 32).train()
     rows = 5 + 3 * random_rows(64, values)
     components = torch.linalg.qr(random_rows(3 * 32**2, 4))[0].T
-    decoder.set_linear(rows, torch.zeros(4, values), torch.zeros(4), torch.zeros(3 * 32**2), components)
+    zeros = torch.zeros(4, values), torch.zeros(4), torch.zeros(3 * 32**2)
+    decoder.set_linear(*zeros, components, *centre_and_deviations(rows))
     before = decoder(rows).detach()
     optimiser = torch.optim.AdamW([decoder.code.weight], lr=1e-3, weight_decay=0)
     (decoder(rows) - random_rows(64, 3, 32, 32, seed=9)).square().mean().backward()
@@ -116,7 +121,7 @@ def test_the_linear_part_by_hand(side):
     decoder, small = LinearStart((8,), side).eval(), basis_side(side)
     weight, bias, rows = random_rows(5, 8), random_rows(5, seed=1), random_rows(3, 8, seed=2)
     mean, components = random_rows(3 * small**2, seed=3), random_rows(5, 3 * small**2, seed=4)
-    decoder.set_linear(random_rows(30, 8, seed=5), weight, bias, mean, components)
+    decoder.set_linear(weight, bias, mean, components, *centre_and_deviations(random_rows(30, 8, seed=5)))
     expected = (mean + (rows @ weight.T + bias) @ components).view(3, 3, small, small)
     if side > small:
         expected = F.interpolate(expected, scale_factor=side / small, mode="bilinear", align_corners=False)

@@ -97,22 +97,22 @@ class LinearStart(Decoder):
     @torch.no_grad()
     def set_linear(
         self,
-        values: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor,
         mean: torch.Tensor,
         components: torch.Tensor,
+        centre: torch.Tensor,
+        deviations: torch.Tensor,
     ) -> None:
         """Set the linear part: `weight` K',D' and `bias` K' of the code, `mean` P and `components` K',P of the image,
-        with K' <= K; the other components stay 0. `values` M,D' of images give the scale of the values."""
+        with K' <= K; the other components stay 0. `centre`, `deviations` D': mean and standard deviation of the values."""
         found = len(components)
         for tensor in (self.components, self.code.weight, self.code.bias):
             tensor.zero_()
         self.mean.copy_(mean)
         self.components[:found].copy_(components)
-        deviations, centre = torch.std_mean(values, 0, correction=0)
-        least = _LEAST_SHARE * deviations.mean()
-        scale = 1 / (deviations.clamp_min(max(float(least), 1e-6)) * len(deviations) ** 0.5)
+        least = max(_LEAST_SHARE * float(deviations.mean()), 1e-6)
+        scale = 1 / (deviations.clamp_min(least) * len(deviations) ** 0.5)
         self.centre.copy_(centre)
         self.scale.copy_(scale)
         self.code.weight[:found].copy_(weight / scale)

@@ -49,7 +49,8 @@ def _fit(module: pl.LightningModule) -> tuple[torch.Tensor, ...] | None:
     rows = torch.cat(values)
     codes = basis.project(torch.cat(crops)) / basis.deviations  # M,K, of unit variance
     weight, bias = ridge(rows, codes, basis.deviations)
-    return rows, weight, bias, basis.mean, basis.components * basis.deviations[:, None]
+    deviations, centre = torch.std_mean(rows, 0, correction=0)
+    return weight, bias, basis.mean, basis.components * basis.deviations[:, None], centre, deviations
 
 
 @contextmanager
