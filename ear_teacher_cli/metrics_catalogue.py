@@ -195,7 +195,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("classes/nmi", "NMI", "Normalised mutual information of the last two clusterings.",
            format=".2f", in_log=True, panel="Pseudo-classes", chart="pseudo-classes", legend="NMI of rounds"),
     Metric("train/lr", "learning rate", "Base learning rate.", panel="Learning rate"),
-    Metric("train/grad_ratio", "gradient ratio", "Gradient of the other terms in the embedding / reconstruction's.",
+    Metric("train/grad_ratio", "gradient ratio", "Gradient of the other terms / reconstruction's, in what the decoder reads.",
            panel="Gradient of the other terms / reconstruction's", legend="ratio"),
 )
 # fmt: on

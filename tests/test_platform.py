@@ -466,7 +466,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "confstr"), reason="another C library than glibc")
+def is_glibc() -> bool:
+    return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and bool(os.confstr("CS_GNU_LIBC_VERSION"))
+
+
+@pytest.mark.skipif(not is_glibc(), reason="the function is for glibc, and does nothing elsewhere")
 def test_freed_memory_is_used_again():
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     run = [
@@ -474,10 +478,23 @@ def test_freed_memory_is_used_again():
         for changes in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"})
     ]
     (reuses, faults), (without, as_set_up) = (done.stdout.split() for done in run)
-    if reuses == "False":
-        pytest.skip("another C library than glibc")
-    assert without == "False"  # the environment decides
+    assert reuses == "True" and without == "False"  # the environment decides
     assert int(faults) < 0.1 * int(as_set_up)
+
+
+def test_older_versions_of_glibc_refuse_the_threshold(monkeypatch):
+    for name in ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    asked: dict[int, int] = {}
+
+    def mallopt(parameter: int, value: int) -> int:
+        asked[parameter] = value
+        return int(parameter != platform._MMAP_THRESHOLD)
+
+    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.31", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert platform.reuse_freed_memory()
+    assert asked == {platform._MMAP_THRESHOLD: 2**30, platform._MMAP_MAX: 0, platform._TRIM_THRESHOLD: -1}
 
 
 def test_other_c_libraries_manage_memory_as_they_do(monkeypatch):

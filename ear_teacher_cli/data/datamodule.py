@@ -58,14 +58,17 @@ _started: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # i
 
 
 @atexit.register
-def _kill_workers() -> None:
-    """Kill the workers of iterators that a script left in the middle: multiprocessing would send them SIGTERM, which they
+def _stop_workers() -> None:
+    """End the workers of iterators that a script left in the middle: multiprocessing would send them SIGTERM, which they
     ignore, and wait for ever."""
-    with child_exits_unnoticed():
-        for iterator, process in list(_started.items()):
-            for worker in getattr(iterator, "_workers", ()) if process == os.getpid() else ():
-                worker.kill()
-                worker.join(_SECONDS_TO_END)
+    for iterator, process in list(_started.items()):
+        if process == os.getpid() and _has_workers(iterator):
+            _stop(iterator)
+
+
+def _has_workers(iterator: Any) -> bool:
+    """Return whether an iterator has worker processes that were not ended yet."""
+    return hasattr(iterator, "_shutdown_workers") and not iterator._shutdown
 
 
 class EarLoader(DataLoader):
@@ -79,10 +82,7 @@ class EarLoader(DataLoader):
 
     def stop_workers(self) -> None:
         """End the workers; kill those that are still running after some seconds (one may hang in a decoder)."""
-        iterators = [
-            i for i in self.__dict__.get("_iterators", ()) if hasattr(i, "_shutdown_workers") and not i._shutdown
-        ]
-        for iterator in iterators:
+        for iterator in filter(_has_workers, list(self.__dict__.get("_iterators", ()))):
             _stop(iterator)
 
 

@@ -52,7 +52,7 @@ class Decoder(nn.Module):
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         """Return images B,3,H,W for embeddings B,D, or maps B,C,G,G."""
         if self.reads_map:
-            grid = self.start(F.adaptive_avg_pool2d(given, self.grid))  # B,C,G,G -> B,256,H/32,W/32
+            grid = self.start(averaged(given, self.grid))  # B,C,G,G -> B,256,H/32,W/32
         else:
             grid = self.start(given).unflatten(1, (-1, self.grid, self.grid))  # B,D -> B,256,H/32,W/32
         return self.steps(grid)  # -> B,3,H,W
@@ -92,7 +92,7 @@ class LinearStart(Decoder):
     def values(self, given: torch.Tensor) -> torch.Tensor:
         """Return what the linear part reads, B,D': the embedding, or the map in at most LINEAR_CELLS x LINEAR_CELLS
         cells."""
-        return F.adaptive_avg_pool2d(given, self.cells).flatten(1) if self.reads_map else given
+        return averaged(given, self.cells).flatten(1) if self.reads_map else given
 
     @torch.no_grad()
     def set_linear(
@@ -121,6 +121,15 @@ class LinearStart(Decoder):
 
 # Least deviation of a value that it is divided by, as a share of the mean: behind a ReLU some are 0 almost everywhere.
 _LEAST_SHARE = 0.01
+
+
+def averaged(maps: torch.Tensor, cells: int) -> torch.Tensor:
+    """Return maps B,C,G,G averaged to B,C,cells,cells, as `adaptive_avg_pool2d` does, whose gradient on a GPU is not
+    deterministic."""
+    if maps.shape[-1] == cells:
+        return maps
+    weights = F.adaptive_avg_pool1d(torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device), cells)  # G,cells
+    return weights.T @ maps @ weights
 
 
 def basis_side(image_size: int) -> int:

@@ -18,7 +18,7 @@ class MapReader:
 
     `shapes`: stride -> (C, G, G), measured on one image. `option`, `otherwise`: the option that needs the maps, and its
     value that does not. Raises ConfigError with them if timm gives no such maps of `backbone` or two of one stride
-    (vision transformers), or if the embedding is not made of the last.
+    (vision transformers, with `finest`), or if the embedding is not made of the last.
     """
 
     def __init__(self, backbone: Any, image_size: int, finest: int | None, option: str, otherwise: str):

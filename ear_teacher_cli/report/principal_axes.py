@@ -43,7 +43,7 @@ def draw_principal_axes(
     """Draw the mean embedding, and the mean moved by STEPS along each of the first AXES principal axes, as images.
 
     A decoder of maps draws the map that goes with such an embedding: the linear regression of the maps of FITTED_ON of
-    the images on the axes. `found`: embeddings of the weights of `checkpoint`. `metrics`: of its epoch, name -> value,
+    the images on that axis alone. `found`: embeddings of the weights of `checkpoint`. `metrics`: of its epoch, name -> value,
     without `val/`. Raises WeightsError if the checkpoint does not hold the weights of its configuration, EarTeachError
     if no image can be read any more.
     """

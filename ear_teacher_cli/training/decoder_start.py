@@ -35,8 +35,10 @@ def _fit(module: pl.LightningModule) -> tuple[torch.Tensor, ...] | None:
     """Return the arguments of `LinearStart.set_linear`; None if the images do not differ or none can be read."""
     side = basis_side(module.config.image_size)
     values, crops = [], []
-    with evaluation_mode(module), _statistics_of_training(module.model.backbone, module.config.keeps_statistics):
+    with _statistics_of_training(module) as of_batches:
         for batch in clean_train_batches(module, FITTED_ON, "starting the decoder"):
+            if of_batches and len(batch["index"]) < 2:  # the last one: a batch has no statistics of one image
+                continue
             given = module.model.decoder_input(*module.features(batch["pixels"].to(module.device)))
             values.append(module.model.decoder.values(given).float().cpu())
             small = F.interpolate(batch["pixels"].float(), size=(side, side), mode="bilinear", antialias=True)
@@ -54,18 +56,22 @@ def _fit(module: pl.LightningModule) -> tuple[torch.Tensor, ...] | None:
 
 
 @contextmanager
-def _statistics_of_training(backbone: nn.Module, kept: bool) -> Iterator[None]:
-    """Normalise by the statistics that the first steps will: those of the batch, unless they are `kept`. A random
-    backbone's stored ones are not those of any image."""
-    layers = [layer for layer in backbone.modules() if isinstance(layer, _BatchNorm)]
-    if kept or not layers:
-        yield
-        return
+def _statistics_of_training(module: pl.LightningModule) -> Iterator[bool]:
+    """Evaluation mode, but with the batch statistics of those layers of the backbone that normalise by them in training: a
+    random backbone's stored ones are not those of any image. Yield whether there are such layers."""
+    module.model.train()
+    layers = [
+        layer
+        for layer in module.model.backbone.modules()
+        # synchronised ones would wait for the other ranks
+        if isinstance(layer, _BatchNorm) and layer.training and not isinstance(layer, nn.SyncBatchNorm)
+    ]
     before = copy.deepcopy([layer.state_dict() for layer in layers])
-    for layer in layers:
-        layer.train()
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer.load_state_dict(state)
+    with evaluation_mode(module):
+        for layer in layers:
+            layer.train()
+        try:
+            yield bool(layers)
+        finally:
+            for layer, state in zip(layers, before, strict=True):
+                layer.load_state_dict(state)

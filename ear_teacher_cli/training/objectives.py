@@ -284,7 +284,7 @@ class Objective:
             torch.autograd.grad(loss * _GRADIENT_SCALE, given, retain_graph=True, allow_unused=True)[0]
             for loss in (found.others, found.reconstruction)
         )
-        if others is None:  # the anchor loss acts on the maps alone
+        if others is None:  # the anchor loss does not act on the embedding
             return None
         return others.float().norm() / reconstruction.float().norm().clamp_min(1e-12)
 
