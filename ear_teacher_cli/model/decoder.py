@@ -1,5 +1,4 @@
-"""The decoder, which reconstructs an image from its embedding, or from the last feature map, whose average over positions
-the embedding is made of.
+"""The decoder, which reconstructs an image from the feature map of the last stage, before pooling, or from its embedding.
 
 Shapes: B images, H = W = image_size pixels, D = embedding dimension, C channels and G x G cells of the map, K principal
 components of S x S pixels.
