@@ -28,7 +28,8 @@ DECODER_INPUTS = ("map", "embedding")
 DECODER_STARTS = ("linear", "random")
 # The metrics that may select the best checkpoint, and whether a lower or a higher value is better.
 MONITORS = metrics_catalogue.monitors()
-PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")
+PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "auto")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 # The metric losses (training/losses.py), with the margins of their papers: ArcFace (Deng et al. 2019, sec. 3.1)
 # 0.5 rad; CosFace (Wang et al. 2018, sec. 4.1) 0.35.
@@ -79,9 +80,11 @@ class TrainConfig(ListOptions):
     weight_decay: float = option(1e-4, "Training", "AdamW's weight decay (not applied to biases and normalisation).", low=0.0)
     warmup_epochs: int = option(1, "Training", "Epochs of linear warm-up, then cosine decay. A warm-up as long as the run is shortened to a fifth of it.", low=0)
     max_epochs: int = option(10, "Training", "Epochs to train.", low=1, common=True, resumable=True)
+    accumulate_grad_batches: int = option(1, "Training", "Batches whose mean gradient makes one optimizer step. Batch statistics, the contrastive loss and the anchor loss still see one batch at a time.", low=1)
+    gradient_clip_val: float = option(0.0, "Training", "Largest norm of the gradient of all parameters together; a larger gradient is scaled down to it. 0: no limit.", low=0.0)
     reconstruction_weight: float = option(3.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True, loss_term=True)
     denoise: bool = option(True, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
-    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
+    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the step. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
     anchor_weight: float = option(8.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the input size. Without pretrained weights it is left out.", low=0.0, loss_term=True)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
@@ -102,15 +105,19 @@ class TrainConfig(ListOptions):
     fail_on_collapse: bool = option(False, "Training", "Stop with exit code 1 if the embeddings collapse, or retrieval falls below that of the initial weights.")
     images: bool = shared("images", panel="Training", help="Draw collages; --no-images keeps every image out of TensorBoard and the experiment folder.", common=True)
     num_collage_samples: int = shared("num_collage_samples", help="Validation images in the collage.")
-    precision: str = option("16-mixed", "Training", "Floating-point precision; without a GPU 16-mixed becomes 32-true.", choices=PRECISIONS, environment=True, common=True)
+    precision: str = option("16-mixed", "Training", "Floating-point precision; without a GPU 16-mixed becomes 32-true. auto: bf16-mixed if the GPU has it.", choices=PRECISIONS, environment=True, common=True)
     seed: int = shared("seed", panel="Training", common=True)
 
     accelerator: str = option("auto", "Machine", "Lightning's accelerator: auto, cpu, gpu, mps...", environment=True)
     devices: int = option(1, "Machine", "Number of devices on each node.", low=1, environment=True, common=True, resumable=True)
     num_nodes: int = option(1, "Machine", "Number of nodes (machines), each started by torchrun or SLURM.", low=1, resumable=True)
     strategy: str = option("auto", "Machine", "Lightning's strategy for several devices; auto: ddp if there are several.", choices=STRATEGIES)
+    matmul_precision: str = option("highest", "Machine", "Precision of 32-bit matrix products and convolutions on a GPU: high uses TF32, medium bfloat16, highest neither.", choices=MATMUL_PRECISIONS)
+    gradient_checkpointing: bool = option(False, "Machine", "Compute the backbone's activations again in the backward pass instead of keeping them: less memory, so that larger batches fit, for about a third more time.", resumable=True)
+    deterministic: bool = option(False, "Machine", "Use deterministic algorithms only, so that a run on a GPU repeats exactly; slower. On a CPU runs repeat without it.")
     compile: bool = option(False, "Machine", "Compile backbone and decoder (torch.compile): takes a minute or two at first, then speeds up steps on some machines. Try it with --dry-run.")
 
+    checkpoint_every_n_epochs: int = option(5, "Output", "Keep the checkpoint of every so many epochs, besides the best three and the last; 0: none.", low=0)
     logger: str = option("tensorboard", "Output", "Where metrics are logged besides metrics.csv and TensorBoard's event files, which are always written: wandb or mlflow (to be installed). Images go to TensorBoard only.", choices=LOGGERS, environment=True)
     projector: bool = option(False, "Output", "At the end, write the validation embeddings for TensorBoard's projector, with thumbnails unless --no-images.")
     report: bool = option(True, "Output", "At the end, write report.html (see earteach report).", environment=True)
@@ -265,6 +272,7 @@ ORIGINAL: dict[str, Any] = {
     "head_lr_mult": 1.0,
     "warmup_epochs": 10,
     "max_epochs": 100,
+    "gradient_clip_val": 1.0,
     "reconstruction_weight": 1.0,
     "denoise": False,
     "contrastive_weight": 0.0,

@@ -13,7 +13,7 @@ from .config_fields import check, flag, kinds_of, plain
 from .errors import ConfigError, EarTeachError, UsageError
 
 # What the first versions did where they had no option yet: they read every unnamed box as corners in pixels, let lists
-# overlap, numbered the images of a batch, and had no anchor and no linear start of the decoder.
+# overlap, numbered the images of a batch, and had no anchor, no linear start of the decoder and no clipping of gradients.
 _BEFORE = {
     "box_format": "xyxy",
     "box_units": "pixels",
@@ -22,6 +22,7 @@ _BEFORE = {
     "anchor_weight": 0.0,
     "decoder_input": "embedding",
     "decoder_start": "random",
+    "gradient_clip_val": 0.0,
 }
 
 

@@ -31,6 +31,37 @@ def started_processes() -> int | None:
     return None
 
 
+def rows_of_other_ranks(rows: Any, most: int) -> Any:
+    """Return the rows of the other ranks' tensors, with their gradients, in a training step; None without other ranks.
+
+    `rows` N,D, N at most `most` on every rank (images that cannot be read are left out of a batch). Returns
+    (world - 1) * most,D: what is missing is zeros, so that no rank has to wait for the numbers of rows.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    import torch
+
+    class Gathered(torch.autograd.Function):
+        """The rows of all ranks, world,N,D; the gradient of a rank's own is the sum of what all ranks compute for them."""
+
+        @staticmethod
+        def forward(ctx: Any, mine: Any) -> Any:
+            found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(found, mine.contiguous())
+            return torch.stack(found)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            gradient = gradient.contiguous()
+            dist.all_reduce(gradient)
+            return gradient[dist.get_rank()]
+
+    everything = Gathered.apply(torch.nn.functional.pad(rows, (0, 0, 0, most - len(rows))))
+    return torch.cat([part for rank, part in enumerate(everything) if rank != dist.get_rank()])
+
+
 _TO_START = timedelta(minutes=10)
 _TO_FINISH = timedelta(days=7)  # ranks wait for the slowest one; the lost connection of an ended one raises at once
 

@@ -23,6 +23,7 @@ PANELS = {
     "Spread (1: all over the sphere)": "health",
     "Effective rank": "health",
     "Mean absolute cosine": "health",
+    "Norm of the gradient": "health",
     "Gradient of the other terms / reconstruction's": "health",
     "Pseudo-classes": "classes",
 }
@@ -195,6 +196,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("classes/nmi", "NMI", "Normalised mutual information of the last two clusterings.",
            format=".2f", in_log=True, panel="Pseudo-classes", chart="pseudo-classes", legend="NMI of rounds"),
     Metric("train/lr", "learning rate", "Base learning rate.", panel="Learning rate"),
+    Metric("train/gradient_norm", "gradient norm", "Norm of the gradient of all parameters, before clipping.",
+           panel="Norm of the gradient", legend="before clipping"),
     Metric("train/grad_ratio", "gradient ratio", "Gradient of the other terms / reconstruction's, in what the decoder reads.",
            panel="Gradient of the other terms / reconstruction's", legend="ratio"),
 )

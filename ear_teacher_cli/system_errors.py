@@ -50,7 +50,12 @@ _EXPLANATIONS = (
     ),
     (
         r"^OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
-        "GPU memory: too small; lower --batch-size or --image-size, or use --precision 16-mixed",
+        "GPU memory: too small; lower --batch-size or --image-size, add --gradient-checkpointing, or use --precision "
+        "16-mixed",
+    ),
+    (
+        r"does not have a deterministic implementation",
+        "--deterministic: the GPU has no deterministic algorithm for an operation of this model; leave the option out",
     ),
     (
         r"Too many open files|received \d+ items of ancdata",

@@ -5,6 +5,7 @@ Shapes: B images, H = W = image_size pixels, D = embedding dimension, D' = proje
 
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 import timm
 import torch
@@ -49,6 +50,20 @@ def embedding_size(backbone: nn.Module, image_size: int) -> int:
     return size[1]
 
 
+def checkpoint_activations(backbone: Any) -> None:
+    """Let a backbone compute its activations again in the backward pass (gradient checkpointing).
+
+    Raises ConfigError if timm has it not for this backbone.
+    """
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        found = f"timm does not offer it for {type(backbone).__name__}"
+        raise ConfigError(
+            "gradient_checkpointing", found, "leave the option out, or choose another backbone"
+        ) from error
+
+
 class TeacherModel(nn.Module):
     """Backbone -> embedding -> projection -> prediction, and embedding or last feature map -> decoder -> image.
 
@@ -79,6 +94,8 @@ class TeacherModel(nn.Module):
         if self.decodes_map and self.reader is None:
             self.reader = MapReader(self.backbone, config.image_size, None, "decoder_input", "embedding")
         self.decoder = build_decoder(config, self._decoder_shape())
+        if config.gradient_checkpointing:  # now that the anchor has its copy of the backbone
+            checkpoint_activations(self.backbone)
 
     def _decoder_shape(self) -> tuple[int, ...]:
         """Return (D,) of an embedding, or (C, G, G) of the last feature map."""
@@ -134,7 +151,9 @@ def build_anchor(config: TrainConfig, backbone: nn.Module) -> Anchor:
     """
     if pretrained_cfg_of(config.backbone).fixed_input_size:
         found = f"{config.backbone} takes images of one size only, not of twice the side"
-        raise ConfigError("anchor_weight", found, "choose another backbone, or 0")
+        raise ConfigError(
+            "anchor_weight", found, "choose another backbone, or 0 (and --baseline-weight 0.5 in its place)"
+        )
     return Anchor(backbone, preprocessing_for(config))
 
 

@@ -39,9 +39,13 @@ class PortableCheckpoint(ModelCheckpoint):
         super().load_state_dict(state)
 
 
-def checkpoint_callbacks(folder: Path, monitor: str) -> list[PortableCheckpoint]:
-    """Return the original package's policy: the best three by `monitor` (of config.MONITORS), one every five epochs,
-    and the last."""
+class PeriodicCheckpoint(PortableCheckpoint):
+    """One that Lightning tells from the others by its class, whatever its period."""
+
+
+def checkpoint_callbacks(folder: Path, monitor: str, every: int) -> list[PortableCheckpoint]:
+    """Return the original package's policy: the best three by `monitor` (of config.MONITORS), one every `every` epochs
+    (0: none), and the last."""
     common: dict[str, Any] = dict(
         dirpath=str(folder), save_on_train_epoch_end=True, enable_version_counter=False, auto_insert_metric_name=False
     )
@@ -53,7 +57,11 @@ def checkpoint_callbacks(folder: Path, monitor: str) -> list[PortableCheckpoint]
             save_top_k=3,
             **common,
         ),
-        PortableCheckpoint(filename="epoch_{epoch:04d}", every_n_epochs=5, save_top_k=-1, **common),
+        *(
+            [PeriodicCheckpoint(filename="epoch_{epoch:04d}", every_n_epochs=every, save_top_k=-1, **common)]
+            if every
+            else []
+        ),
         PortableCheckpoint(filename="last", every_n_epochs=1, save_top_k=1, **common),
     ]
 

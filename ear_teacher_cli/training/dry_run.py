@@ -78,7 +78,8 @@ def _bytes_of_checkpoints(config: TrainConfig, module: EarTeacherLightningModule
     frozen, trained = (
         4 * sum(p.numel() for p in module.parameters() if p.requires_grad is learns) for learns in (False, True)
     )
-    kept = 4 + config.max_epochs // 5
+    every = config.checkpoint_every_n_epochs
+    kept = 4 + (config.max_epochs // every if every else 0)
     copies = 3 + (config.kept_share > 0) + (config.ema_decay > 0) + bool(config.kept_share or config.ema_decay)
     return (copies * trained + frozen) * kept
 

@@ -31,6 +31,14 @@ class TrainingMeans:
             total = self.sums.setdefault(name, torch.zeros(2, device=mean.device))
             total += torch.stack((mean.detach().float() * images, total.new_tensor(images)))
 
+    def add_finite(self, values: dict[str, torch.Tensor]) -> None:
+        """Add values of an optimizer step, those that are finite: of gradients that overflowed in half precision the step
+        is skipped."""
+        for name, value in values.items():
+            total = self.sums.setdefault(name, torch.zeros(2, device=value.device))
+            is_finite = torch.isfinite(value)
+            total += torch.stack((torch.where(is_finite, value, 0).float(), is_finite.float()))
+
     def move_to(self, device: torch.device) -> None:
         """Move the sums, which a checkpoint has on the CPU."""
         self.sums = {name: total.to(device) for name, total in self.sums.items()}

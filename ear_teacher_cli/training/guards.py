@@ -43,7 +43,7 @@ class StepGuard:
     def __init__(self) -> None:
         self.nonfinite_steps: list[NonFiniteStep] = []
         self._buffers: list[torch.Tensor] = []  # batch-norm statistics before the step
-        self._skipping = False  # the step under way
+        self._learns = False  # whether a batch of the optimizer step under way was not skipped
 
     def begin(self, module: pl.LightningModule) -> None:
         """Note the buffers before the forward pass of a step."""
@@ -54,6 +54,7 @@ class StepGuard:
         normalisation has seen what made the loss infinite."""
         if is_on_all_ranks(module, bool(torch.isfinite(loss))):
             self.nonfinite_steps = []
+            self._learns = True
             return True
         self.nonfinite_steps.append(NonFiniteStep(module.global_step, f"{loss.item():g}", rows.tolist()))
         for buffer, before in zip(module.buffers(), self._buffers, strict=True):
@@ -63,14 +64,14 @@ class StepGuard:
     def skip(self, module: pl.LightningModule) -> torch.Tensor:
         """Return a loss whose gradient is zero, for a step that is skipped: Lightning accepts no None on several
         devices."""
-        self._skipping = True
         return sum((p * 0).sum() for p in module.parameters() if p.requires_grad)
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remove the gradients of a step that is skipped: then momentum and weight decay change nothing either."""
-        if self._skipping:
+        """Remove the gradients of an optimizer step all of whose batches were skipped: then momentum and weight decay
+        change nothing either."""
+        if not self._learns:
             optimizer.zero_grad(set_to_none=True)
-            self._skipping = False
+        self._learns = False
 
 
 def is_on_all_ranks(module: pl.LightningModule, mine: bool) -> bool:

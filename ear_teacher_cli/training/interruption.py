@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM in a training run: save in the middle of the epoch, then stop.
 
-A checkpoint can be taken after any step but the epoch's last: Lightning takes one after the last step for the end of
-the epoch, and would leave the validation out. So the state after the second to last step is kept in memory until the
-epoch is over, for a signal that comes later. While pseudo-labels are made, or before the first step, there is nothing
+A checkpoint can be taken after any optimizer step but the epoch's last: Lightning takes one after the last step for the
+end of the epoch, and would leave the validation out. So the state after the second to last step is kept in memory until
+the epoch is over, for a signal that comes later. Between the batches of one optimizer step (--accumulate-grad-batches)
+there is none: the gradients so far would be lost. While pseudo-labels are made, or before the first step, there is nothing
 new to save, and the run stops at once.
 """
 
@@ -51,10 +52,11 @@ class SaveOnStop(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps_left = trainer.num_training_batches - batch_idx - 1
-        stop = self._signalled_anywhere(trainer)
-        if (steps_left == 1 or (stop and steps_left)) and not pl_module.guard.nonfinite_steps:
+        stop, batches = self._signalled_anywhere(trainer), trainer.accumulate_grad_batches
+        complete = (batch_idx + 1) % batches == 0
+        if complete and (0 < steps_left <= batches or (stop and steps_left)) and not pl_module.guard.nonfinite_steps:
             self._before_last = _copied(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        if stop:
+        if stop and (complete or not steps_left):
             self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,14 +118,15 @@ def divide_epoch(checkpoint: dict[str, Any], processes: int, datamodule: str) ->
     """Count the steps of an interrupted epoch as `processes` processes would have done them.
 
     Each step of P processes takes P batches of the epoch's one order, so S steps of P are S P / P' of P'. Rounded
-    down: less than a step is done again. Changes the loaded checkpoint, from which Lightning then restores its loops.
+    down to whole optimizer steps: less than one is done again. Changes the loaded checkpoint, from which Lightning then restores its loops.
     `datamodule`: the key of the data module's state.
     """
     options, about = checkpoint["hyper_parameters"], checkpoint["earteach"]
     before = options["devices"] * options.get("num_nodes", 1)
     if before == processes:
         return
-    steps = about["steps_done"] * before // processes
+    accumulate = options.get("accumulate_grad_batches", 1)
+    steps = about["steps_done"] * before // (processes * accumulate) * accumulate
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     for name in progress:
         progress[name] += steps - about["steps_done"]

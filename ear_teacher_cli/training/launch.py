@@ -39,6 +39,8 @@ def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[T
     `new`: a run that begins, whose options may be refused; one that is resumed has them already. Raises EarTeachError.
     """
     settled = []
+    if config.precision == "auto":
+        config = replace(config, precision=best_precision(config))
     if config.precision == "16-mixed" and not uses_cuda(config):
         settled.append("precision: 16-mixed needs a GPU; training in full precision (32-true)")
         config = replace(config, precision="32-true")
@@ -138,6 +140,13 @@ def new_module(config: TrainConfig, console: Console) -> EarTeacherLightningModu
     if config.pretrained:
         console.summary([("weights", str(module.load_pretrained()))])
     return module
+
+
+def best_precision(config: TrainConfig) -> str:
+    """Return the value of --precision that `auto` means here."""
+    if not uses_cuda(config):
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def uses_cuda(config: TrainConfig) -> bool:

@@ -52,14 +52,19 @@ def metric_loss(
         return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)
 
 
-def contrastive_loss(projections: torch.Tensor, temperature: float) -> torch.Tensor:
+def contrastive_loss(projections: torch.Tensor, temperature: float, others: torch.Tensor | None = None) -> torch.Tensor:
     """Return NT-Xent (SimCLR, Chen et al. 2020, eq. 1): find every view's other view among all views of the batch.
 
-    `projections` 2B,D': the first views of B images, then their second views. At chance: log(2B - 1).
+    `projections` 2B,D': the first views of B images, then their second views. `others` N,D': views of other images, the
+    batches of other devices; a row of zeros is none. At chance: log(2B - 1 + N).
     """
     with torch.autocast(projections.device.type, enabled=False):
         unit = F.normalize(projections.float(), dim=1)
         logits = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)  # 2B,2B
+        if others is not None:
+            others = F.normalize(others.float(), dim=1)
+            is_none = (others == 0).all(1)
+            logits = torch.cat([logits, (unit @ others.T / temperature).masked_fill(is_none, -torch.inf)], dim=1)
         return F.cross_entropy(logits, torch.arange(len(unit), device=unit.device).roll(len(unit) // 2))
 
 

@@ -44,7 +44,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     `EarDataModule`. Pretrained weights are loaded when fitting starts without a checkpoint, or by `load_pretrained()`.
 
     Logs train/loss, train/{term}_loss and val/{term}_loss of each term, val/psnr, val/agreement and train/grad_ratio
-    (objectives.py), train/lr, val/loss; the constants that val/psnr is compared with (quality/reconstruction.py);
+    (objectives.py), train/lr, train/gradient_norm, val/loss; the constants that val/psnr is compared with (quality/reconstruction.py);
     val/retrieval, val/rank1, val/eer and the health of the validation embeddings (epoch_metrics.py); classes/in_use,
     classes/entropy, classes/largest and classes/nmi (pseudo_labels.py).
 
@@ -105,6 +105,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        torch.set_float32_matmul_precision(self.config.matmul_precision)
         if self.config.compile:
             self.model.compile_parts()
         require_data(self.config, self.preprocessing, self.trainer.datamodule)
@@ -133,7 +134,8 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
-        shift = steps_to_shift(self._restored, self.trainer.num_training_batches) if self._restored else 0
+        batches, accumulate = int(self.trainer.num_training_batches), self.trainer.accumulate_grad_batches
+        shift = steps_to_shift(self._restored, batches, accumulate) if self._restored else 0
         return optimiser_and_schedule(self, self.model.backbone, self.config, total, shift)
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -179,8 +181,10 @@ class EarTeacherLightningModule(pl.LightningModule):
             self.pseudo_labels.move_to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Stochastic depth draws from the global generator: tie it to the step, so that resuming is exact.
-        torch.manual_seed(derive_seed(self.config.seed, self.global_step, self.global_rank))
+        # Stochastic depth draws from the global generator: tie it to the batch, so that resuming is exact.
+        batches = self.trainer.accumulate_grad_batches
+        number = self.global_step * batches + batch_idx % batches
+        torch.manual_seed(derive_seed(self.config.seed, number, self.global_rank))
 
     def training_outputs(self, batch: Batch, classes: ClassTargets | None) -> Outputs:
         """Return the teacher's outputs for a training batch on the module's device."""
@@ -212,6 +216,25 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.guard.before_optimizer_step(optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: Any = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of all parameters together and measure their norm, after `on_before_optimizer_step`.
+
+        The configuration's limit holds with any Trainer; a Trainer's own `gradient_clip_val` goes before it.
+        """
+        limit = gradient_clip_val or self.config.gradient_clip_val
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, limit, gradient_clip_algorithm)
+            limit = 0
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters:  # none in a step that is skipped
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit or torch.inf)
+            self._training_means.add_finite({"gradient_norm": norm})
 
     def on_train_epoch_end(self) -> None:
         self._log_training()  # of an epoch without validation

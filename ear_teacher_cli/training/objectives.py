@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..config import TrainConfig
 from ..data.preprocessing import to_unit
+from ..distributed import rows_of_other_ranks
 from ..model.anchor import SCALE
 from ..model.map_reader import Maps
 from ..model.teacher import TeacherModel
@@ -201,7 +202,12 @@ class Contrastive(LossTerm):
         return f"{self.weight:g} contrastive (temperature {self.config.temperature:g})"
 
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
-        return losses.contrastive_loss(outputs.projection, self.config.temperature)
+        others = rows_of_other_ranks(outputs.projection, self.config.batch_size * self.config.views)
+        return losses.contrastive_loss(outputs.projection, self.config.temperature, others)
+
+    def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:
+        """Return the loss among the images of this rank: the ranks' batches need not come in pairs."""
+        return {self.loss_name: losses.contrastive_loss(outputs.projection, self.config.temperature)}
 
 
 class Anchor(LossTerm):

@@ -42,15 +42,17 @@ def parameter_groups(module: nn.Module, backbone: nn.Module, config: TrainConfig
     return [{k: v for k, v in group.items() if k in ("params", "weight_decay", "lr")} for group in groups]
 
 
-def steps_to_shift(restored: dict[str, Any], steps_per_epoch: int) -> int:
+def steps_to_shift(restored: dict[str, Any], batches_per_epoch: int, accumulate: int) -> int:
     """Return the steps to add to a resumed scheduler's count.
 
     On another number of devices an epoch has other steps: the schedule continues from the same epoch, not from the same
-    step. `restored`: the `earteach` part of the checkpoint, with its `global_step`.
+    step. `restored`: the `earteach` part of the checkpoint, whose steps are batches, with its `global_step`, whose steps
+    are the optimizer's. `accumulate`: batches of an optimizer step; the last one of an epoch may have fewer.
     """
-    if restored["steps_per_epoch"] == steps_per_epoch:
+    if restored["steps_per_epoch"] == batches_per_epoch:
         return 0
-    done = restored["epochs_completed"] * steps_per_epoch + restored.get("steps_done", 0)
+    per_epoch = -(-batches_per_epoch // accumulate)
+    done = restored["epochs_completed"] * per_epoch + restored.get("steps_done", 0) // accumulate
     return done - restored["global_step"]
 
 

@@ -178,12 +178,14 @@ def _fit(
     save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST)
     keep_best = callbacks.KeepBestEmbeddings(config.monitor)
     assert data.train_set is not None
-    steps = max(1, len(data.train_set) // (config.batch_size * config.processes))
+    steps = max(1, len(data.train_set) // (config.batch_size * config.processes * config.accumulate_grad_batches))
     with quiet_lightning():
         trainer = pl.Trainer(
             **machine_of(config),
             strategy=strategy_of(config),
             max_epochs=config.max_epochs,
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            deterministic=config.deterministic,
             logger=[logger, *loggers.extra_loggers(config, Path(logger.log_dir))],
             log_every_n_steps=min(10, steps),
             callbacks=[*_callbacks(config, console), keep_best, save_on_stop],
@@ -223,7 +225,7 @@ def _callbacks(config: TrainConfig, console: Console) -> list[pl.Callback]:
         callbacks.ClassSizes(),
         guards.UnreadableImageList(folder / run_folder.BAD, console),
         Reporter(config, console),
-        *checkpoint_callbacks(folder / run_folder.CHECKPOINTS, config.monitor),
+        *checkpoint_callbacks(folder / run_folder.CHECKPOINTS, config.monitor, config.checkpoint_every_n_epochs),
     ]
 
 
