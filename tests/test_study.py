@@ -1,5 +1,7 @@
 """Test the study on a few drawn ears: its tables are reproducible, and its parts are correct."""
 
+import ast
+import importlib.util
 import json
 import shutil
 import sys
@@ -11,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-STUDY = Path(__file__).parent.parent / "examples" / "study"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STUDY = EXAMPLES / "study"
 sys.path.insert(0, str(STUDY))
 
 import crops  # noqa: E402  (needs the path above, because the study is not a package)
@@ -129,6 +132,22 @@ def test_a_manifest_with_training_images_is_rejected(ears, start, tmp_path, caps
     arguments = [*arguments_of(ears, start), "--eval", f"seen={ears / 'ears.jsonl'}"]
     assert study.main([str(tmp_path / "out"), *arguments]) == 1
     assert "evaluate on people who are not in the training manifest" in capsys.readouterr().err
+
+
+def has(module, name: str) -> bool:
+    """Whether `from module import name` works."""
+    inside = hasattr(module, "__path__") and importlib.util.find_spec(f"{module.__name__}.{name}") is not None
+    return inside or hasattr(module, name)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.name)
+def test_what_an_example_imports_of_the_package_is_there(path):
+    """Also of examples that need packages which are not installed here, such as lightly."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ear_teacher_cli":
+            module = importlib.import_module(node.module)
+            missing = [each.name for each in node.names if not has(module, each.name)]
+            assert missing == [], f"{path}: {node.module} has no {missing}"
 
 
 @pytest.mark.parametrize("name", ["simclr", "simsiam", "dino"])

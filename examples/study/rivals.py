@@ -28,9 +28,9 @@ from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.data.datamodule import EarDataModule
 from ear_teacher_cli.data.dataset import derive_seed
 from ear_teacher_cli.data.preprocessing import normalise
-from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics, parameter_groups
+from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics
 from ear_teacher_cli.model.teacher import embedding_size
-from ear_teacher_cli.training.optimisation import rate_at
+from ear_teacher_cli.training.optimisation import parameter_groups, rate_at
 
 
 class SimCLR(nn.Module):
