@@ -118,6 +118,7 @@ class TrainConfig(ListOptions):
     compile: bool = option(False, "Machine", "Compile backbone and decoder (torch.compile): takes a minute or two at first, then speeds up steps on some machines. Try it with --dry-run.")
 
     checkpoint_every_n_epochs: int = option(5, "Output", "Keep the checkpoint of every so many epochs, besides the best three and the last; 0: none.", low=0)
+    profile: bool = option(False, "Output", "Record five steps with torch.profiler: profile.txt has a table of operations, profile-trace.json a trace for Perfetto, both in the experiment folder.")
     logger: str = option("tensorboard", "Output", "Where metrics are logged besides metrics.csv and TensorBoard's event files, which are always written: wandb or mlflow (to be installed). Images go to TensorBoard only.", choices=LOGGERS, environment=True)
     projector: bool = option(False, "Output", "At the end, write the validation embeddings for TensorBoard's projector, with thumbnails unless --no-images.")
     report: bool = option(True, "Output", "At the end, write report.html (see earteach report).", environment=True)

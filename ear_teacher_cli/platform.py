@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -346,6 +347,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def peak_memory() -> float:
+    """Return the peak resident memory of this process in bytes; 0 where the system does not say (Windows)."""
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+    return 0.0
+
+
 def free_memory() -> float:
     """Return the bytes of memory that are free without swapping, within the limit of the container."""
     free = _physical_memory() / 2  # where the system does not tell what is free
@@ -369,10 +379,8 @@ def _physical_memory() -> float:
         return 2.0**32
 
     class MemoryStatus(ctypes.Structure):  # MEMORYSTATUSEX
-        _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)] + [
-            (name, ctypes.c_uint64)
-            for name in ("total", "free", "page_total", "page_free", "virtual", "virtual_free", "extended")
-        ]
+        _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)]
+        _fields_ += [(name, ctypes.c_uint64) for name in ("total", "free", *(f"other{i}" for i in range(5)))]
 
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))

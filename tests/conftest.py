@@ -201,5 +201,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def read_epochs(run: Path) -> list[dict[str, str]]:
-    """metrics.csv without its row of before training."""
-    return [row for row in read_table(run / "metrics.csv") if row["epoch"] != "0"]
+    """metrics.csv without its row of before training, and without what depends on the machine."""
+    return [row for row in metrics_of(run) if row["epoch"] != "0"]
+
+
+def metrics_of(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without what depends on the machine: waiting for data, and memory."""
+    return [{k: v for k, v in row.items() if not k.startswith("machine/")} for row in read_table(run / "metrics.csv")]

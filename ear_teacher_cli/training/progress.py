@@ -135,6 +135,7 @@ def sentence(metrics: Mapping[str, float], verdict: str, rate: str, left: str) -
         verdict,
         f"classes {', '.join(classes)}" if classes else "",
         f"{rate} images/s",
+        *phrases(metrics, "machine/"),
         f"{left} left" if left else "",
     ]
     return ", ".join(part for part in parts if part)

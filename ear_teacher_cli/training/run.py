@@ -30,7 +30,9 @@ from .epoch_metrics import ValidationRows
 from .interruption import SaveOnStop
 from .launch import SILENT, machine_of, new_module, prepare, quiet_lightning, strategy_of
 from .module import EarTeacherLightningModule
+from .profiling import Profile
 from .progress import Reporter
+from .resources import Resources
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,13 @@ def _callbacks(config: TrainConfig, console: Console) -> list[pl.Callback]:
     """Return what writes files and prints; what belongs to the training itself the module configures."""
     folder = config.experiment_dir
     return [
+        Resources(),
         *([callbacks.Collages(config.num_collage_samples, config.seed)] if config.images else []),
         callbacks.MetricsFile(folder / run_folder.METRICS),
         callbacks.ClassSizes(),
         guards.UnreadableImageList(folder / run_folder.BAD, console),
         Reporter(config, console),
+        *([Profile(folder, console)] if config.profile else []),
         *checkpoint_callbacks(folder / run_folder.CHECKPOINTS, config.monitor, config.checkpoint_every_n_epochs),
     ]
 
