@@ -86,7 +86,7 @@ class TrainConfig(ListOptions):
     denoise: bool = option(True, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
     contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the step. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
-    anchor_weight: float = option(8.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the input size. Without pretrained weights it is left out.", low=0.0, loss_term=True)
+    anchor_weight: float = option(2.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the input size. Without pretrained weights it is left out.", low=0.0, loss_term=True)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
     metric_weight: float = option(0.5, "Training", "Weight of the metric loss.", low=0.0, common=True)
     metric_loss: str = option("arcface", "Training", "Margin softmax over the pseudo-classes.", choices=METRIC_LOSSES, common=True)
@@ -98,7 +98,7 @@ class TrainConfig(ListOptions):
     margin_preset: str = option("gentle", "Training", "Scale and margin of the metric loss. paper: 64, and the margin of the loss's paper; gentle: 30 and 0.2, for labels that are often wrong.", choices=tuple(MARGIN_PRESETS))
     margin_warmup_epochs: int = option(0, "Training", "Epochs over which the margin grows from 0.", low=0)
     ema_decay: float = option(0.0, "Training", "EMA decay of the weights per step; the average is validated, exported and used by embed; 0: no average.", low=0.0, high=0.99999)
-    baseline_weight: float = option(0.0, "Training", "Share of the pretrained weights in those that are validated, exported and used by embed (interpolation as in WiSE-FT); useful without the anchor loss. 0: the trained weights alone.", low=0.0, high=1.0, earlier="keep_start")
+    baseline_weight: float = option(0.5, "Training", "Share of the pretrained weights in those that are validated, exported and used by embed (interpolation as in WiSE-FT): training alone loses part of what recognises ears of other cameras. 0: the trained weights alone.", low=0.0, high=1.0, earlier="keep_start")
     whiten: bool = option(True, "Training", "Fit a whitening to the training embeddings after every epoch. It is saved in checkpoint and export, and embed applies it.")
     early_stop: int = option(0, "Training", "Stop after this many epochs without improvement of --monitor; 0: off.", low=0, common=True)
     monitor: str = option("val/retrieval", "Training", "Metric that picks the best checkpoint. retrieval: share of validation images whose nearest neighbour is their own augmented view; rank1 and eer need identities in the validation list.", choices=tuple(MONITORS), common=True)
@@ -278,6 +278,7 @@ ORIGINAL: dict[str, Any] = {
     "denoise": False,
     "contrastive_weight": 0.0,
     "anchor_weight": 0.0,
+    "baseline_weight": 0.0,
     "pseudo_classes": "kmeans",
     "metric_weight": 0.1,
     "margin_preset": "paper",
