@@ -48,7 +48,7 @@ class TrainConfig(ListOptions):
     train_metadata: str = option("data/preprocessed/train_teacher.npy", "Data", "Manifest, or folder of cropped ears, to train on.", private=True, common=True)
     val_metadata: str = option("data/preprocessed/val_teacher.npy", "Data", "Manifest, or folder of cropped ears, to validate on.", private=True, common=True)
     allow_overlap: bool = option(False, "Data", "Train although images of the validation list are in the training list, too.")
-    batch_size: int = shared("batch_size", panel="Data", help="Images per step and device.", low=2, common=True)
+    batch_size: int = shared("batch_size", panel="Data", help="Images per step and device; auto: as many as fit into memory.", low=2, common=True, auto=True)
     num_workers: int = shared("num_workers", panel="Data", common=True, resumable=True)
     load_timeout: int = shared("load_timeout", panel="Data", resumable=True)
     cache: str = option("auto", "Data", "Where crops are kept after the first epoch, so that photos are decoded only once: ram, disk (folder .crops/ in --output-dir), off; auto: in memory if they fit into half of what is free, else on disk.", choices=CACHES, environment=True, common=True, resumable=True)

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .errors import ConfigError
 
 AUTO = "auto"
+AUTO_NUMBER = -1  # what `auto` is as the value of an option that is a number
 BOX_FORMATS = (AUTO, "xyxy", "xywh", "cxcywh")  # data/boxes.py has what they mean
 BOX_UNITS = (AUTO, "pixels", "relative")
 OPTIONS, LISTS = "Options", "Lists of ears"
@@ -29,7 +30,7 @@ def option(default: Any, panel: str, help: str, **more: Any) -> Any:
     `common` (in `train --help`, not only in --help-all), `resumable` (`resume` can change it), `earlier` and
     `earlier_choices` (its name and values in earlier versions, still accepted), `switch` (a flag without a --no- form),
     `short` (-o), `metavar`, `loss_term` (the weight of a loss that is enough to learn from), `compares_views` (the weight
-    of a loss that needs two views), and `callback` (called with the value before all others are read).
+    of a loss that needs two views), `auto` (a number that may also be the word auto) and `callback` (called with the value before all others are read).
     """
     return field(default=default, metadata={"panel": panel, "help": help, **more})
 
@@ -158,10 +159,9 @@ class Checked:
     def __post_init__(self) -> None:
         owner: Any = type(self)  # a dataclass
         for spec in fields(owner):
-            value = plain(spec.name, getattr(self, spec.name), kinds_of(owner)[spec.name])
+            value = converted(spec.name, getattr(self, spec.name), kinds_of(owner)[spec.name], spec.metadata)
             if isinstance(value, str) and "\0" in value:
                 raise ConfigError(spec.name, "holds a NUL byte", "give a name without one")
-            check(spec.name, value, spec.metadata)
             object.__setattr__(self, spec.name, value)
 
 
@@ -209,6 +209,18 @@ def scalar_of(kind: Any) -> type:
 def is_several(kind: Any) -> bool:
     """Return whether a value of this type is a tuple."""
     return any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
+
+
+def converted(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """Return `value` as the plain type that its field declares, checked; AUTO_NUMBER for `auto` where the field takes it.
+
+    Raises ConfigError.
+    """
+    if metadata.get("auto") and value in (AUTO, AUTO_NUMBER):
+        return AUTO_NUMBER
+    value = plain(name, value, kind)
+    check(name, value, metadata)
+    return value
 
 
 def plain(name: str, value: Any, kind: Any) -> Any:

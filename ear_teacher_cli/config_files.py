@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ORIGINAL, RENAMED, TrainConfig, preset
-from .config_fields import check, flag, kinds_of, plain
+from .config_fields import converted, flag, kinds_of, plain
 from .errors import ConfigError, EarTeachError, UsageError
 
 # What the first versions did where they had no option yet: they read every unnamed box as corners in pixels, let lists
@@ -88,9 +88,7 @@ def _option_of_file(name: str, key: str, value: Any, where: str) -> Any:
     if name not in specs:
         hint = nearest(name, [*specs, "preset"])
         raise EarTeachError(f"{where}: unknown option {key!r}; {hint}`earteach train --help-all` lists the names")
-    converted = plain(name, value, kinds_of(TrainConfig)[name])
-    check(name, converted, specs[name].metadata)
-    return converted
+    return converted(name, value, kinds_of(TrainConfig)[name], specs[name].metadata)
 
 
 def _line_of(key: str, text: str) -> str:

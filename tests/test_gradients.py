@@ -19,7 +19,7 @@ from ear_teacher_cli.errors import ConfigError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
 from ear_teacher_cli.model.teacher import TeacherModel
 from ear_teacher_cli.training import losses, objectives
-from ear_teacher_cli.training.launch import best_precision
+from ear_teacher_cli.training.device import best_precision
 from ear_teacher_cli.training.optimisation import steps_to_shift
 from ear_teacher_cli.training.run import resume, train
 

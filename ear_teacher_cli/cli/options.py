@@ -17,7 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 import typer
 
 from .. import library_messages
-from ..config_fields import Checked, flag, is_several, kinds_of, scalar_of, shared
+from ..config_fields import AUTO, Checked, flag, is_several, kinds_of, scalar_of, shared
 from ..console import Console
 from ..distributed import is_first_process
 from ..errors import ConfigError, UsageError
@@ -147,6 +147,7 @@ def _option(name: str, spec: dict[str, Any]) -> inspect.Parameter:
         show_default=default not in (None, ()),
         rich_help_panel=spec["panel"],
         metavar=spec.get("metavar"),
+        parser=_number_or_auto if spec.get("auto") else None,
         autocompletion=completion(choices) if choices else None,
         envvar=variable(name) if spec.get("environment") else None,
         callback=callback,
@@ -155,6 +156,11 @@ def _option(name: str, spec: dict[str, Any]) -> inspect.Parameter:
     if is_several(kind) and Ellipsis in get_args(kind):  # may be given several times
         kind, default = list[scalar_of(kind)] | None, None  # type: ignore[misc]  # a type that is made at run time
     return _keyword(name, Annotated[kind, made], inspect.Parameter.empty if default is MISSING else default)
+
+
+def _number_or_auto(text: Any) -> Any:
+    """Parse the value of an option that is a number or `auto`; what is neither is left for the configuration to reject."""
+    return AUTO if text == AUTO else int(text) if str(text).isdecimal() else text
 
 
 def _made(owner: Any, hint: Any, context: typer.Context, values: dict[str, Any]) -> Any:

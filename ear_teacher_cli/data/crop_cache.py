@@ -120,9 +120,7 @@ class CropCaches:
         self._files: list[int] = []  # on disk; kept open, so that no other run removes them
         record_size = _record_size(preprocessing.image_size)
         wanted = record_size * sum(map(len, manifests))
-        memory = min(limit, _MAX_SHARE * platform.free_memory()) / copies
-        if kind == "auto":
-            kind = "ram" if platform.MEMORY_IS_SHARED_FREELY and copies == 1 and wanted <= memory else "disk"
+        kind, memory = _place(kind, wanted, limit, copies)
         if kind == "off" or limit == 0:
             self.summary = "not kept"
             return
@@ -171,6 +169,22 @@ class CropCaches:
                 return str(path.absolute())
             os.close(handle)  # another run removed it before it was claimed
         raise OSError(errno.EAGAIN, f"{path} is being removed by another run")
+
+
+def _place(kind: str, wanted: float, limit: float, copies: int) -> tuple[str, float]:
+    """Return where `wanted` bytes of crops are kept, with `auto` decided, and the bytes that each process may keep in
+    memory."""
+    memory = min(limit, _MAX_SHARE * platform.free_memory()) / copies
+    if kind == "auto":
+        kind = "ram" if platform.MEMORY_IS_SHARED_FREELY and copies == 1 and wanted <= memory else "disk"
+    return kind, memory
+
+
+def bytes_of_caches(kind: str, images: int, side: int, limit: float, copies: int) -> float:
+    """Return the bytes on disk that the crops of `images` images take at most; 0 if they are kept elsewhere. Arguments as
+    those of CropCaches."""
+    wanted = float(images * _record_size(side))
+    return min(wanted, limit) if _place(kind, wanted, limit, copies)[0] == "disk" else 0.0
 
 
 def _make_room(folder: Path, names: list[str], wanted: int, limit: float) -> float:

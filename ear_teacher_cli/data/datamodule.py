@@ -18,7 +18,7 @@ from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
 from ..platform import child_exits_unnoticed, usable_cores
 from .augment import Augment
-from .crop_cache import FOLDER, CropCaches
+from .crop_cache import FOLDER, CropCaches, bytes_of_caches
 from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
 from .manifest import Manifest, has_drive, named_by_folders, print_summary, read_manifest
 from .preprocessing import preprocessing_for
@@ -144,6 +144,10 @@ class EarDataModule(pl.LightningDataModule):
             self._caches = self.train_set.cache = self.clean_set.cache = self.val_set.cache = None
 
     def on_exception(self, exception: BaseException) -> None:
+        """End the worker processes."""
+        self.stop_workers()
+
+    def stop_workers(self) -> None:
         """End the worker processes. The garbage collector would not: they ignore SIGTERM, and torch's queues are
         destroyed before their loader."""
         for loader in self._loaders:
@@ -151,14 +155,22 @@ class EarDataModule(pl.LightningDataModule):
 
     def _open_caches(self) -> None:
         config, manifests = self.config, [self.train_set.manifest, self.val_set.manifest]
-        kind = "ram" if config.cache == "auto" and not config.images else config.cache
-        folder, limit = Path(config.output_dir) / FOLDER, config.cache_limit * 1e9
-        preprocessing = self.train_set.preprocessing
+        kind, limit = self._cache_kind(), config.cache_limit * 1e9
+        folder, preprocessing = Path(config.output_dir) / FOLDER, self.train_set.preprocessing
         self._caches = CropCaches(kind, folder, limit, self.trainer.num_devices, manifests, preprocessing)
         self.train_set.cache, self.val_set.cache = self._caches.caches
         self.clean_set.cache = self.train_set.cache
         if kind != "off":
             self.console.info(f"crops: {self._caches.summary}")
+
+    def _cache_kind(self) -> str:
+        config = self.config
+        return "ram" if config.cache == "auto" and not config.images else config.cache
+
+    def cache_bytes_on_disk(self) -> float:
+        """Return the bytes that cached crops would take on disk in a run."""
+        config, images = self.config, len(self.train_set) + len(self.val_set)
+        return bytes_of_caches(self._cache_kind(), images, config.image_size, config.cache_limit * 1e9, config.devices)
 
     def _read(self) -> None:
         config = self.config

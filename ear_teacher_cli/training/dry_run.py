@@ -7,25 +7,32 @@ import torch
 
 from ..config import TrainConfig
 from ..console import Console, clock, counted
-from ..data.dataset import Batch
 from ..errors import EarTeachError
 from ..model.anchor import SCALE
-from ..platform import usable_cores
+from ..platform import peak_memory, usable_cores
 from .callbacks import WHITEN_ON
-from .launch import count_classes, new_module, prepare, uses_cuda
+from .device import uses_cuda
+from .launch import new_module, prepare
 from .module import EarTeacherLightningModule
-from .objectives import ClassTargets
+from .step_trial import one_step
+
+TIMED = 4  # batches of each worker whose loading is timed: more than are loaded ahead
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would need: `seconds` without data loading and the decoding of validation images, `bytes` of disk."""
+    """What a run would need: `seconds` without data loading and the decoding of validation images, `bytes` of disk for
+    checkpoints and cached crops, `memory` in bytes (None: not known). `precision` of the step; `load_seconds` to load a
+    batch by all workers together, uncached."""
 
     steps_per_epoch: int
     step_seconds: float
+    load_seconds: float
     seconds: float
     bytes: int
     loss: float
+    precision: str
+    memory: float | None
 
 
 def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estimate]:
@@ -42,15 +49,18 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
     if config.compile:
         module.model.compile_parts()
     loader = data.train_dataloader()
-    batch = next(iter(loader))
+    batches = iter(loader)
+    batch = next(batches)
     if len(batch["index"]) < 2:
         raise EarTeachError("the first batch holds no two readable images; run earteach validate-data")
-    count = max(2, count_classes(config, train.manifest))
-    prototypes = torch.randn(count, config.projection_dim, device=device).requires_grad_()
+    start = time.perf_counter()
+    loaded = sum(1 for _, _ in zip(range(TIMED * max(1, loader.num_workers)), batches, strict=False))
+    load_seconds = (time.perf_counter() - start) / max(1, loaded)
+    data.stop_workers()  # they would take time from the step
     seconds = loss = 0.0
     for _ in range(2):  # the first step also pays for warming up
         start = time.perf_counter()
-        loss = one_step(module, batch, prototypes)
+        loss = one_step(module, batch)
         seconds = time.perf_counter() - start
     # in forward passes of an image: a view of a step takes about three, one of validation and of whitening (with its share
     # of k-means) one, the anchor as many as its image is larger
@@ -59,19 +69,11 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
     images = len(train) + forward / (3 * config.views + anchor)
     parallel = config.processes if uses_cuda(config) else min(config.processes, usable_cores())
     total = seconds * images / len(batch["index"]) * config.max_epochs / parallel
-    return config, Estimate(len(loader), seconds, total, _bytes_of_checkpoints(config, module), loss)
-
-
-def one_step(module: EarTeacherLightningModule, batch: Batch, prototypes: torch.Tensor) -> float:
-    """Return the loss of a training step of the first epoch, forward and back.
-
-    `prototypes` K,D': the labels are made up, too, which changes nothing of the cost.
-    """
-    batch = {name: value.to(module.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    labels = torch.arange(len(batch["index"]), device=module.device) % len(prototypes)
-    loss = module.objective.training(module.training_outputs(batch, ClassTargets(prototypes, labels))).total
-    loss.backward()
-    return float(loss.detach())
+    disk = int(_bytes_of_checkpoints(config, module) + data.cache_bytes_on_disk())
+    precision = config.precision
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    found = Estimate(len(loader), seconds, load_seconds, total, disk, loss, precision, memory or None)
+    return config, found
 
 
 def _bytes_of_checkpoints(config: TrainConfig, module: EarTeacherLightningModule) -> int:
@@ -86,9 +88,16 @@ def _bytes_of_checkpoints(config: TrainConfig, module: EarTeacherLightningModule
 
 def describe_estimate(estimate: Estimate) -> str:
     """Return the estimate as a sentence."""
+    loading, step = estimate.load_seconds, estimate.step_seconds
+    waiting = (
+        f"loading is slower: it would wait for data {100 * (1 - step / loading):.0f} % of the time until crops are cached"
+        if loading > step
+        else "loading keeps up"
+    )
+    memory = f", {estimate.memory / 1e9:.1f} GB of memory" if estimate.memory else ""
     return (
-        f"one training step: loss {estimate.loss:.4g}, {estimate.step_seconds:.2f} s; "
-        f"{counted(estimate.steps_per_epoch, 'step')} an epoch; the run: about {clock(estimate.seconds)} of computing "
-        "(full precision; loading, checkpoints and images not counted) and "
+        f"one training step ({estimate.precision}): loss {estimate.loss:.4g}, {step:.2f} s{memory}; loading a batch "
+        f"{loading:.2f} s ({waiting}); {counted(estimate.steps_per_epoch, 'step')} an epoch; the run: about "
+        f"{clock(estimate.seconds)} of computing (loading, checkpoints and images not counted) and "
         f"{estimate.bytes / 2**20:.0f} MiB of disk"
     )

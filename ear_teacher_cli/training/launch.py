@@ -10,13 +10,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from .. import library_messages
 from ..config import TrainConfig
+from ..config_fields import AUTO_NUMBER
 from ..console import Console, counted
 from ..data.datamodule import EarDataModule
 from ..data.manifest import Manifest
@@ -25,7 +25,9 @@ from ..errors import ConfigError
 from ..files import printable
 from ..platform import usable_cores
 from . import loggers
+from .batch_size import find_batch_size
 from .describe import describe, describe_data
+from .device import best_precision, uses_cuda
 from .module import EarTeacherLightningModule
 from .pseudo_labels import class_count
 
@@ -59,6 +61,8 @@ def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[T
         settled.append(_about_large_batch(config, len(train), new))
     for line in settled:
         console.info(line)
+    if config.batch_size == AUTO_NUMBER:
+        data.config = config = find_batch_size(config, len(train), console)
     about_data = describe_data(config, train, val, count_classes(config, train))
     console.summary([*describe(config), ("data", about_data)])
     return config, data
@@ -140,18 +144,6 @@ def new_module(config: TrainConfig, console: Console) -> EarTeacherLightningModu
     if config.pretrained:
         console.summary([("weights", str(module.load_pretrained()))])
     return module
-
-
-def best_precision(config: TrainConfig) -> str:
-    """Return the value of --precision that `auto` means here."""
-    if not uses_cuda(config):
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
-def uses_cuda(config: TrainConfig) -> bool:
-    """Return whether training uses an NVIDIA GPU here."""
-    return config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 @contextmanager

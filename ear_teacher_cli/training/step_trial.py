@@ -1,0 +1,36 @@
+"""One training step outside of a Trainer, to measure its time and memory."""
+
+import torch
+
+from ..config import TrainConfig
+from ..data.dataset import Batch
+from .module import EarTeacherLightningModule
+from .objectives import ClassTargets
+
+
+def one_step(module: EarTeacherLightningModule, batch: Batch) -> float:
+    """Return the loss of a training step of the first epoch, forward and back, in the configuration's precision.
+
+    The pseudo-classes are made up, which changes nothing of the cost. Gradients are left in place.
+    """
+    config, device = module.config, module.device
+    batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    classes = None
+    if config.learns_classes:
+        count = config.num_pseudo_classes or 512
+        prototypes = torch.randn(count, config.projection_dim, device=device).requires_grad_()
+        classes = ClassTargets(prototypes, torch.arange(len(batch["index"]), device=device) % count)
+    kind = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(config.precision)
+    with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+        loss = module.objective.training(module.training_outputs(batch, classes)).total
+    loss.backward()
+    return float(loss.detach())
+
+
+def trial_batch(config: TrainConfig, size: int) -> Batch:
+    """Return a batch of `size` random images with the views that the configuration needs."""
+    seeded = torch.Generator().manual_seed(config.seed)
+    names = ["pixels", *(["view"] if config.views == 2 else []), *(["clean"] if config.needs_clean_view else [])]
+    shape = (size, 3, config.image_size, config.image_size)
+    images = {name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded) for name in names}
+    return {"index": torch.arange(size), **images}
