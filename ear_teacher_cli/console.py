@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .files import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 FIRST_LINE_S = 1.0
 NEXT_LINE_S = 10.0
@@ -100,14 +102,9 @@ class Console:
             yield _BarSteps(self._bar, task)
             self._bar.remove_task(task)
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(unit),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.terminal, transient=True) as bar:
+        from .progress_bar import progress_bar
+
+        with progress_bar(self.terminal, unit) as bar:
             self._bar = bar
             try:
                 yield _BarSteps(bar, bar.add_task(doing, total=total, completed=done))
@@ -147,7 +144,7 @@ class Steps(Protocol):
 
 
 class _BarSteps:
-    def __init__(self, bar: Progress, task):
+    def __init__(self, bar: "Progress", task):
         self.bar, self.task = bar, task
 
     def advance(self, count: int = 1) -> None:
@@ -182,16 +179,6 @@ class _PlainSteps:
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate else ""
         of = f"/{self.total}" if self.total else ""
         self.console.info(f"{self.doing}: {self.done}{of} {self.unit}, {rate:.1f}/s{left}")
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str):
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} {self.unit}/s" if speed else f"- {self.unit}/s")
 
 
 def counted(number: int, thing: str) -> str:

@@ -90,6 +90,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         claimed.close()
 
 
+def link_file(existing: Path, path: Path) -> bool:
+    """Make `path` a second name of the file `existing`, in the place of an earlier file; return whether the system can."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
+    try:
+        os.link(existing, temporary)
+        os.replace(temporary, path)
+    except (OSError, NotImplementedError):  # file systems without links; Lightning's paths elsewhere
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)  # what a rename leaves if both are names of one file already
+    return True
+
+
 @contextmanager
 def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success rename it, else delete it.

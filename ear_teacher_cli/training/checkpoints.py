@@ -13,7 +13,7 @@ from .. import run_folder
 from ..config import MONITORS
 from ..console import Console
 from ..errors import UsageError, WeightsError
-from ..files import printable
+from ..files import link_file, printable
 from ..model.checkpoint import Checkpoint, read_checkpoint, read_torch, write_checkpoint
 
 
@@ -67,10 +67,22 @@ def checkpoint_callbacks(folder: Path, monitor: str, every: int) -> list[Portabl
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, complete or not there at all, and always read with `weights_only`."""
+    """Lightning's checkpoint files, complete or not there at all, and always read with `weights_only`.
+
+    Those of one moment are names of one file, where the system has hard links: the best, a periodic one and the last are
+    written once. They would differ in how much each callback knows of the others' files only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: tuple[Any, Path] | None = None  # the moment of the newest file, and its path
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        moment = (checkpoint["global_step"], checkpoint["epoch"], checkpoint["earteach"].get("steps_done"))
+        if self._written is not None and self._written[0] == moment and link_file(self._written[1], Path(path)):
+            return
         write_checkpoint(checkpoint, path)
+        self._written = moment, Path(path)
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return read_torch(Path(path))

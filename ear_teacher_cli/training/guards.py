@@ -42,12 +42,16 @@ class StepGuard:
 
     def __init__(self) -> None:
         self.nonfinite_steps: list[NonFiniteStep] = []
-        self._buffers: list[torch.Tensor] = []  # batch-norm statistics before the step
+        self._changing: list[torch.Tensor] = []  # buffers that the step may change: batch-norm statistics
+        self._buffers: list[torch.Tensor] = []  # copies of them from before the step
         self._learns = False  # whether a batch of the optimizer step under way was not skipped
 
     def begin(self, module: pl.LightningModule) -> None:
-        """Note the buffers before the forward pass of a step."""
-        self._buffers = [buffer.clone() for buffer in module.buffers()]
+        """Note, before the forward pass of a step, the buffers that it may change: of parts in training mode."""
+        self._changing = [
+            buffer for part in module.modules() if part.training for buffer in part.buffers(recurse=False)
+        ]
+        self._buffers = [buffer.clone() for buffer in self._changing]
 
     def check(self, module: pl.LightningModule, loss: torch.Tensor, rows: torch.Tensor) -> bool:
         """Return whether the loss is finite on all ranks. If not, note the step and restore the buffers: batch
@@ -57,7 +61,7 @@ class StepGuard:
             self._learns = True
             return True
         self.nonfinite_steps.append(NonFiniteStep(module.global_step, f"{loss.item():g}", rows.tolist()))
-        for buffer, before in zip(module.buffers(), self._buffers, strict=True):
+        for buffer, before in zip(self._changing, self._buffers, strict=True):
             buffer.copy_(before)
         return False
 

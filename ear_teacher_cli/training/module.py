@@ -134,8 +134,8 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
-        batches, accumulate = int(self.trainer.num_training_batches), self.trainer.accumulate_grad_batches
-        shift = steps_to_shift(self._restored, batches, accumulate) if self._restored else 0
+        batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        shift = steps_to_shift(self._restored, int(batches), accumulate) if self._restored else 0
         return optimiser_and_schedule(self, self.model.backbone, self.config, total, shift)
 
     def configure_callbacks(self) -> list[pl.Callback]:
