@@ -15,6 +15,7 @@ from . import metrics_catalogue
 from .config_fields import AUTO as AUTO
 from .config_fields import BOX_FORMATS as BOX_FORMATS
 from .config_fields import BOX_UNITS as BOX_UNITS
+from .config_fields import PRECISIONS as PRECISIONS
 from .config_fields import ListOptions, flag, option, shared
 from .config_fields import Reading as Reading
 from .errors import ConfigError
@@ -28,7 +29,6 @@ DECODER_INPUTS = ("map", "embedding")
 DECODER_STARTS = ("linear", "random")
 # The metrics that may select the best checkpoint, and whether a lower or a higher value is better.
 MONITORS = metrics_catalogue.monitors()
-PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "auto")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 # The metric losses (training/losses.py), with the margins of their papers: ArcFace (Deng et al. 2019, sec. 3.1)
@@ -105,7 +105,7 @@ class TrainConfig(ListOptions):
     fail_on_collapse: bool = option(False, "Training", "Stop with exit code 1 if the embeddings collapse, or retrieval falls below that of the initial weights.")
     images: bool = shared("images", panel="Training", help="Draw collages; --no-images keeps every image out of TensorBoard and the experiment folder.", common=True)
     num_collage_samples: int = shared("num_collage_samples", help="Validation images in the collage.")
-    precision: str = option("16-mixed", "Training", "Floating-point precision; without a GPU 16-mixed becomes 32-true. auto: bf16-mixed if the GPU has it.", choices=PRECISIONS, environment=True, common=True)
+    precision: str = option("16-mixed", "Training", "Floating-point precision; without a GPU 16-mixed becomes 32-true. auto: bf16-mixed if the GPU has it.", choices=(*PRECISIONS, AUTO), environment=True, common=True)
     seed: int = shared("seed", panel="Training", common=True)
 
     accelerator: str = option("auto", "Machine", "Lightning's accelerator: auto, cpu, gpu, mps...", environment=True)

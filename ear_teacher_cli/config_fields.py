@@ -16,6 +16,7 @@ AUTO = "auto"
 AUTO_NUMBER = -1  # what `auto` is as the value of an option that is a number
 BOX_FORMATS = (AUTO, "xyxy", "xywh", "cxcywh")  # data/boxes.py has what they mean
 BOX_UNITS = (AUTO, "pixels", "relative")
+PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")  # of computing: autocast to float16 or bfloat16, or none
 OPTIONS, LISTS = "Options", "Lists of ears"
 # The groups of options in the help, in their order.
 PANELS = (OPTIONS, "Data", LISTS, "Model", "Training", "Machine", "Output")

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from ear_teacher_cli import run_folder
+from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.crop import load_crop
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.embedding.embedder import load_embedder
@@ -435,3 +436,48 @@ def test_weights_that_carry_their_preprocessing_keep_it(run, ears, tmp_path, ear
 def test_a_name_too_long_is_one_line(run, tmp_path, earteach):
     said = earteach("embed", "x" * 5000, tmp_path / "x.npy", "--weights", run)
     assert said.code == 1 and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_precision_is_kept_with_the_embeddings(run, ears, tmp_path, earteach):
+    """Rows in bfloat16 are close to the others, and are not taken for them."""
+    words = ["embed", ears / "eval.csv", "--weights", run, "--num-workers", 0]
+    for name, precision in (("full", "32-true"), ("half", "bf16-mixed"), ("none", "16-mixed")):
+        said = earteach(*words[:2], tmp_path / f"{name}.npy", *words[2:], "--precision", precision)
+        assert said.code == 0, said.err
+        assert ("16-mixed needs a GPU" in said.err) == (name == "none")
+    full, half, none = (np.load(tmp_path / f"{name}.npy", allow_pickle=False) for name in ("full", "half", "none"))  # noqa: TID251
+    assert half.dtype == np.float32 and np.array_equal(full, none)
+    assert 0 < np.abs(full - half).max() < 0.1 and (full * half).sum(1).min() > 0.99
+    about = [json.loads((tmp_path / f"{name}.json").read_text())["precision"] for name in ("full", "half", "none")]
+    assert about == ["32-true", "bf16-mixed", "32-true"]
+    said = earteach("evaluate", tmp_path / "full.npy", ears / "eval.csv", "--whiten", tmp_path / "half.npy")
+    assert said.code != 0 and "bf16-mixed" in said.err
+
+
+def test_on_a_gpu_several_batches_are_under_way(run, ears, monkeypatch):
+    """In order, and all of them: pretended here, as a CPU has nothing to wait for."""
+    from ear_teacher_cli.data.manifest import read_input
+    from ear_teacher_cli.embedding import embedder as module
+
+    loaded = module.load_embedder(run)
+    manifest = read_input(str(ears / "eval.csv"), str(ears))
+    launch, running, most = loaded.launch, [], []
+
+    def launched(pixels):
+        wait = launch(pixels)
+        running.append(wait)
+        most.append(len(running))
+
+        def waited():
+            running.remove(wait)
+            return wait()
+
+        return waited
+
+    options = (manifest, 4, 0, 60, Console(quiet=True))
+    expected = [(good, vectors.tolist()) for good, vectors, _ in module.embed_images(loaded, *options)]
+    monkeypatch.setattr(loaded, "launch", launched, raising=False)
+    monkeypatch.setitem(module.AHEAD, "cpu", 2)
+    found = [(good, vectors.tolist()) for good, vectors, _ in module.embed_images(loaded, *options)]
+    assert found == expected and len(found) == 3 and max(most) == 3 and not running

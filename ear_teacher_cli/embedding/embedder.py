@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,7 @@ class Embedder:
 
     `source`, `sha256`: the file of the weights. `fingerprint`: of weights and preprocessing, the same in every form of
     one teacher (model/weights.py). `whitening`: the one that the run fitted to its training embeddings, or None.
+    `precision`: one of config.PRECISIONS.
     """
 
     backbone: nn.Module
@@ -52,6 +54,7 @@ class Embedder:
     receipt: Receipt
     fingerprint: str
     whitening: Whitening | None = None
+    precision: str = "32-true"
 
     def embed(
         self,
@@ -102,12 +105,35 @@ class Embedder:
         rows = F.normalize(embeddings, dim=1).numpy()
         return self.whitening.apply(rows) if self.whitening and whiten else rows
 
-    @torch.inference_mode()
+    @property
+    def device(self) -> torch.device:
+        """The device of the backbone."""
+        return next(self.backbone.parameters()).device
+
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return raw embeddings, float32 B,D on the CPU, of crops uint8 B,3,S,S."""
-        device = next(self.backbone.parameters()).device
+        return self.launch(pixels)()
+
+    @torch.inference_mode()
+    def launch(self, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start embedding crops uint8 B,3,S,S; return a function that waits for their raw embeddings, float32 B,D on the
+        CPU. On a GPU several may be under way: it computes while earlier results are copied and written."""
+        device = self.device
+        kind = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(self.precision)
         images = normalise(pixels.to(device, non_blocking=True), self.preprocessing)
-        return self.backbone(images.to(memory_format=torch.channels_last)).float().cpu()
+        with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+            rows = self.backbone(images.to(memory_format=torch.channels_last)).float()
+        if device.type != "cuda":
+            return rows.cpu
+        copied, host = torch.cuda.Event(), torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        host.copy_(rows, non_blocking=True)
+        copied.record()
+
+        def wait() -> torch.Tensor:
+            copied.synchronize()
+            return host
+
+        return wait
 
 
 def load_embedder(
@@ -177,6 +203,7 @@ def load_backbone(path: str | Path, features_only: bool = False) -> tuple[nn.Mod
     return embedder.backbone.cpu(), embedder.preprocessing
 
 
+AHEAD = {"cuda": 2}  # batches that a device may be given before the first of them is waited for; others: none
 Batch = tuple[list[int], torch.Tensor | None, list[UnreadableImage]]
 
 
@@ -196,8 +223,18 @@ def embed_images(
     batches = crops_of(
         manifest, embedder.preprocessing, batch_size, num_workers, load_timeout, console, "embedding", images
     )
+    ahead = AHEAD.get(embedder.device.type, 0)
+    under_way: deque[tuple[list[int], Callable[[], torch.Tensor] | None, list[UnreadableImage]]] = deque()
     for good, pixels, bad in batches:
-        yield good, embedder(pixels) if pixels is not None else None, bad
+        under_way.append((good, None if pixels is None else embedder.launch(pixels), bad))
+        if len(under_way) > ahead:
+            yield _waited_for(*under_way.popleft())
+    while under_way:
+        yield _waited_for(*under_way.popleft())
+
+
+def _waited_for(good: list[int], wait: Callable[[], torch.Tensor] | None, bad: list[UnreadableImage]) -> Batch:
+    return good, wait() if wait is not None else None, bad
 
 
 def warn_of_unknown_sides(embedder: Embedder, manifest: Manifest, console: Console) -> None:

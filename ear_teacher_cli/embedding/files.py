@@ -182,5 +182,9 @@ def space_of(source: str | Path) -> tuple[str, bool]:
 
 
 def _space(about: dict[str, Any]) -> tuple[str, bool]:
-    mark = about.get("fingerprint")
-    return mark if isinstance(mark, str) else "", about.get("whitened") is True
+    mark, precision = about.get("fingerprint"), about.get("precision", "32-true")
+    if not isinstance(mark, str):
+        mark = ""
+    elif precision != "32-true":
+        mark = f"{precision} {mark}"
+    return mark, about.get("whitened") is True

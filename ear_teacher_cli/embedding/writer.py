@@ -95,6 +95,7 @@ def embed(
         console = Console(quiet=True) if ranks.rank else console
         whiten = config.whiten and config.normalize
         embedder = load_embedder(config.weights, config.backbone, config.image_size, whiten)
+        _set_arithmetic(embedder, config, console)
         _describe(embedder, manifest, console)
         if ranks.rank == 0:
             warn_of_unknown_sides(embedder, manifest, console)
@@ -111,6 +112,16 @@ def embed(
             rows = _write_outputs(shards, manifest, out, kind, sidecars, about) if ranks.rank == 0 else 0
             rows = ranks.of_first(rows)
     return Embedded(rows, len(manifest) - rows, about["dim"], out)
+
+
+def _set_arithmetic(embedder: Embedder, config: EmbedConfig, console: Console) -> None:
+    """Set precision and compilation of the backbone."""
+    embedder.precision = config.precision
+    if config.precision == "16-mixed" and embedder.device.type != "cuda":
+        console.info("precision: 16-mixed needs a GPU; embedding in full precision (32-true)")
+        embedder.precision = "32-true"
+    if config.compile:
+        embedder.backbone.compile()
 
 
 def _describe(embedder: Embedder, manifest: Manifest, console: Console) -> None:
@@ -233,6 +244,7 @@ def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool) -> dict
         "weights": Path(embedder.source).name,
         "weights_sha256": embedder.sha256,
         "fingerprint": embedder.fingerprint,
+        "precision": embedder.precision,
         "architecture": embedder.architecture,
         "preprocessing": embedder.preprocessing.as_dict(),
         "versions": {"earteach": __version__, **{name: version(name) for name in ("torch", "timm", "numpy", "pillow")}},
