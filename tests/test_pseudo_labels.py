@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ear_teacher_cli.data.manifest import images_manifest
-from ear_teacher_cli.errors import WeightsError
+from ear_teacher_cli.errors import EarTeachError, WeightsError
 from ear_teacher_cli.training.kmeans import class_means, directions, kmeans, kmeans_by_side
 from ear_teacher_cli.training.pseudo_labels import (
     PseudoClasses,
@@ -143,3 +143,54 @@ def test_kmeans_by_side_keeps_sides_and_ids_apart():
     right = {x for x, side in zip(labels.tolist(), sides, strict=True) if side == "right"}
     assert (len(left), len(right)) == (3, 5) and left | right == set(range(8))
     assert torch.equal(kmeans_by_side(points, sides, 8, seed=0, start=labels), labels)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_rank_embeds_its_share_and_rank_0_has_all(monkeypatch, world):
+    """20 images in batches of 4; row 7 cannot be read."""
+    from types import SimpleNamespace
+
+    from ear_teacher_cli.training import passes
+
+    sent: dict[int, list] = {}
+    embedded: dict[int, list[int]] = {}
+
+    def of_rank(rank):
+        def clean_dataloader(rows):
+            for first in range(rows.start, rows.stop, 4):
+                good = [row for row in range(first, min(first + 4, rows.stop)) if row != 7]
+                embedded.setdefault(rank, []).extend(good)
+                yield {"index": torch.tensor(good), "pixels": torch.tensor(good).float()[:, None], "bad": []}
+
+        class Module(torch.nn.Module):
+            train_set, console, device = range(20), passes.Console(quiet=True), torch.device("cpu")
+            config = SimpleNamespace(batch_size=4)
+            unreadable = SimpleNamespace(record=lambda *_, **__: None)
+            trainer = SimpleNamespace(
+                world_size=world, global_rank=rank, datamodule=SimpleNamespace(clean_dataloader=clean_dataloader)
+            )
+
+            def forward(self, pixels):
+                return pixels * 2
+
+        return Module()
+
+    def gather_object(mine, parts):
+        if parts is None:
+            sent[len(sent) + 1] = mine
+        else:
+            parts[0] = mine
+            for rank, theirs in sent.items():
+                parts[rank] = theirs
+
+    monkeypatch.setattr(torch.distributed, "gather_object", gather_object)
+    for rank in range(1, world):
+        assert passes.embed_train_set_together(of_rank(rank)) is None
+    embeddings, rows = passes.embed_train_set_together(of_rank(0))
+    assert rows.tolist() == [row for row in range(20) if row != 7]
+    assert embeddings[:, 0].tolist() == [2.0 * row for row in rows.tolist()]
+    assert len(embedded) == world and max(map(len, embedded.values())) <= {1: 20, 2: 12, 3: 8}[world]
+    if world > 1:
+        sent[1] = [EarTeachError("too many are unreadable")]
+        with pytest.raises(EarTeachError, match="too many"):
+            passes.embed_train_set_together(of_rank(0))

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..console import Console
+from ..distributed import Ranks
 from ..errors import EarTeachError
 from ..quality.reconstruction import COMPONENTS, FITTED_ON, PixelBasis
 from .epoch_metrics import ReferencePSNR, ValidationOutputs, ValidationRows
@@ -31,23 +32,61 @@ def evaluation_mode(module: pl.LightningModule) -> Iterator[None]:
         module.train(was_training)
 
 
-def embed_train_set(module: pl.LightningModule, rows: range | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embed the readable training images (`rows`: those of them) on this rank alone.
+def embed_train_set(module: pl.LightningModule, rows: range, about: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed the readable ones of `rows` of the training images on this rank alone, with the progress `about`, if given.
 
     Returns (float32 M,D, their rows int64 M), on the CPU. Raises EarTeachError if none can be read.
     """
-    found, indices = [], []
-    console = module.console if rows is None else Console(quiet=True)  # a part takes seconds, each epoch
-    with evaluation_mode(module), console.progress("making pseudo-classes", len(module.train_set), "images") as steps:
-        for batch in module.trainer.datamodule.clean_dataloader(rows):
+    return _joined(_embedded(module, rows, about))
+
+
+def embed_train_set_together(module: pl.LightningModule) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Embed all readable training images, each rank its share, in the batches that one rank would make.
+
+    Returns (float32 M,D, their rows int64 M) on rank 0, on the CPU, and None on the others. Raises EarTeachError, on rank
+    0 alone, if none can be read or too many cannot.
+    """
+    trainer, images = module.trainer, len(module.train_set)
+    rank, world = trainer.global_rank, trainer.world_size
+    mine = Ranks(rank, world).block(images, module.config.batch_size)
+    batches: list[Any] = []
+    try:
+        batches = _embedded(module, mine, "making pseudo-classes")
+    except EarTeachError as error:
+        if world == 1:
+            raise
+        batches = [error]
+    if world == 1:
+        return _joined(batches)
+    gathered: list[Any] = [None] * world
+    torch.distributed.gather_object(batches, gathered if rank == 0 else None)
+    if rank:
+        return None
+    everything = [batch for of_rank in gathered for batch in of_rank]
+    for batch in everything:
+        if isinstance(batch, EarTeachError):
+            raise batch
+    return _joined(everything)
+
+
+def _embedded(module: pl.LightningModule, rows: range, about: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return for each batch of `rows` of the training images (float32 B,D, rows int64 B) of those that can be read."""
+    found = []
+    console = module.console if about else Console(quiet=True)
+    with evaluation_mode(module), console.progress(about, len(rows), "images") as steps:
+        for batch in module.trainer.datamodule.clean_dataloader(rows) if rows else ():
             module.unreadable.record("train", batch, module.trainer, this_rank_only=True)
             if len(batch["index"]):
-                found.append(module(batch["pixels"].to(module.device)).float().cpu())
-                indices.append(batch["index"])
+                found.append((module(batch["pixels"].to(module.device)).float().cpu(), batch["index"]))
             steps.advance(len(batch["index"]) + len(batch["bad"]))
-    if not found:
+    return found
+
+
+def _joined(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if not batches:
         raise EarTeachError("training images: not one could be read; run earteach validate-data")
-    return torch.cat(found), torch.cat(indices)
+    embeddings, rows = (torch.cat(column) for column in zip(*batches, strict=True))
+    return embeddings, rows
 
 
 def clean_train_batches(module: pl.LightningModule, most: int, about: str) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from ..data.manifest import Manifest
 from ..errors import EarTeachError, ManifestError, WeightsError
 from ..files import printable
 from .kmeans import IMAGES_PER_CLASS, class_means, directions, kmeans, kmeans_by_side
-from .passes import embed_train_set
+from .passes import embed_train_set_together
 
 
 @dataclass
@@ -106,7 +106,7 @@ class PseudoLabels:
         self.classes, self.nmi = PseudoClasses.from_dict(state, mark), state.get("nmi")
 
     def make_round(self, module: pl.LightningModule) -> torch.Tensor | None:
-        """Make the classes of a round on rank 0 and send them to all ranks. `module`: an EarTeacherLightningModule.
+        """Make the classes of a round: all ranks embed, rank 0 clusters. `module`: an EarTeacherLightningModule.
 
         Returns the class means of the heads' output, float32 K,D', which become the prototypes; None where the classes
         know nothing of the images. Raises EarTeachError, on all ranks, if there are not enough readable images.
@@ -117,11 +117,12 @@ class PseudoLabels:
             self.classes = PseudoClasses(labels, count, 0, self._fingerprint(manifest))
             return None
         result: Any = None
-        if module.trainer.is_global_zero:
-            try:
-                result = self._found(module, manifest, count)
-            except EarTeachError as error:
-                result = error
+        try:
+            embedded = embed_train_set_together(module)
+            if embedded is not None:
+                result = self._found(module, manifest, count, *embedded)
+        except EarTeachError as error:
+            result = error
         result = module.trainer.strategy.broadcast(result)
         if isinstance(result, EarTeachError):
             raise EarTeachError.on_all_ranks(str(result))
@@ -131,9 +132,10 @@ class PseudoLabels:
         self.nmi = None if before is None else agreement_of_rounds(before, self.classes.labels)
         return means
 
-    def _found(self, module: pl.LightningModule, manifest: Manifest, count: int) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return the next round's state and class means."""
-        embeddings, rows = embed_train_set(module)
+    def _found(
+        self, module: pl.LightningModule, manifest: Manifest, count: int, embeddings: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return the next round's state and class means from the embeddings M,D of the readable `rows` M."""
         labels = self._label(embeddings, rows, manifest, count)
         means = _means_of_outputs(module, embeddings, labels[rows])
         number = self.classes.round + 1 if self.classes else 0
