@@ -104,3 +104,13 @@ def test_the_benchmark_runs_and_reports_every_round(tmp_path, capsys, monkeypatc
     ratios = bench.speed_up({"ours": [1.0, 2.0], "other": [3.0, 4.0]}, "ours", "other")
     line = bench.Line("a", "b", "c", ratios, 2.6, "", "")
     assert ratios == [3.0, 2.0] and line.median == 2.5 and "not met: 2.50 [2.00, 3.00]" in line.as_row()
+
+
+@pytest.mark.parametrize(("views", "again"), [(1, False), (2, True)])
+def test_the_cost_of_training_is_measured(views, again):
+    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+    from measure_cost import measure
+
+    found = measure("test_convnext", 64, views, 4, again, "cpu", 1)
+    assert 0 < found["low"] <= found["seconds"] <= found["high"] and found["gigabytes"] > 0.1
+    assert found["parameters"] == 207_128

@@ -18,14 +18,15 @@ import subprocess
 import sys
 import time
 
-# (backbone, image size, views, batch size); the first is the default of `earteach train`
+# (backbone, image size, views, batch size, gradient checkpointing); the first is the default of `earteach train`
 ROWS = (
-    ("convnext_tiny", 224, 2, 32),
-    ("convnext_tiny", 224, 1, 32),
-    ("convnext_tiny", 160, 2, 32),
-    ("convnext_nano", 160, 2, 32),
-    ("convnext_atto", 128, 2, 32),
-    ("tf_efficientnet_lite0", 96, 2, 64),
+    ("convnext_tiny", 224, 2, 32, False),
+    ("convnext_tiny", 224, 2, 32, True),
+    ("convnext_tiny", 224, 1, 32, False),
+    ("convnext_tiny", 160, 2, 32, False),
+    ("convnext_nano", 160, 2, 32, False),
+    ("convnext_atto", 128, 2, 32, False),
+    ("tf_efficientnet_lite0", 96, 2, 64, False),
 )
 COLUMNS = (
     "backbone",
@@ -33,29 +34,36 @@ COLUMNS = (
     "image size",
     "views",
     "batch size",
+    "--gradient-checkpointing",
     "s per 1,000 images (range)",
     "memory, GB",
     "GPU memory, 16-mixed, computed, GB",
 )
 
 
-def measure(backbone: str, size: int, views: int, batch: int, device: str, steps: int) -> dict[str, float]:
+def measure(backbone: str, size: int, views: int, batch: int, again: bool, device: str, steps: int) -> dict[str, float]:
     """Return seconds per 1,000 images (`seconds`, `low`, `high`), GB (`gigabytes`, `computed`) and `parameters`."""
     import torch
 
     from ear_teacher_cli import EarTeacherLightningModule, platform
     from ear_teacher_cli.config import TrainConfig
-    from ear_teacher_cli.training.dry_run import one_step
+    from ear_teacher_cli.training.step_trial import one_step, trial_batch
 
     platform.reuse_freed_memory()  # as `earteach train` does
     objective = {} if views == 2 else {"contrastive_weight": 0.0}  # contrastive learning needs two views
-    config = TrainConfig(backbone=backbone, image_size=size, views=views, batch_size=batch, **objective)
+    precision = "16-mixed" if device == "cuda" else "32-true"
+    config = TrainConfig(
+        backbone=backbone,
+        image_size=size,
+        views=views,
+        batch_size=batch,
+        gradient_checkpointing=again,
+        precision=precision,
+        **objective,
+    )
     module = EarTeacherLightningModule(config).to(device).train()  # weights are random until they are loaded
     optimizer = torch.optim.AdamW(module.parameters())
-    prototypes = torch.randn(512, config.projection_dim, device=device).requires_grad_()
-    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    batch_of_data = {"pixels": pixels, "clean": pixels, "index": torch.arange(batch)}
-    batch_of_data |= {"view": pixels.flip(0)} if views == 2 else {}
+    images = trial_batch(config, batch)
     seconds, saved = [], {}
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
@@ -65,21 +73,20 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        one_step(module, dict(batch_of_data), prototypes)
+        one_step(module, images)
     optimizer.zero_grad()
     trained, frozen = (
         sum(p.numel() for p in module.parameters() if p.requires_grad is learns) for learns in (True, False)
     )
     for _ in range(steps + 1):
         start = time.perf_counter()
-        with torch.autocast(device, torch.float16, enabled=device == "cuda"):
-            one_step(module, dict(batch_of_data), prototypes)
+        one_step(module, images)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else _peak_memory()
+    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else platform.peak_memory() / 1e9
     per_thousand = [1000 * value / batch for value in seconds[1:]]
     return {
         "seconds": statistics.median(per_thousand),
@@ -89,13 +96,6 @@ def measure(backbone: str, size: int, views: int, batch: int, device: str, steps
         "computed": (16 * trained + 4 * frozen + sum(saved.values()) / 2) / 1e9,
         "parameters": sum(p.numel() for p in module.model.backbone.parameters()),
     }
-
-
-def _peak_memory() -> float:
-    """Return the peak resident memory of this process in GB (ru_maxrss is in kB on Linux, in bytes on macOS)."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def main() -> None:
@@ -116,10 +116,12 @@ def main() -> None:
         arguments = ["--device", args.device, "--steps", str(args.steps), "--row", json.dumps(row)]
         done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        backbone, size, views, batch = row
+        backbone, size, views, batch, again = row
+        # with checkpointing the peak is in the backward pass, which computes a stage again: not what autograd kept
+        computed = "–" if again else f"{found['computed']:.1f}"
         print(
-            f"| `{backbone}` | {found['parameters'] / 1e6:.1f} | {size} | {views} | {batch} | {found['seconds']:.0f} "
-            f"({found['low']:.0f}-{found['high']:.0f}) | {found['gigabytes']:.1f} | {found['computed']:.1f} |",
+            f"| `{backbone}` | {found['parameters'] / 1e6:.1f} | {size} | {views} | {batch} | {'on' if again else 'off'} "
+            f"| {found['seconds']:.0f} ({found['low']:.0f}-{found['high']:.0f}) | {found['gigabytes']:.1f} | {computed} |",
             flush=True,
         )
 
