@@ -1,5 +1,8 @@
 """Random augmentation of a crop, determined by one seed per image, epoch and view. H = W = image_size.
 
+On a GPU the transforms compute there, and draw the same random numbers: torchvision draws those of its transforms on the
+CPU, and so do the ones here.
+
 To add a policy, write a function that returns its transforms and add one line to POLICIES (and its name to
 config.AUGMENTATIONS, which the command line offers). To add a transform, put it into one of these functions.
 
@@ -7,8 +10,9 @@ No policy cuts off helix or lobe (scale 0.8 to 1.1, shift 5 %). `hflip` is indep
 a flipped left ear looks like a right ear.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,6 +46,33 @@ class Augment:
             return self.flip(torch.stack([self.photometry(moved), moved])).unbind(0)
 
 
+class Views:
+    """What a step sees of an image, as a function of (image, seed) alone.
+
+    `augment` makes the first view, `view` a second one; None: the image as it is, and none. `clean`: the first view is
+    wanted without its changes of colour, too.
+    """
+
+    def __init__(self, augment: Augment | None = None, view: Augment | None = None, clean: bool = False):
+        self.augment, self.view, self.clean = augment, view, clean
+
+    def __call__(self, pixels: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+        """Return {'pixels' [, 'view'][, 'clean']} of uint8 3,H,W: images like it, on its device."""
+        found = {"pixels": pixels}
+        if self.augment:
+            found["pixels"], clean = self.augment.with_clean(pixels, seed)
+            if self.clean:
+                found["clean"] = clean
+        if self.view:  # beside an augmented image it needs a seed of its own
+            found["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
+        return found
+
+    def of_batch(self, pixels: torch.Tensor, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return the same of B images, uint8 B,3,H,W, on their device."""
+        found = [self(image, seed) for image, seed in zip(pixels, seeds, strict=True)]
+        return {name: torch.stack([views[name] for views in found]) for name in found[0]}
+
+
 def _mild() -> list[nn.Module]:
     """Small changes of brightness and contrast, blur, noise."""
     return [v2.ColorJitter(brightness=0.3, contrast=0.3), *_blur_and_noise()]
@@ -59,7 +90,7 @@ def _strong() -> list[nn.Module]:
 
 
 def _blur_and_noise() -> list[nn.Module]:
-    noise = [v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.03), v2.ToDtype(torch.uint8, scale=True)]
+    noise = [v2.ToDtype(torch.float32, scale=True), GaussianNoise(sigma=0.03), v2.ToDtype(torch.uint8, scale=True)]
     return [v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 1.5))], p=0.3), v2.RandomApply(noise, p=0.3)]
 
 
@@ -80,7 +111,21 @@ class ColourCast(nn.Module):
         power = torch.exp(self.gamma * (2 * torch.rand(()) - 1))
         levels = torch.linspace(0, 1, 256)  # of uint8: a table of 256 values is exact, and cheap
         table = ((gain * levels).clamp(0, 1) ** power * 255).round().byte()  # 3,256
+        table = table.to(pixels.device, non_blocking=True)
         return torch.stack([t[p] for t, p in zip(table, pixels.int(), strict=True)])
+
+
+class GaussianNoise(nn.Module):
+    """Add normal noise of standard deviation `sigma`. torchvision's draws on the device of the image: other numbers."""
+
+    def __init__(self, sigma: float):
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Map float 3,H,W on [0, 1] to the same."""
+        noise = torch.randn(pixels.shape).to(pixels.device, non_blocking=True)
+        return (pixels + noise * self.sigma).clamp(0, 1)
 
 
 class LostResolution(nn.Module):
@@ -96,3 +141,8 @@ class LostResolution(nn.Module):
         small = max(8, round(side * self.least ** float(torch.rand(()))))
         down = F.interpolate(pixels[None].float(), size=(small, small), mode="bilinear", antialias=True)
         return F.interpolate(down, size=(side, side), mode="bilinear")[0].round().clamp(0, 255).byte()
+
+
+def derive_seed(*parts: int) -> int:
+    """Return a 63-bit seed from several non-negative numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -17,9 +17,9 @@ from ..console import Console
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
 from ..platform import child_exits_unnoticed, usable_cores
-from .augment import Augment
+from .augment import Augment, Views
 from .crop_cache import FOLDER, CropCaches, bytes_of_caches
-from .dataset import Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
+from .dataset import Batch, Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
 from .manifest import Manifest, has_drive, named_by_folders, print_summary, read_manifest
 from .preprocessing import preprocessing_for
 
@@ -182,15 +182,10 @@ class EarDataModule(pl.LightningDataModule):
         self._check(train, val, mirror=preprocessing.mirror)
         policy = config.augmentation if config.augment else None
         augment = Augment(preprocessing, policy, config.hflip) if config.augment or config.hflip else None
-        self.train_set = EarDataset(
-            train,
-            preprocessing,
-            augment=augment,
-            view=augment if config.views == 2 else None,
-            clean=config.needs_clean_view,
-        )
+        views = Views(augment, augment if config.views == 2 else None, config.needs_clean_view)
+        self.train_set = EarDataset(train, preprocessing, views=views, later=config.augment_on == "gpu")
         self.clean_set = EarDataset(train, preprocessing)
-        self.val_set = EarDataset(val, preprocessing, view=Augment(preprocessing, config.augmentation))
+        self.val_set = EarDataset(val, preprocessing, views=Views(view=Augment(preprocessing, config.augmentation)))
         self._is_read = True
 
     def _check(self, train: Manifest, val: Manifest, mirror: bool) -> None:
@@ -223,6 +218,13 @@ class EarDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return the loader of validation crops with their views, in manifest order."""
         return self._loader(self.val_set, shuffle=False)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment a training batch on its device, if the loader's processes did not (--augment-on gpu)."""
+        seeds = batch.pop("seeds", None)
+        if seeds is not None and self.train_set.views is not None:
+            batch |= self.train_set.views.of_batch(batch["pixels"], seeds)
+        return batch
 
     def clean_dataloader(self, rows: range | None = None) -> DataLoader:
         """Return the loader of the training crops (of `rows`, if given) that k-means clusters: without augmentation, in

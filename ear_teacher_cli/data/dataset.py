@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 
 from ..errors import ImageError
 from ..platform import ignore_stop_signals
-from .augment import Augment
+from .augment import Views, derive_seed
 from .crop import load_crop
 from .crop_cache import CropCache
 from .manifest import Manifest
@@ -41,10 +41,10 @@ class UnreadableImage(NamedTuple):
 
 
 class EarDataset(Dataset):
-    """Ears of a manifest. Item: {'index': int, 'pixels': uint8 3,H,W [, 'view'][, 'clean']}, or an UnreadableImage.
+    """Ears of a manifest. Item: {'index': int, 'pixels': uint8 3,H,W, ...}, or an UnreadableImage.
 
-    `pixels` is augmented if `augment` is given. 'view', if `view` is given, is a second augmented crop of the ear.
-    'clean', if `clean`, has the geometric augmentation of `pixels` only.
+    With `views`, pixels are augmented, and the item has the other views (augment.Views). `later`: the item has the crop
+    and the 'seed' instead, and the views are made when the batch is on its device (EarDataModule).
     """
 
     def __init__(
@@ -52,14 +52,12 @@ class EarDataset(Dataset):
         manifest: Manifest,
         preprocessing: Preprocessing,
         *,
-        augment: Augment | None = None,
-        view: Augment | None = None,
-        clean: bool = False,
+        views: Views | None = None,
+        later: bool = False,
         cache: CropCache | None = None,
     ):
+        self.manifest, self.preprocessing, self.views, self.later = manifest, preprocessing, views, later
         self.cache = cache
-        self.manifest, self.preprocessing, self.augment, self.view = manifest, preprocessing, augment, view
-        self.clean = clean
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -73,14 +71,9 @@ class EarDataset(Dataset):
         pixels = torch.from_numpy(crop)
         if self.preprocessing.mirror and self.manifest.side(index) == "right":
             pixels = pixels.flip(-1)
-        item = {"index": index, "pixels": pixels}
-        if self.augment:
-            item["pixels"], clean = self.augment.with_clean(pixels, seed)
-            if self.clean:
-                item["clean"] = clean
-        if self.view:  # beside an augmented image it needs a seed of its own
-            item["view"] = self.view(pixels, derive_seed(seed, 1) if self.augment else seed)
-        return item
+        if self.later:
+            return {"index": index, "pixels": pixels, "seed": seed}
+        return {"index": index, **(self.views(pixels, seed) if self.views else {"pixels": pixels})}
 
     def _crop(self, index: int) -> np.ndarray:
         image, box = self.manifest.file(index), self.manifest.boxes[index]
@@ -90,7 +83,8 @@ class EarDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
-    """Return {'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'clean'], 'bad': list of UnreadableImage}.
+    """Return {'index': int64 B, 'pixels': uint8 B,3,H,W [, 'view'][, 'clean'][, 'seeds': list of int], 'bad': list of
+    UnreadableImage}.
 
     B may be 0; then there are no pixels. In a worker the tensors are moved to shared memory here: torch would do it in
     a thread whose errors (usually no room) are lost, and the parent would wait for the batch.
@@ -101,6 +95,8 @@ def collate(items: list[dict[str, Any] | UnreadableImage]) -> Batch:
     for name in ("pixels", "view", "clean"):
         if readable and name in readable[0]:
             batch[name] = torch.stack([item[name] for item in readable])
+    if readable and "seed" in readable[0]:
+        batch["seeds"] = [item["seed"] for item in readable]
     if get_worker_info() is not None:
         for value in batch.values():
             if isinstance(value, torch.Tensor):
@@ -150,8 +146,3 @@ class EpochSampler(DistributedSampler):
         skip, self.skip = self.skip, 0
         for index in order[self.rank :: self.world][skip:].tolist():
             yield Draw(index, derive_seed(self.seed, self.epoch, index))
-
-
-def derive_seed(*parts: int) -> int:
-    """Return a 63-bit seed from several non-negative numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -57,6 +57,7 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
     loaded = sum(1 for _, _ in zip(range(TIMED * max(1, loader.num_workers)), batches, strict=False))
     load_seconds = (time.perf_counter() - start) / max(1, loaded)
     data.stop_workers()  # they would take time from the step
+    batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
     seconds = loss = 0.0
     for _ in range(2):  # the first step also pays for warming up
         start = time.perf_counter()

@@ -35,6 +35,10 @@ from .pseudo_labels import class_count
 SILENT = {"enable_progress_bar": False, "enable_model_summary": False}
 
 
+# Fewer CPU cores than these for each GPU augment more slowly than it trains a small backbone.
+CORES_FOR_AUGMENTING = 8
+
+
 def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[TrainConfig, EarDataModule]:
     """Fit the configuration to the machine and read the data; print what was settled. Writes nothing.
 
@@ -46,6 +50,13 @@ def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[T
     if config.precision == "16-mixed" and not uses_cuda(config):
         settled.append("precision: 16-mixed needs a GPU; training in full precision (32-true)")
         config = replace(config, precision="32-true")
+    if config.augment_on != "cpu" and not uses_cuda(config):
+        if config.augment_on == "gpu":
+            settled.append("augmentation: there is no GPU for it; augmenting on the CPU")
+        config = replace(config, augment_on="cpu")
+    elif config.augment_on == "auto":
+        few = usable_cores() < CORES_FOR_AUGMENTING * config.devices
+        config = replace(config, augment_on="gpu" if few else "cpu")
     if config.warmup != config.warmup_epochs:
         settled.append(
             f"warm-up: of {counted(config.warmup_epochs, 'epoch')} does not fit into {config.max_epochs}; "

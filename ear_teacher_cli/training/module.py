@@ -15,8 +15,9 @@ from torch import nn
 
 from ..config import MONITORS, TrainConfig
 from ..console import Console
+from ..data.augment import derive_seed
 from ..data.datamodule import steps_into_epoch
-from ..data.dataset import Batch, EarDataset, derive_seed
+from ..data.dataset import Batch, EarDataset
 from ..data.preprocessing import from_unit, normalise, preprocessing_for
 from ..errors import EarTeachError
 from ..model import weights

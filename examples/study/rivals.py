@@ -25,8 +25,8 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import nn
 
 from ear_teacher_cli.config import TrainConfig
+from ear_teacher_cli.data.augment import derive_seed
 from ear_teacher_cli.data.datamodule import EarDataModule
-from ear_teacher_cli.data.dataset import derive_seed
 from ear_teacher_cli.data.preprocessing import normalise
 from ear_teacher_cli.model.freezing import freeze_to_stride, keep_statistics
 from ear_teacher_cli.model.teacher import embedding_size
