@@ -201,9 +201,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/grad_ratio", "gradient ratio", "Gradient of the other terms / reconstruction's, in what the decoder reads.",
            panel="Gradient of the other terms / reconstruction's", legend="ratio"),
     Metric("machine/data_wait", "waiting for data", "Share of an epoch's training time spent waiting for the next batch.",
-           "%", ".0f", "min", rank=8, head="wait %"),
+           "%", ".0f", "min", rank=5, head="wait %"),
     Metric("machine/peak_memory", "peak memory", "Peak memory of the GPU or, without one, of the process.",
-           "GB", ".1f", "min", rank=8, head="GB"),
+           "GB", ".1f", "min", rank=5, head="GB"),
 )
 # fmt: on
 

@@ -1,5 +1,6 @@
 """`train --profile`: which operations the time of a training step goes to."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ class Profile(Callback):
     ) -> None:
         if self._steps == SKIPPED and trainer.is_global_zero:
             activities = [profiler.ProfilerActivity.CPU]
-            if pl_module.device.type == "cuda":
+            if pl_module.device.type != "cuda":
+                os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports as an error that there is no GPU
+            else:
                 activities.append(profiler.ProfilerActivity.CUDA)
             self._profiler = profiler.profile(activities=activities)
             self._profiler.start()
