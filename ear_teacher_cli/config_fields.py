@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .errors import ConfigError
 
 AUTO = "auto"
-AUTO_NUMBER = -1  # what `auto` is as the value of an option that is a number
+AUTO_NUMBER = -1  # the number that stands for `auto`
 BOX_FORMATS = (AUTO, "xyxy", "xywh", "cxcywh")  # data/boxes.py has what they mean
 BOX_UNITS = (AUTO, "pixels", "relative")
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")  # of computing: autocast to float16 or bfloat16, or none

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ORIGINAL, RENAMED, TrainConfig, preset
-from .config_fields import converted, flag, kinds_of, plain
+from .config_fields import AUTO_NUMBER, converted, flag, kinds_of, plain
 from .errors import ConfigError, EarTeachError, UsageError
 
 # What the first versions did where they had no option yet: they read every unnamed box as corners in pixels, let lists
@@ -88,6 +88,8 @@ def _option_of_file(name: str, key: str, value: Any, where: str) -> Any:
     if name not in specs:
         hint = nearest(name, [*specs, "preset"])
         raise EarTeachError(f"{where}: unknown option {key!r}; {hint}`earteach train --help-all` lists the names")
+    if specs[name].metadata.get("auto") and value == AUTO_NUMBER:
+        raise ConfigError(name, f"{value} is not a number of its kind", "give a positive one, or auto")
     return converted(name, value, kinds_of(TrainConfig)[name], specs[name].metadata)
 
 

@@ -181,9 +181,9 @@ class _PlainSteps:
         self.console.info(f"{self.doing}: {self.done}{of} {self.unit}, {rate:.1f}/s{left}")
 
 
-def counted(number: int, thing: str) -> str:
-    """Return `1 epoch`, `2 epochs`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """Return `1 epoch`, `2 epochs`; `things`: the plural, if it is another."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
 
 
 def clock(seconds: float) -> str:

@@ -91,15 +91,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def link_file(existing: Path, path: Path) -> bool:
-    """Make `path` a second name of the file `existing`, in the place of an earlier file; return whether the system can."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
+    """Make `path` a second name (hard link) of the file `existing`, in the place of an earlier file; return whether the
+    file system can."""
     try:
-        os.link(existing, temporary)
-        os.replace(temporary, path)
-    except (OSError, NotImplementedError):  # file systems without links; Lightning's paths elsewhere
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
+        os.close(handle)
+        os.unlink(name)
+        os.link(existing, name)
+    except (OSError, NotImplementedError):
+        return False
+    try:
+        os.replace(name, path)
+    except OSError:
         return False
     finally:
-        temporary.unlink(missing_ok=True)  # what a rename leaves if both are names of one file already
+        Path(name).unlink(missing_ok=True)  # os.replace does nothing if both are links to one file already
     return True
 
 

@@ -324,16 +324,14 @@ def reuse_freed_memory() -> bool:
     """Let the C library keep freed memory for the next allocation; return whether it does.
 
     By default glibc returns blocks above 32 MB to the system, which zeroes their pages again in every training step: on
-    two cores a quarter to two fifths of its time. Without effect on other C libraries, and if the environment configures
-    malloc.
+    two cores a quarter to two fifths of its time. Not on other C libraries, nor if the environment configures malloc.
     """
     chosen = any(name in os.environ for name in ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"))
     try:
         if chosen or not os.confstr("CS_GNU_LIBC_VERSION"):
             return False
         mallopt = ctypes.CDLL(None).mallopt
-        # older versions refuse thresholds above 32 MB: they then never map a block on its own
-        kept = mallopt(_MMAP_THRESHOLD, _REUSED) or mallopt(_MMAP_MAX, 0)
+        kept = mallopt(_MMAP_THRESHOLD, _REUSED) or mallopt(_MMAP_MAX, 0)  # old versions refuse more than 32 MB
         return bool(mallopt(_TRIM_THRESHOLD, -1)) and bool(kept)
     except (AttributeError, ValueError, OSError):  # not glibc
         return False
@@ -349,6 +347,8 @@ def usable_cores() -> int:
 
 def peak_memory() -> float:
     """Return the peak resident memory of this process in bytes; 0 where the system does not say (Windows)."""
+    with suppress(OSError, IndexError, ValueError):  # getrusage's also has the peak of the parent process
+        return int(Path("/proc/self/status").read_text("ascii").split("VmHWM:")[1].split()[0]) * 1024.0
     with suppress(ImportError):
         import resource
 

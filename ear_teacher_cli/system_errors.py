@@ -54,7 +54,7 @@ _EXPLANATIONS = (
         "16-mixed",
     ),
     (
-        r"does not have a deterministic implementation",
+        r"does not have a deterministic implementation|CUBLAS_WORKSPACE_CONFIG",
         "--deterministic: the GPU has no deterministic algorithm for an operation of this model; leave the option out",
     ),
     (

@@ -1,5 +1,4 @@
-"""What becomes of gradients before a step: clipped, accumulated over batches, of activations computed again, gathered from
-other devices."""
+"""Clipping, accumulation, checkpointing and gathering of gradients."""
 
 import dataclasses
 import math
@@ -88,13 +87,34 @@ def test_two_accumulated_batches_are_one_of_twice_the_size(manifests, tmp_path, 
         return original(self, *arguments)
 
     monkeypatch.setattr(EarTeacherLightningModule, "training_step", without_batch_statistics)
-    options = dict(output_dir=str(tmp_path), max_epochs=1, metric_loss="none", decoder_start="random")
+    options = dict(
+        output_dir=str(tmp_path), max_epochs=1, metric_loss="none", decoder_start="random", gradient_clip_val=0.0
+    )
     together, _ = fitted(small_config(manifests, batch_size=8, **options))
     halves, trainer = fitted(small_config(manifests, batch_size=4, **options), accumulate_grad_batches=2)
     assert trainer.global_step == len(halves.gradients) == len(together.gradients) == 3
     assert apart(halves.gradients[0], together.gradients[0]) < 1e-3
     one, _ = fitted(small_config(manifests, batch_size=4, **options))
     assert len(one.gradients) == 6 and apart(one.gradients[0], together.gradients[0]) > 0.05
+
+
+@pytest.mark.slow
+def test_the_last_step_of_an_epoch_is_the_mean_of_fewer_batches(manifests, tmp_path, monkeypatch):
+    """3 batches, two to a step: the gradient of the second step is that of its one batch."""
+    original = EarTeacherLightningModule.training_step
+
+    def step(self, *given):
+        loss = original(self, *given)
+        constant = sum(p.sum() for p in self.model.backbone.parameters()) * self._share_of_step(given[1])
+        return loss * 0 + constant
+
+    monkeypatch.setattr(EarTeacherLightningModule, "training_step", step)
+    options = dict(
+        output_dir=str(tmp_path), max_epochs=1, metric_loss="none", decoder_start="random", gradient_clip_val=0.0
+    )
+    found, _ = fitted(small_config(manifests, batch_size=8, **options), accumulate_grad_batches=2)
+    sums = [float(gradient.max()) for gradient in found.gradients]
+    assert sums == pytest.approx([1.0, 1.0])
 
 
 RECIPE = dict(max_epochs=2, batch_size=3, accumulate_grad_batches=3, augment=True, ema_decay=0.9, gradient_clip_val=0.5)
@@ -130,7 +150,7 @@ def test_a_stop_between_accumulated_batches_waits_for_the_step(manifests, tmp_pa
 
 @pytest.mark.slow
 def test_a_batch_without_a_finite_loss_leaves_the_others_of_its_step(manifests, tmp_path, monkeypatch):
-    options = dict(output_dir=str(tmp_path), max_epochs=1, batch_size=4, metric_loss="none")
+    options = dict(output_dir=str(tmp_path), max_epochs=1, batch_size=4, metric_loss="none", gradient_clip_val=0.0)
     config = small_config(manifests, **options)
     original, calls = objectives.Objective.training, []
 
@@ -154,27 +174,27 @@ def test_a_batch_without_a_finite_loss_leaves_the_others_of_its_step(manifests, 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_efficientnet", "test_resnet"])
 @pytest.mark.parametrize("decoder_input", ["map", "embedding"])
-def test_activations_computed_again_give_the_same_gradients(manifests, backbone, decoder_input):
-    config = small_config(manifests, backbone=backbone, decoder_input=decoder_input, decoder_start="random")
-    images, found = torch.randn(2, 3, 64, 64), []
+def test_activations_computed_again_give_the_same_gradients_and_statistics(manifests, backbone, decoder_input):
+    options = dict(backbone=backbone, decoder_input=decoder_input, decoder_start="random", freeze_statistics=False)
+    images, gradients, buffers, passes = torch.randn(4, 3, 64, 64), [], [], []
     for again in (False, True):
         torch.manual_seed(0)
-        changed = small_config(manifests, **{**config.as_dict(), "gradient_checkpointing": again})
-        model = TeacherModel(changed, heads=())
-        calls = []
-        first = next(
-            m for name, m in model.backbone.named_modules() if name.startswith(("stages.1", "blocks.1", "layer2"))
-        )
-        first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
+        model = TeacherModel(small_config(manifests, gradient_checkpointing=again, **options), heads=()).train()
+        names = ("stages.1.blocks.0", "blocks.1.0", "layer2.0")
+        layer = next(m for name, m in model.backbone.named_modules() if name in names)
+        count = []
+        layer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         embedding, maps = model.embed_with_maps(images)
         loss = model.decoder(model.decoder_input(embedding, maps)).square().mean() + embedding.square().mean()
         loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.backbone.parameters() if p.grad is not None]))
-    assert apart(found[1], found[0]) < 1e-5 and found[0].abs().max() > 0
+        gradients.append(torch.cat([p.grad.flatten() for p in model.backbone.parameters() if p.grad is not None]))
+        buffers.append(dict(model.backbone.named_buffers()))
+        passes.append(len(count))
+    assert passes == [1, 2]  # the layer ran again
+    assert apart(gradients[1], gradients[0]) < 1e-5 and gradients[0].abs().max() > 0
+    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+    moved = [buffer for name, buffer in buffers[1].items() if name.endswith("num_batches_tracked")]
+    assert all(int(buffer) == 1 for buffer in moved) and bool(moved) == (backbone != "test_convnext")
 
 
 def test_a_backbone_that_cannot_is_named(manifests):
@@ -183,15 +203,22 @@ def test_a_backbone_that_cannot_is_named(manifests):
 
 
 @pytest.mark.slow
-def test_a_run_with_everything_resumes_exactly(manifests, tmp_path):
+def test_a_run_with_everything_resumes_exactly(manifests, tmp_path, monkeypatch):
     options = dict(
         max_epochs=2, batch_size=4, gradient_checkpointing=True, deterministic=True, accumulate_grad_batches=2,
         gradient_clip_val=1.0, precision="auto", checkpoint_every_n_epochs=1, views=2, augment=True,
         contrastive_weight=1.0, augmentation="strong",
     )  # fmt: skip
+    original, seen = EarTeacherLightningModule.training_step, []
+
+    def watched(self, *arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(EarTeacherLightningModule, "training_step", watched)
     whole = train(small_config(manifests, output_dir=str(tmp_path), experiment_name="whole", **options), QUIET)
     assert whole.config.precision == "32-true"
-    assert not torch.are_deterministic_algorithms_enabled() or not torch.use_deterministic_algorithms(False)
+    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
     names = sorted(path.name for path in (whole.experiment / "checkpoints").iterdir())
     assert "epoch_0001.ckpt" in names and "epoch_0002.ckpt" in names
     again = train(small_config(manifests, output_dir=str(tmp_path), experiment_name="again", **options), QUIET)
@@ -201,13 +228,28 @@ def test_a_run_with_everything_resumes_exactly(manifests, tmp_path):
             path.unlink()
     resume(again.experiment, QUIET)
     assert_same_weights(whole.experiment, again.experiment)
-    torch.use_deterministic_algorithms(False)
 
 
-def test_no_checkpoints_between(manifests):
-    from ear_teacher_cli.training.checkpoints import checkpoint_callbacks
+@pytest.mark.slow
+@pytest.mark.parametrize("links", [True, False])
+def test_checkpoints_of_one_epoch_are_one_file_where_there_are_links(manifests, tmp_path, monkeypatch, links):
+    if not links:
 
-    assert len(checkpoint_callbacks("x", "val/loss", 5)) == 3 and len(checkpoint_callbacks("x", "val/loss", 0)) == 2
+        def refused(*_, **__):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", refused)
+    options = dict(max_epochs=2, checkpoint_every_n_epochs=2, metric_loss="none")
+    folder = train(small_config(manifests, output_dir=str(tmp_path), **options), QUIET).experiment / "checkpoints"
+    files = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    best = [inode for name, inode in files.items() if name.startswith("best-epoch_0002")]
+    assert len(best) == 1 and len(files) == 4 and not list(folder.glob(".*"))
+    assert len({files["last.ckpt"], files["epoch_0002.ckpt"], *best}) == (1 if links else 3)
+    for path in folder.iterdir():
+        assert read_checkpoint(path).epoch == (1 if "0001" in path.name else 2)
+    (tmp_path / "none").mkdir()
+    none = small_config(manifests, output_dir=str(tmp_path / "none"), **options | {"checkpoint_every_n_epochs": 0})
+    assert not list((train(none, QUIET).experiment / "checkpoints").glob("epoch_*"))
 
 
 @pytest.mark.parametrize(

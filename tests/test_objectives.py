@@ -119,7 +119,7 @@ def test_dry_run_prints_the_objective_of_the_training_step(manifests):
     torch.manual_seed(0)
     module = EarTeacherLightningModule(config).train()
     batch = next(iter(data.train_dataloader()))
-    loss = one_step(module, batch)
+    loss = one_step(module, batch, 2)
     with torch.no_grad():
         remade = module.model.decoder(module(batch["pixels"]))
     assert loss == pytest.approx(float(F.mse_loss(remade, to_unit(batch["clean"]))), rel=1e-5)

@@ -1,6 +1,8 @@
 """What a run says of the machine: memory, waiting for data, the time of its operations."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ear_teacher_cli import platform
 from ear_teacher_cli.console import Console
-from ear_teacher_cli.data.datamodule import EarLoader
+from ear_teacher_cli.data.dataset import EarDataset
 from ear_teacher_cli.training.run import train
 
 QUIET = Console(quiet=True)
@@ -21,15 +23,14 @@ QUIET = Console(quiet=True)
 def test_waiting_for_data_and_memory_are_logged(manifests, tmp_path, monkeypatch, capsys):
     config = small_config(manifests, output_dir=str(tmp_path), experiment_name="fast", max_epochs=1)
     fast = train(config, Console()).experiment
-    original = EarLoader.__iter__
+    original = EarDataset.__getitem__
 
-    def slow(loader):
-        for batch in original(loader):
-            time.sleep(1.0)
-            yield batch
+    def slow(dataset, draw):
+        time.sleep(0.15)
+        return original(dataset, draw)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EarLoader, "__iter__", slow)
+        patch.setattr(EarDataset, "__getitem__", slow)
         waiting = train(small_config(manifests, output_dir=str(tmp_path), max_epochs=1), QUIET).experiment
     shares = [float(read_table(run / "metrics.csv")[1]["machine/data_wait"]) for run in (fast, waiting)]
     assert 0 <= shares[0] < 50 < shares[1] < 100
@@ -40,11 +41,14 @@ def test_waiting_for_data_and_memory_are_logged(manifests, tmp_path, monkeypatch
     assert {"machine/data_wait", "machine/peak_memory"} <= set(events.Tags()["scalars"])
 
 
-def test_peak_memory_grows(monkeypatch):
-    before = platform.peak_memory()
-    block = torch.ones(100_000_000)  # 400 MB
-    assert platform.peak_memory() >= before > 1e7 and platform.peak_memory() > 4e8
-    del block
+def test_peak_memory_is_that_of_the_process():
+    program = (
+        "from ear_teacher_cli.platform import peak_memory\nbefore = peak_memory()\nblock = b'x' * 300_000_000\n"
+        "del block\nprint(before, peak_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert 1e6 < before < 3e8 <= after - before < 6e8
 
 
 @pytest.mark.slow

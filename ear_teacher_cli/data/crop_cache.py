@@ -180,11 +180,12 @@ def _place(kind: str, wanted: float, limit: float, copies: int) -> tuple[str, fl
     return kind, memory
 
 
-def bytes_of_caches(kind: str, images: int, side: int, limit: float, copies: int) -> float:
-    """Return the bytes on disk that the crops of `images` images take at most; 0 if they are kept elsewhere. Arguments as
-    those of CropCaches."""
+def bytes_of_caches(kind: str, images: int, side: int, limit: float, copies: int) -> dict[str, float]:
+    """Return the bytes that the crops of `images` images take at most, in memory (`ram`) and on disk (`disk`). Arguments
+    as those of CropCaches."""
     wanted = float(images * _record_size(side))
-    return min(wanted, limit) if _place(kind, wanted, limit, copies)[0] == "disk" else 0.0
+    kind, memory = _place(kind, wanted, limit, copies)
+    return {"ram": min(wanted, memory) * (kind == "ram"), "disk": min(wanted, limit) * (kind == "disk")}
 
 
 def _make_room(folder: Path, names: list[str], wanted: int, limit: float) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
+from ..config_fields import AUTO_NUMBER
 from ..console import Console
 from ..errors import ConfigError, EarTeachError, ManifestError
 from ..files import printable
@@ -71,14 +72,39 @@ def _has_workers(iterator: Any) -> bool:
     return hasattr(iterator, "_shutdown_workers") and not iterator._shutdown
 
 
+class _Timed:
+    """An iterator of an EarLoader that adds up how long its batches are waited for."""
+
+    def __init__(self, iterator: Any, loader: Any):
+        self._iterator, self._loader = iterator, loader
+
+    def __iter__(self) -> "_Timed":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.monotonic()
+        try:
+            return next(self._iterator)
+        finally:
+            self._loader.waited += time.monotonic() - start
+
+    def __len__(self) -> int:
+        return len(self._iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+
 class EarLoader(DataLoader):
-    """A DataLoader whose worker processes can be ended."""
+    """A DataLoader whose worker processes can be ended. `waited`: seconds that was waited for its batches."""
+
+    waited = 0.0
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
         self.__dict__.setdefault("_iterators", weakref.WeakSet()).add(iterator)
         _started[iterator] = os.getpid()
-        return iterator
+        return _Timed(iterator, self)
 
     def stop_workers(self) -> None:
         """End the workers; kill those that are still running after some seconds (one may hang in a decoder)."""
@@ -167,8 +193,8 @@ class EarDataModule(pl.LightningDataModule):
         config = self.config
         return "ram" if config.cache == "auto" and not config.images else config.cache
 
-    def cache_bytes_on_disk(self) -> float:
-        """Return the bytes that cached crops would take on disk in a run."""
+    def cache_bytes(self) -> dict[str, float]:
+        """Return the bytes that cached crops may take in a run: in memory (`ram`) and on disk (`disk`)."""
         config, images = self.config, len(self.train_set) + len(self.val_set)
         return bytes_of_caches(self._cache_kind(), images, config.image_size, config.cache_limit * 1e9, config.devices)
 
@@ -235,6 +261,8 @@ class EarDataModule(pl.LightningDataModule):
         self, dataset: EarDataset, *, shuffle: bool, all_ranks: bool = False, rows: range | None = None
     ) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not all_ranks else (0, 1)
+        if self.config.batch_size == AUTO_NUMBER:
+            raise ConfigError("batch_size", "auto is found by `earteach train` only", "give a number")
         workers = min(self.config.num_workers, max(1, usable_cores() // self.config.devices))
         sampler = EpochSampler(len(dataset), self.config.seed, shuffle=shuffle, rank=rank, world=world)
         # Lightning starts the first iterator, whose workers fetch ahead, before it calls set_epoch.

@@ -101,7 +101,9 @@ def embed(
             warn_of_unknown_sides(embedder, manifest, console)
         about = _provenance(embedder, manifest, config.normalize)
         workers = min(config.num_workers, max(1, usable_cores() // ranks.local))
-        with _open_shards(out, about, manifest, config.batch_size, config.resume, console, ranks) as shards:
+        with _open_shards(
+            out, about | {"compiled": config.compile}, manifest, config.batch_size, config.resume, console, ranks
+        ) as shards:
             mine = ranks.block(len(manifest), config.batch_size)
             batches = partial(
                 embed_images, embedder, manifest, config.batch_size, workers, config.load_timeout, console

@@ -5,6 +5,7 @@ Shapes: B images, H = W = image_size pixels, D = embedding dimension, D' = proje
 
 import warnings
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import timm
@@ -53,7 +54,7 @@ def embedding_size(backbone: nn.Module, image_size: int) -> int:
 def checkpoint_activations(backbone: Any) -> None:
     """Let a backbone compute its activations again in the backward pass (gradient checkpointing).
 
-    Raises ConfigError if timm has it not for this backbone.
+    Raises ConfigError if timm does not support it for this backbone.
     """
     try:
         backbone.set_grad_checkpointing(True)
@@ -62,6 +63,17 @@ def checkpoint_activations(backbone: Any) -> None:
         raise ConfigError(
             "gradient_checkpointing", found, "leave the option out, or choose another backbone"
         ) from error
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(partial(_keep_statistics_when_repeated, module.momentum))
+
+
+def _keep_statistics_when_repeated(momentum: float | None, module: Any, given: Any) -> None:
+    """Keep the running statistics of batch normalisation in the backward pass, where its input is seen again."""
+    is_repeated = torch._C._current_graph_task_id() != -1
+    module.momentum = 0.0 if is_repeated else momentum
+    if is_repeated and module.training and module.num_batches_tracked is not None:
+        module.num_batches_tracked.sub_(1)  # the layer adds 1
 
 
 class TeacherModel(nn.Module):

@@ -40,7 +40,7 @@ class PortableCheckpoint(ModelCheckpoint):
 
 
 class PeriodicCheckpoint(PortableCheckpoint):
-    """One that Lightning tells from the others by its class, whatever its period."""
+    """A separate class, so that its state key differs from that of `last` even with a period of 1."""
 
 
 def checkpoint_callbacks(folder: Path, monitor: str, every: int) -> list[PortableCheckpoint]:
@@ -69,8 +69,8 @@ def checkpoint_callbacks(folder: Path, monitor: str, every: int) -> list[Portabl
 class WholeFileCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, complete or not there at all, and always read with `weights_only`.
 
-    Those of one moment are names of one file, where the system has hard links: the best, a periodic one and the last are
-    written once. They would differ in how much each callback knows of the others' files only.
+    Checkpoints saved at the same step are hard links to one file, where the file system has them. Separate files would
+    differ only in the state of the checkpoint callbacks.
     """
 
     def __init__(self) -> None:

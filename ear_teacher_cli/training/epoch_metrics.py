@@ -32,8 +32,8 @@ class TrainingMeans:
             total += torch.stack((mean.detach().float() * images, total.new_tensor(images)))
 
     def add_finite(self, values: dict[str, torch.Tensor]) -> None:
-        """Add values of an optimizer step, those that are finite: of gradients that overflowed in half precision the step
-        is skipped."""
+        """Add the finite values of an optimizer step. In float16 an overflow makes the norm infinite, and the scaler skips
+        the step."""
         for name, value in values.items():
             total = self.sums.setdefault(name, torch.zeros(2, device=value.device))
             is_finite = torch.isfinite(value)

@@ -54,9 +54,11 @@ class SaveOnStop(Checkpoint):
         steps_left = trainer.num_training_batches - batch_idx - 1
         stop, batches = self._signalled_anywhere(trainer), trainer.accumulate_grad_batches
         complete = (batch_idx + 1) % batches == 0
+        # of this epoch, after which a checkpoint can be taken
+        last = (trainer.num_training_batches - 1) // batches * batches
         if complete and (0 < steps_left <= batches or (stop and steps_left)) and not pl_module.guard.nonfinite_steps:
             self._before_last = _copied(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        if stop and (complete or not steps_left):
+        if stop and (complete or batch_idx + 1 > last):
             self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -45,6 +45,8 @@ def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[T
     `new`: a run that begins, whose options may be refused; one that is resumed has them already. Raises EarTeachError.
     """
     settled = []
+    if config.deterministic:  # read once, when a GPU is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.precision == "auto":
         config = replace(config, precision=best_precision(config))
     if config.precision == "16-mixed" and not uses_cuda(config):
@@ -73,7 +75,8 @@ def prepare(config: TrainConfig, console: Console, new: bool = False) -> tuple[T
     for line in settled:
         console.info(line)
     if config.batch_size == AUTO_NUMBER:
-        data.config = config = find_batch_size(config, len(train), console)
+        classes, kept = count_classes(config, train), data.cache_bytes()["ram"]
+        data.config = config = find_batch_size(config, len(train), classes, kept, console)
     about_data = describe_data(config, train, val, count_classes(config, train))
     console.summary([*describe(config), ("data", about_data)])
     return config, data

@@ -56,7 +56,7 @@ def contrastive_loss(projections: torch.Tensor, temperature: float, others: torc
     """Return NT-Xent (SimCLR, Chen et al. 2020, eq. 1): find every view's other view among all views of the batch.
 
     `projections` 2B,D': the first views of B images, then their second views. `others` N,D': views of other images, the
-    batches of other devices; a row of zeros is none. At chance: log(2B - 1 + N).
+    batches of other devices; rows of zeros are padding and are ignored. At chance: log(2B - 1 + N).
     """
     with torch.autocast(projections.device.type, enabled=False):
         unit = F.normalize(projections.float(), dim=1)

@@ -106,7 +106,6 @@ class EarTeacherLightningModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        torch.set_float32_matmul_precision(self.config.matmul_precision)
         if self.config.compile:
             self.model.compile_parts()
         require_data(self.config, self.preprocessing, self.trainer.datamodule)
@@ -213,7 +212,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._training_means.add(found.metrics, len(batch["index"]))
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
         self.log("train/lr", rate, on_step=True, on_epoch=False)
-        return found.total
+        return found.total * self._share_of_step(batch_idx)
+
+    def _share_of_step(self, batch_idx: int) -> float:
+        """Return what to multiply a loss by, so that the gradient of an optimizer step is the mean over its batches:
+        Lightning divides by accumulate_grad_batches, also in the last step of an epoch, which may have fewer."""
+        batches, total = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        first = batch_idx // batches * batches
+        return batches / min(batches, total - first) if batches > 1 else 1.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.guard.before_optimizer_step(optimizer)
@@ -226,7 +232,7 @@ class EarTeacherLightningModule(pl.LightningModule):
     ) -> None:
         """Clip the gradients of all parameters together and measure their norm, after `on_before_optimizer_step`.
 
-        The configuration's limit holds with any Trainer; a Trainer's own `gradient_clip_val` goes before it.
+        The configuration's limit holds with any Trainer; a `gradient_clip_val` of the Trainer overrides it.
         """
         limit = gradient_clip_val or self.config.gradient_clip_val
         if gradient_clip_algorithm == "value":

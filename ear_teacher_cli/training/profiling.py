@@ -8,12 +8,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import profiler
 
+from .. import run_folder
 from ..console import Console
 from ..files import printable, whole_file
 
 SKIPPED, RECORDED = 2, 5  # steps: the first ones allocate memory and choose algorithms
 ROWS = 40  # of the table
-TABLE, TRACE = "profile.txt", "profile-trace.json"
 
 
 class Profile(Callback):
@@ -65,10 +65,10 @@ class Profile(Callback):
         found.stop()
         device = "cuda" if module.device.type == "cuda" else "cpu"
         operations = found.key_averages()
-        with whole_file(self.folder / TABLE) as temporary:
+        with whole_file(self.folder / run_folder.PROFILE) as temporary:
             table = operations.table(sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=60)
             temporary.write_text(table, encoding="utf-8")
-        with whole_file(self.folder / TRACE) as temporary:
+        with whole_file(self.folder / run_folder.TRACE) as temporary:
             found.export_chrome_trace(str(temporary))
         own = {
             each.key: each.self_device_time_total if device == "cuda" else each.self_cpu_time_total
@@ -79,5 +79,5 @@ class Profile(Callback):
         self.console.info(
             f"profile of {self._steps - SKIPPED} steps: "
             + ", ".join(f"{name} {100 * own[name] / total:.0f} %" for name in longest)
-            + f"; {printable(self.folder / TABLE)} and {TRACE} have all operations"
+            + f"; {printable(self.folder / run_folder.PROFILE)} and {run_folder.TRACE} have all operations"
         )

@@ -26,6 +26,7 @@ from ..system_errors import explain_system_error
 from . import callbacks, guards, loggers
 from .checkpoints import WholeFileCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
 from .describe import reconstruction_in_words, why_best
+from .device import arithmetic_of
 from .epoch_metrics import ValidationRows
 from .interruption import SaveOnStop
 from .launch import SILENT, machine_of, new_module, prepare, quiet_lightning, strategy_of
@@ -181,7 +182,7 @@ def _fit(
     keep_best = callbacks.KeepBestEmbeddings(config.monitor)
     assert data.train_set is not None
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes * config.accumulate_grad_batches))
-    with quiet_lightning():
+    with quiet_lightning(), arithmetic_of(config):
         trainer = pl.Trainer(
             **machine_of(config),
             strategy=strategy_of(config),

@@ -8,16 +8,17 @@ from .module import EarTeacherLightningModule
 from .objectives import ClassTargets
 
 
-def one_step(module: EarTeacherLightningModule, batch: Batch) -> float:
+def one_step(module: EarTeacherLightningModule, batch: Batch, count: int) -> float:
     """Return the loss of a training step of the first epoch, forward and back, in the configuration's precision.
 
-    The pseudo-classes are made up, which changes nothing of the cost. Gradients are left in place.
+    `count`: number of pseudo-classes (at least 2 are used). Labels and prototypes are made up. Gradients are left in
+    place.
     """
     config, device = module.config, module.device
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     classes = None
     if config.learns_classes:
-        count = config.num_pseudo_classes or 512
+        count = max(2, count)
         prototypes = torch.randn(count, config.projection_dim, device=device).requires_grad_()
         classes = ClassTargets(prototypes, torch.arange(len(batch["index"]), device=device) % count)
     kind = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(config.precision)

@@ -73,14 +73,14 @@ def measure(backbone: str, size: int, views: int, batch: int, again: bool, devic
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        one_step(module, images)
+        one_step(module, images, 512)
     optimizer.zero_grad()
     trained, frozen = (
         sum(p.numel() for p in module.parameters() if p.requires_grad is learns) for learns in (True, False)
     )
     for _ in range(steps + 1):
         start = time.perf_counter()
-        one_step(module, images)
+        one_step(module, images, 512)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
