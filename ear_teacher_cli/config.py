@@ -85,7 +85,7 @@ class TrainConfig(ListOptions):
     gradient_clip_val: float = option(0.0, "Training", "Largest norm of the gradient of all parameters together; a larger gradient is scaled down to it. 0: no limit.", low=0.0)
     reconstruction_weight: float = option(3.0, "Training", "Weight of the reconstruction loss (MSE on [-1, 1]).", low=0.0, common=True, loss_term=True)
     denoise: bool = option(True, "Training", "Reconstruct the image without its colour changes, noise and blur: the target gets the geometric augmentation only.")
-    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match the two views of an image among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
+    contrastive_weight: float = option(1.0, "Training", "Weight of the contrastive loss (NT-Xent of SimCLR): match an image's two views among those of the batch. Needs --views 2.", low=0.0, common=True, loss_term=True, compares_views=True)
     temperature: float = option(0.2, "Training", "Temperature of the contrastive loss.", above=0.0, high=10.0)
     anchor_weight: float = option(2.0, "Training", "Weight of the anchor loss: predict the feature maps of the frozen pretrained backbone at twice the input size. Without pretrained weights it is left out.", low=0.0, loss_term=True)
     consistency_weight: float = option(0.0, "Training", "Weight of the consistency loss (SimSiam, with stop-gradient): predict the projection of the other view. Needs --views 2.", low=0.0, loss_term=True, compares_views=True)
