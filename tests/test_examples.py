@@ -106,6 +106,20 @@ def test_the_benchmark_runs_and_reports_every_round(tmp_path, capsys, monkeypatc
     assert ratios == [3.0, 2.0] and line.median == 2.5 and "not met: 2.50 [2.00, 3.00]" in line.as_row()
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_a_training_step_runs_with_the_default_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
+    import bench
+
+    threads = torch.get_num_threads()
+    try:
+        bench.main(["step", "--quick", "--rounds", "1", "--json", str(tmp_path / "x.json")])  # its limits are not met
+    finally:
+        torch.set_num_threads(threads)
+    lines = json.loads((tmp_path / "x.json").read_text())
+    assert len(lines) == 3 and {line["part"] for line in lines} == {"step"}
+
+
 @pytest.mark.parametrize(("views", "again"), [(1, False), (2, True)])
 def test_the_cost_of_training_is_measured(views, again):
     sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.console import Console
-from ear_teacher_cli.data.preprocessing import normalise, to_unit
+from ear_teacher_cli.data.preprocessing import to_unit
 from ear_teacher_cli.training.losses import contrastive_loss, metric_loss
 from ear_teacher_cli.training.run import train
 
@@ -87,9 +87,9 @@ def _minimal_loop(config: TrainConfig) -> tuple[Callable[[dict], None], DataLoad
 
     def step(batch: dict) -> None:
         views = torch.cat([batch["pixels"], batch["view"]])
-        embedding = module.model.embed(normalise(views, module.preprocessing))
-        first = embedding[: len(batch["pixels"])]
-        loss = F.mse_loss(module.model.decoder(first), to_unit(batch["pixels"]))
+        embedding, maps = module.features(views)
+        first = module.model.decoder_input(embedding, maps)[: len(batch["pixels"])]
+        loss = config.reconstruction_weight * F.mse_loss(module.model.decoder(first), to_unit(batch["clean"]))
         projection = module.model.projection(embedding)
         loss = loss + contrastive_loss(projection, config.temperature)
         prediction = module.model.prediction(projection)
