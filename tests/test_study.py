@@ -98,7 +98,9 @@ def test_the_same_study_gives_the_same_table(ears, start, tmp_path, capsys, in_t
 @pytest.mark.slow
 def test_a_study_has_the_mask_probe_and_the_ear_alone(ears, masked_ears, start, tmp_path, capsys, in_this_process):
     words = [*arguments_of(ears, start), "--choose-on", str(ears / "eval.csv"), "--masks", str(masked_ears)]
-    assert study.main([str(tmp_path / "out"), *words, "--rows", "baseline,ear-only,step0"]) == 0, capsys.readouterr().err
+    assert study.main([str(tmp_path / "out"), *words, "--rows", "baseline,ear-only,step0"]) == 0, (
+        capsys.readouterr().err
+    )
     result = json.loads((tmp_path / "out" / "baseline-0" / "result.json").read_text())
     alone = json.loads((tmp_path / "out" / "ear-only-0" / "result.json").read_text())["lists"]["choose"]
     for way in tables.TREATMENTS:  # the check and the baseline's own score are the same measurement

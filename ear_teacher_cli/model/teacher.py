@@ -163,9 +163,7 @@ def build_anchor(config: TrainConfig, backbone: nn.Module) -> Anchor:
     """
     if pretrained_cfg_of(config.backbone).fixed_input_size:
         found = f"{config.backbone} takes images of one size only, not of twice the side"
-        raise ConfigError(
-            "anchor_weight", found, "choose another backbone, or 0 (and --baseline-weight 0.5 in its place)"
-        )
+        raise ConfigError("anchor_weight", found, "choose another backbone, or 0")
     return Anchor(backbone, preprocessing_for(config))
 
 

@@ -61,7 +61,7 @@ def of_other_weights(config: TrainConfig) -> str:
         return ""
     return (
         f"val recon and PSNR are computed with the exported backbone, moved back by --baseline-weight "
-        f"{config.baseline_weight:g}, for which the decoder is not trained: they are worse than train recon"
+        f"{config.baseline_weight:g}, for which the decoder is not trained: they can be worse than train recon"
     )
 
 

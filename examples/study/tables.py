@@ -54,7 +54,9 @@ def metrics_table(results: Results, rows: dict[str, Row]) -> str:
                 pair = (difference(results["recommended"], results[name], which, metric) for metric in METRICS)
                 lines.append([rows[name].label, *pair])
             parts.append(_markdown(lines))
-        ears = {name: runs for name, runs in results.items() if f"{EAR_ONLY}raw" in runs[0].get("lists", {}).get(which, {})}
+        ears = {
+            name: runs for name, runs in results.items() if f"{EAR_ONLY}raw" in runs[0].get("lists", {}).get(which, {})
+        }
         if ears:
             parts.append(_markdown(_ear_only_table(ears, rows, which)))
     return "\n\n".join([*parts, _markdown(_other_metrics(results, rows)), "\n".join(_notes(results, rows))]) + "\n"
