@@ -5,7 +5,7 @@ config.py has those of `train`. cli/options.py makes the options of the command 
 
 from dataclasses import dataclass
 
-from .config_fields import OPTIONS, PRECISIONS, ListOptions, option, shared
+from .config_fields import OPTIONS, ListOptions, option, shared
 
 EMBEDDING_FORMATS = ("npy", "npz", "csv")
 LIST_FORMATS = ("npy", "csv")
@@ -98,8 +98,8 @@ class EmbedConfig(ListOptions):
     normalize: bool = option(True, "Options", "Scale every row to unit length (L2).")
     whiten: bool = option(True, "Options", "Apply the whitening that was fitted in training (train --whiten), if there is one.")
     batch_size: int = shared("batch_size")
-    precision: str = option("32-true", "Options", "Floating-point precision of the backbone. Mixed ones are faster on most GPUs; rows are float32 in any case, and differ slightly. Without a GPU 16-mixed becomes 32-true.", choices=PRECISIONS)
-    compile: bool = option(False, "Options", "Compile the backbone (torch.compile): takes a minute at first, then saves time on some machines.", switch=True)
+    precision: str = shared("precision", help="Floating-point precision of the backbone. Mixed ones are faster on most GPUs; rows are float32 in any case, and differ slightly. Without a GPU 16-mixed becomes 32-true.")
+    compile: bool = shared("compile", help="Compile the backbone (torch.compile): takes a minute at first, then saves time on some machines.", switch=True)
     num_workers: int = shared("num_workers")
     load_timeout: int = shared("load_timeout")
     resume: bool = option(False, "Options", "Continue an interrupted embed; the result is byte-identical.", switch=True)

@@ -106,7 +106,7 @@ class TrainConfig(ListOptions):
     fail_on_collapse: bool = option(False, "Training", "Stop with exit code 1 if the embeddings collapse, or retrieval falls below that of the initial weights.")
     images: bool = shared("images", panel="Training", help="Draw collages; --no-images keeps every image out of TensorBoard and the experiment folder.", common=True)
     num_collage_samples: int = shared("num_collage_samples", help="Validation images in the collage.")
-    precision: str = option("16-mixed", "Training", "Floating-point precision; without a GPU 16-mixed becomes 32-true. auto: bf16-mixed if the GPU has it.", choices=(*PRECISIONS, AUTO), environment=True, common=True)
+    precision: str = shared("precision", default="16-mixed", panel="Training", help="Floating-point precision; without a GPU 16-mixed becomes 32-true. auto: bf16-mixed if the GPU has it.", choices=(*PRECISIONS, AUTO), environment=True, common=True)
     seed: int = shared("seed", panel="Training", common=True)
 
     accelerator: str = option("auto", "Machine", "Lightning's accelerator: auto, cpu, gpu, mps...", environment=True)
@@ -117,7 +117,7 @@ class TrainConfig(ListOptions):
     augment_on: str = option("cpu", "Machine", "Where training images are augmented: cpu, by the processes that load them; gpu, in the training step, for machines with few CPU cores for each GPU; auto: gpu with fewer than 8 cores for each. The images are the same.", choices=AUGMENT_ON, environment=True, resumable=True)
     gradient_checkpointing: bool = option(False, "Machine", "Compute the backbone's activations again in the backward pass instead of keeping them: less memory, so that larger batches fit, for about a third more time.")
     deterministic: bool = option(False, "Machine", "Use deterministic algorithms only, so that a run on a GPU repeats exactly; slower. On a CPU runs repeat without it.")
-    compile: bool = option(False, "Machine", "Compile backbone and decoder (torch.compile): takes a minute or two at first, then speeds up steps on some machines. Try it with --dry-run.")
+    compile: bool = shared("compile", panel="Machine", help="Compile backbone and decoder (torch.compile): takes a minute or two at first, then speeds up steps on some machines. Try it with --dry-run.")
 
     checkpoint_every_n_epochs: int = option(5, "Output", "Keep the checkpoint of every so many epochs, besides the best three and the last; 0: none.", low=0)
     profile: bool = option(False, "Output", "Record five steps with torch.profiler: profile.txt has a table of operations, profile-trace.json a trace for Perfetto, both in the experiment folder.")

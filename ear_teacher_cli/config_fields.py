@@ -85,6 +85,8 @@ _SHARED: dict[str, dict[str, Any]] = {
         "low": 32,
     },
     "batch_size": {"default": 32, "panel": OPTIONS, "help": "Images per forward pass.", "low": 1},
+    "precision": {"default": "32-true", "panel": OPTIONS, "help": "", "choices": PRECISIONS},
+    "compile": {"default": False, "panel": OPTIONS, "help": ""},
     "num_workers": {
         "default": 8,
         "panel": OPTIONS,

@@ -33,8 +33,8 @@ sys.path.insert(0, str(EXAMPLES))
 
 BACKBONE = "test_convnext"  # timm's own ConvNeXt for tests: 207,128 parameters
 # One view, nothing frozen, reconstruction and k-means classes: the short way for tests that are not of the recipe.
-PLAIN = {**PRESETS["original"], "pad": True, "margin_warmup_epochs": 5}
-PLAIN_WORDS = ["--preset", "original", "--pad", "--margin-warmup-epochs", "5"]
+PLAIN = {**PRESETS["original"], "pad": True, "margin_warmup_epochs": 5, "gradient_clip_val": 0.0}
+PLAIN_WORDS = ["--preset", "original", "--pad", "--margin-warmup-epochs", "5", "--gradient-clip-val", "0"]
 SMALL = [
     "--backbone",
     BACKBONE,

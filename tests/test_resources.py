@@ -43,7 +43,7 @@ def test_waiting_for_data_and_memory_are_logged(manifests, tmp_path, monkeypatch
 
 def test_peak_memory_is_that_of_the_process():
     program = (
-        "from ear_teacher_cli.platform import peak_memory\nbefore = peak_memory()\nblock = b'x' * 300_000_000\n"
+        "from ear_teacher_cli.platform import peak_memory\nbefore = peak_memory()\nblock = b'x' * 320_000_000\n"
         "del block\nprint(before, peak_memory())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -25,6 +25,7 @@ FINE_TUNING = {
     "head_lr_mult": 10.0,
     "weight_decay": 1e-4,
     "warmup_epochs": 1,
+    "gradient_clip_val": 0.0,
     "ema_decay": 0.0,
     "baseline_weight": 0.5,
     "reconstruction_weight": 1.0,
