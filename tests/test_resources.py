@@ -35,7 +35,7 @@ def test_waiting_for_data_and_memory_are_logged(manifests, tmp_path, monkeypatch
     shares = [float(read_table(run / "metrics.csv")[1]["machine/data_wait"]) for run in (fast, waiting)]
     assert 0 <= shares[0] < 50 < shares[1] < 100
     peak = float(read_table(fast / "metrics.csv")[1]["machine/peak_memory"])
-    assert 0.1 < peak <= platform.peak_memory() / 1e9
+    assert 0.1 < peak <= platform.peak_memory() / 1e9 + 1e-3  # logged in float32
     assert "waiting for data" in capsys.readouterr().err
     events = EventAccumulator(str(fast / "version_0")).Reload()
     assert {"machine/data_wait", "machine/peak_memory"} <= set(events.Tags()["scalars"])
