@@ -98,7 +98,7 @@ def link_file(existing: Path, path: Path) -> bool:
         os.close(handle)
         os.unlink(name)
         os.link(existing, name)
-    except (OSError, NotImplementedError):
+    except OSError:
         return False
     try:
         os.replace(name, path)

@@ -446,7 +446,7 @@ def test_precision_is_kept_with_the_embeddings(run, ears, tmp_path, earteach):
         said = earteach(*words[:2], tmp_path / f"{name}.npy", *words[2:], "--precision", precision)
         assert said.code == 0, said.err
         assert ("16-mixed needs a GPU" in said.err) == (name == "none")
-    full, half, none = (np.load(tmp_path / f"{name}.npy", allow_pickle=False) for name in ("full", "half", "none"))  # noqa: TID251
+    full, half, none = (load(tmp_path / f"{name}.npy") for name in ("full", "half", "none"))
     assert half.dtype == np.float32 and np.array_equal(full, none)
     assert 0 < np.abs(full - half).max() < 0.1 and (full * half).sum(1).min() > 0.99
     about = [json.loads((tmp_path / f"{name}.json").read_text())["precision"] for name in ("full", "half", "none")]
