@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..platform import free_memory, peak_memory
 from .device import uses_cuda
 from .module import EarTeacherLightningModule
-from .step_trial import one_step, trial_batch
+from .step_trial import bytes_besides_a_step, one_step, trial_batch
 
 FIRST = 4  # images of the smallest batch that is tried
 LARGEST = 1024
@@ -37,9 +37,7 @@ def find_batch_size(config: TrainConfig, images: int, classes: int, kept: float,
     memory = Memory(config, kept)
     config = replace(config, batch_size=FIRST)
     module = EarTeacherLightningModule(config).to(memory.device).train()
-    # what the trials do not allocate: AdamW's two moments, averaged weights
-    copies = 2 + (config.ema_decay > 0) + (config.kept_share > 0)
-    more = 4 * copies * sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    more = bytes_besides_a_step(module)
     allowed = min(images // STEPS_PER_EPOCH, LARGEST)
     most = max(FIRST, allowed)
     tried: list[tuple[int, float]] = []  # images, bytes

@@ -17,7 +17,7 @@ from .callbacks import WHITEN_ON
 from .device import arithmetic_of, uses_cuda
 from .launch import count_classes, new_module, prepare
 from .module import EarTeacherLightningModule
-from .step_trial import one_step
+from .step_trial import bytes_besides_a_step, one_step
 
 AHEAD, TIMED = 2, 2  # batches of each worker: those it loads ahead, and those whose loading is timed
 
@@ -81,9 +81,8 @@ def estimate(config: TrainConfig, console: Console) -> tuple[TrainConfig, Estima
     disk = int(_bytes_of_checkpoints(config, module) + data.cache_bytes()["disk"])
     precision = config.precision
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
-    if memory:  # AdamW's two moments, averaged weights
-        copies = 2 + (config.ema_decay > 0) + (config.kept_share > 0)
-        memory += 4 * copies * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if memory:
+        memory += bytes_besides_a_step(module)
     found = Estimate(len(loader), seconds, load_seconds, total, disk, loss, precision, memory or None)
     return config, found
 

@@ -28,6 +28,13 @@ def one_step(module: EarTeacherLightningModule, batch: Batch, count: int) -> flo
     return float(loss.detach())
 
 
+def bytes_besides_a_step(module: EarTeacherLightningModule) -> int:
+    """Return the bytes that a run allocates and `one_step` does not: AdamW's two moments, and averaged weights."""
+    config = module.config
+    copies = 2 + (config.ema_decay > 0) + (config.kept_share > 0)
+    return 4 * copies * sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def trial_batch(config: TrainConfig, size: int) -> Batch:
     """Return a batch of `size` random images with the views that the configuration needs."""
     seeded = torch.Generator().manual_seed(config.seed)
