@@ -132,6 +132,7 @@ class TrainConfig(ListOptions):
         super().__post_init__()
         self._check_names()
         self._check_losses()
+        self._check_views()
         if self.cache == "disk" and not self.images:
             raise ConfigError("cache", "disk keeps images, --no-images keeps none", "use --cache ram, or --images")
         if self.monitor == "val/metric_loss" and not self.learns_classes:
@@ -154,13 +155,16 @@ class TrainConfig(ListOptions):
                 "0 leaves nothing to learn without another loss",
                 "raise it, or choose --metric-loss arcface and a --metric-weight above 0",
             )
-        for name in _marked("compares_views"):
-            if getattr(self, name) and self.views != 2:
-                raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or {flag(name)} 0")
         if self.num_pseudo_classes == 1:
             raise ConfigError(
                 "num_pseudo_classes", "1 leaves nothing to tell apart", "use 2 or more, or 0 for no bound"
             )
+
+    def _check_views(self) -> None:
+        """Raise ConfigError if views are compared that are not made, or are all alike."""
+        for name in _marked("compares_views"):
+            if getattr(self, name) and self.views != 2:
+                raise ConfigError(name, "compares two views, but there is one", f"add --views 2, or {flag(name)} 0")
         if self.views == 2 and not self.augment:
             raise ConfigError(
                 "views",
@@ -177,6 +181,31 @@ class TrainConfig(ListOptions):
     def compares_views(self) -> bool:
         """Whether a loss between two views of an image is part of the run."""
         return any(getattr(self, name) > 0 for name in _marked("compares_views"))
+
+    @property
+    def distils(self) -> bool:
+        """Whether the run distils a student from a teacher (distill_config.py)."""
+        return False
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model reconstructs images."""
+        return True
+
+    @property
+    def map_strides(self) -> tuple[int, ...]:
+        """Strides in pixels of the feature maps that a student learns to predict; empty for a teacher."""
+        return ()
+
+    @property
+    def load_size(self) -> int:
+        """Side in pixels at which crops are loaded; the model's input is `image_size`."""
+        return self.image_size
+
+    @property
+    def reads_whole_images(self) -> bool:
+        """Whether the boxes of the lists are ignored."""
+        return False
 
     @property
     def processes(self) -> int:

@@ -19,7 +19,7 @@ BOX_UNITS = (AUTO, "pixels", "relative")
 PRECISIONS = ("16-mixed", "bf16-mixed", "32-true")  # of computing: autocast to float16 or bfloat16, or none
 OPTIONS, LISTS = "Options", "Lists of ears"
 # The groups of options in the help, in their order.
-PANELS = (OPTIONS, "Data", LISTS, "Model", "Training", "Machine", "Output")
+PANELS = (OPTIONS, "Distillation", "Data", LISTS, "Model", "Training", "Machine", "Output")
 KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -273,8 +273,11 @@ def check(name: str, value: Any, checks: Mapping[str, Any]) -> None:
         raise ConfigError(name, f"{value} is too small", f"use more than {checks['above']}")
     if "high" in checks and value > checks["high"]:
         raise ConfigError(name, f"{value} is too large", f"use at most {checks['high']}")
-    if "multiple" in checks and value % checks["multiple"]:
-        raise ConfigError(name, f"{value} does not fit the decoder", f"use a multiple of {checks['multiple']}")
+    step = checks.get("multiple", 1)
+    if "multiple" in checks and value % step:
+        below = value // step * step
+        nearest = f"{below} or {below + step}" if below else f"{step}"
+        raise ConfigError(name, f"{value} is not a multiple of {step}", f"use {nearest}")
 
 
 def flag(name: str) -> str:

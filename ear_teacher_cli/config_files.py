@@ -10,7 +10,9 @@ from typing import Any
 
 from .config import ORIGINAL, RENAMED, TrainConfig, preset
 from .config_fields import AUTO_NUMBER, converted, flag, kinds_of, plain
+from .distill_config import DistillConfig
 from .errors import ConfigError, EarTeachError, UsageError
+from .files import printable
 
 # What the first versions did where they had no option yet: they read every unnamed box as corners in pixels, let lists
 # overlap, numbered the images of a batch, and had no anchor, no linear start of the decoder and no clipping of gradients.
@@ -32,19 +34,31 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
     Raises EarTeachError if there are names that this version does not know.
     """
     values = {RENAMED.get(name, name): value for name, value in values.items()}
-    unknown = sorted(set(values) - {spec.name for spec in fields(TrainConfig)})
+    owner = _owner_of(values)
+    unknown = sorted(set(values) - {spec.name for spec in fields(owner)})
     if unknown:
         raise EarTeachError(
             f"{where}: options {', '.join(unknown)} are unknown; it is from another version of earteach"
         )
-    return TrainConfig(**ORIGINAL | _BEFORE | values)
+    earlier = ORIGINAL | _BEFORE if owner is TrainConfig else {}  # the first versions distilled nothing
+    return owner(**earlier | values)
 
 
-def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
+def _owner_of(values: Iterable[str]) -> Any:
+    """Return the class of a configuration, by the names of its options."""
+    return DistillConfig if "teacher" in values else TrainConfig
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Return the configuration in the folder of a run. Raises EarTeachError."""
+    return from_dict(read_toml(path, of_run=True), printable(path))
+
+
+def read_toml(path: str | Path, recipe: str | None = None, of_run: bool = False) -> dict[str, Any]:
     """Return the options of a TOML file, whose names may have hyphens or underscores.
 
-    The options of the preset `recipe`, else of the file's own `preset`, stand below them. Raises EarTeachError naming
-    file, line and key.
+    The options of the preset `recipe`, else of the file's own `preset`, stand below them. `of_run`: a file that a run
+    wrote, of training or of distillation; others are of training. Raises EarTeachError naming file, line and key.
     """
     text = _text_of(path)
     try:
@@ -52,6 +66,7 @@ def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in text else ""
         raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line{windows}") from error
+    owner = _owner_of(values) if of_run else TrainConfig
     found: dict[str, Any] = {}
     below: dict[str, Any] = {}
     for key, value in values.items():
@@ -63,7 +78,7 @@ def read_toml(path: str | Path, recipe: str | None = None) -> dict[str, Any]:
             if name == "preset":
                 below = preset(plain(name, value, str))
             else:
-                found[name] = _option_of_file(name, key, value, where)
+                found[name] = _option_of_file(owner, name, key, value, where)
         except ConfigError as error:
             raise UsageError(f"{where}: {error}") from error
     return (preset(recipe) if recipe else below) | found
@@ -80,9 +95,9 @@ def _text_of(path: str | Path) -> str:
         raise EarTeachError(f"{path}: not readable as TOML ({error}); save it as UTF-8") from error
 
 
-def _option_of_file(name: str, key: str, value: Any, where: str) -> Any:
+def _option_of_file(owner: Any, name: str, key: str, value: Any, where: str) -> Any:
     """Return the checked value of one line."""
-    specs = {spec.name: spec for spec in fields(TrainConfig)}
+    specs = {spec.name: spec for spec in fields(owner)}
     if name in ("dry_run", "overwrite", "quiet", "verbose", "config"):
         raise EarTeachError(f"{where}: {key!r} cannot be set in a file; give {flag(name)} on the command line")
     if name not in specs:
@@ -90,7 +105,7 @@ def _option_of_file(name: str, key: str, value: Any, where: str) -> Any:
         raise EarTeachError(f"{where}: unknown option {key!r}; {hint}`earteach train --help-all` lists the names")
     if specs[name].metadata.get("auto") and value == AUTO_NUMBER:
         raise ConfigError(name, f"{value} is not a number of its kind", "give a positive one, or auto")
-    return converted(name, value, kinds_of(TrainConfig)[name], specs[name].metadata)
+    return converted(name, value, kinds_of(owner)[name], specs[name].metadata)
 
 
 def _line_of(key: str, text: str) -> str:

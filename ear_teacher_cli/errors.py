@@ -30,7 +30,7 @@ class ConfigError(UsageError):
 
     def __init__(self, field: str, found: str, remedy: str):
         super().__init__(f"{field}: {found}; {remedy}")
-        self.field = field
+        self.field, self.found, self.remedy = field, found, remedy
 
 
 class ManifestError(EarTeachError):

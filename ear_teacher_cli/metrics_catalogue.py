@@ -18,6 +18,9 @@ PANELS = {
     "Contrastive loss": "learning",
     "Anchor loss": "learning",
     "Consistency loss": "learning",
+    "Map loss": "learning",
+    "Embedding loss": "learning",
+    "Relation loss": "learning",
     "PSNR of reconstructions, dB": "learning",
     "Learning rate": "learning",
     "Spread (1: all over the sphere)": "health",
@@ -123,6 +126,13 @@ _TERMS = (
     ("contrastive", "Contrastive loss", "NT-Xent: find the other view of an image among all views of the batch."),
     ("anchor", "Anchor loss", "Distance of the feature maps from the pretrained backbone's at twice the side."),
     ("consistency", "Consistency loss", "Negative cosine of a prediction with the projection of the other view."),
+    ("map", "Map loss", "Distance of the student's projected feature maps from the teacher's."),
+    ("embedding", "Embedding loss", "1 - cosine of the student's projected embedding with the teacher's."),
+    (
+        "relation",
+        "Relation loss",
+        "Squared difference of the cosines between the images of a batch from the teacher's.",
+    ),
 )
 
 

@@ -466,7 +466,7 @@ def test_an_option_that_is_given_twice_counts_the_last_time(tmp_path, monkeypatc
     "words, named",
     [
         (["train", "--batch-size", "0"], "--batch-size: 0 is too small; use at least 2"),
-        (["train", "--image-size", "100"], "--image-size: 100 does not fit the decoder; use a multiple of 32"),
+        (["train", "--image-size", "100"], "--image-size: 100 is not a multiple of 32; use 96 or 128"),
         (["train", "--learning-rate", "nan"], "--learning-rate: nan is not a finite number"),
         (
             ["train", "--metric-loss", "triplet"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "ear_teacher_cli"
 # A package imports its own modules, those to its left, and the modules beside the packages.
-PACKAGES = ("data", "model", "embedding", "export", "quality", "training", "report", "cli", "__main__")
+PACKAGES = ("data", "model", "embedding", "export", "quality", "distillation", "training", "report", "cli", "__main__")
 
 
 def floor(name: str) -> int:

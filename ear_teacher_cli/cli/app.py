@@ -20,7 +20,7 @@ from ..distributed import is_first_process
 from ..errors import ConfigError, EarTeachError
 from ..files import printable
 from ..system_errors import explain_system_error
-from . import embed, evaluate, export, help_format, prepare, process, report, train, usage, validate_data
+from . import distill, embed, evaluate, export, help_format, prepare, process, report, train, usage, validate_data
 from .options import variable
 
 _EARLIER = {earlier.replace("_", "-"): name.replace("_", "-") for earlier, name in RENAMED.items()}
@@ -49,6 +49,7 @@ for _command in (
     report.collage,
     export.export_backbone,
     export.verify,
+    distill.distill,
     embed.embed,
     evaluate.evaluate,
 ):
@@ -64,6 +65,8 @@ From photos to an evaluated teacher (RUN: the folder that train wrote):
   earteach report RUN                               the run on one HTML page
   earteach collage RUN -o collage.png               originals, reconstructions
   earteach export-backbone RUN teacher.safetensors  then: earteach verify
+  earteach distill RUN student.safetensors --student NAME
+                                                    a small backbone like it
   earteach embed photos/ out.npy --weights RUN      one embedding per image
   earteach evaluate out.npy labels.csv              identification accuracy
 
@@ -127,7 +130,7 @@ def earteach(
 ) -> None:
     """Learn features of ears from unlabelled photos, and export and evaluate them.
 
-    prepare -> validate-data -> train (resume) -> report, collage -> export-backbone (verify) -> embed -> evaluate
+    prepare -> validate-data -> train (resume) -> report, collage -> export-backbone (verify) -> distill -> embed -> evaluate
     """
     if is_first_process():
         _warn_of_unknown_variables()

@@ -1,7 +1,7 @@
 """`earteach export-backbone` and `earteach verify`."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from ..errors import EarTeachError
 from ..files import printable
 from . import json_output
 from .options import argument, command
-
-if TYPE_CHECKING:
-    from ..export.export import Export
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,12 @@ def export_backbone(
     console: Console,
 ) -> None:
     """Write the backbone with timm's parameter names, and check it by loading it and comparing embeddings."""
+    from ..export.export import describe
     from ..export.export import export_backbone as export
 
     json_output.require_free(config.json, config.overwrite, checkpoint, out)
     made = export(checkpoint, out, config, console)
-    console.info(_described(made))
+    console.info(describe(made))
     json_output.write(config.json, made.as_dict())
 
 
@@ -77,18 +75,3 @@ def verify(
         )
     if wrong:
         raise EarTeachError(f"{printable(export)}: is damaged or changed ({', '.join(wrong)}); export it again")
-
-
-def _described(made: "Export") -> str:
-    return (
-        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} dimensions; "
-        f"{made.proof}, largest difference {made.difference:.2g}"
-        + (f"; maps of strides {', '.join(map(str, made.maps))}" if made.maps else "")
-        + (
-            f"; float16 changes the embeddings by {made.rounding:.2g} of the largest"
-            if made.rounding is not None
-            else ""
-        )
-        + (f"; its whitening: {printable(made.whitening.name)}" if made.whitening else "")
-        + f"; fingerprint {made.fingerprint[:16]}"
-    )

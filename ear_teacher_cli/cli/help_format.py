@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..config import PRESETS
@@ -21,6 +22,15 @@ WHOLE = "ear_teacher_cli.whole_help"  # in a context's meta: rare options are as
 _SPEC = "spec"  # attribute of a parameter: what SPECS has of it
 _WIDEST, _NARROWEST = 100, 40  # lines that are longer are hard to read
 _INDENT = "  "
+
+
+def print_whole(context: Any, asked: bool) -> bool:
+    """Print the help with all options, and exit: the callback of --help-all."""
+    if asked:
+        context.meta[WHOLE] = True
+        typer.echo(context.get_help())
+        raise typer.Exit()
+    return asked
 
 
 class Command(TyperCommand):
@@ -102,9 +112,9 @@ def grouped(options: list[Any]) -> dict[str, list[Any]]:
 
 
 def is_rare(command: Any, option: Any) -> bool:
-    """Return whether only --help-all shows an option, which `train` alone has."""
-    spec = spec_of(option)
-    return command.name == "train" and bool(spec) and not spec.get("common")
+    """Return whether only --help-all shows an option: of the commands that have it."""
+    spec, has_help_all = spec_of(option), any(each.name == "help_all" for each in command.params)
+    return has_help_all and bool(spec) and not spec.get("common")
 
 
 def _names(option: Any) -> str:

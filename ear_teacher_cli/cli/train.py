@@ -5,26 +5,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..command_config import ExportConfig
 from ..config import EARLIER_PRESETS, PRESETS, RESUMABLE, TrainConfig, describe_recipe, preset
 from ..config_fields import OPTIONS, Checked, kinds_of, option, shared
 from ..config_files import read_toml
 from ..console import Console, clock, counted
+from ..distill_config import DistillConfig
 from ..distributed import is_first_process
-from ..errors import ConfigError
+from ..errors import ConfigError, EarTeachError
 from ..files import printable, shell_word
 from . import help_format
 from .options import Given, argument, command, variable
 
 if TYPE_CHECKING:
     from ..training.run import Outcome
-
-
-def _print_whole_help(context: typer.Context, asked: bool) -> bool:
-    if asked:
-        context.meta[help_format.WHOLE] = True
-        typer.echo(context.get_help())
-        raise typer.Exit()
-    return asked
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,12 @@ class RunOptions(Checked):
     )
     overwrite: bool = shared("overwrite", help="Delete the experiment of this name and start again.")
     help_all: bool = option(
-        False, OPTIONS, "Show all options and presets, and exit.", switch=True, callback=_print_whole_help, common=True
+        False,
+        OPTIONS,
+        "Show all options and presets, and exit.",
+        switch=True,
+        callback=help_format.print_whole,
+        common=True,
     )
 
 
@@ -78,22 +77,12 @@ def train(options: RunOptions, given: Given[TrainConfig], console: Console) -> N
     Writes checkpoints, TensorBoard events, metrics.csv, the configuration and a collage per epoch to
     OUTPUT_DIR/EXPERIMENT_NAME.
     """
-    console = _of_first_process(console)
+    console = of_first_process(console)
     config = _configured(options, given)
     if given.environment:
         console.info(f"from the environment: {', '.join(map(variable, given.environment))}")
     console.summary([("recipe", describe_recipe(config))])
-    if options.dry_run:
-        from ..training import dry_run
-
-        config, estimate = dry_run.estimate(config, console)
-        typer.echo(config.as_toml(), nl=False)
-        console.info(dry_run.describe_estimate(estimate))
-        console.info("dry run: nothing was written")
-        return
-    from ..training.run import train as train_run
-
-    _finish(train_run(config, console, options.overwrite), console)
+    run(config, options.dry_run, options.overwrite, console)
 
 
 @command("resume", example="earteach resume ear_teacher/outputs/ear_teacher")
@@ -106,8 +95,23 @@ def resume(
     from ..training.run import resume as resume_run
 
     ResumeOptions(**given.typed)  # checks the values
-    console = _of_first_process(console)
+    console = of_first_process(console)
     _finish(resume_run(run, console, **given.typed), console)
+
+
+def run(config: TrainConfig, dry_run: bool, overwrite: bool, console: Console) -> None:
+    """Train or distil, or estimate what that would need."""
+    if dry_run:
+        from ..training import dry_run as trial
+
+        config, estimate = trial.estimate(config, console)
+        typer.echo(config.as_toml(), nl=False)
+        console.info(trial.describe_estimate(estimate))
+        console.info("dry run: nothing was written")
+        return
+    from ..training.run import train as train_run
+
+    _finish(train_run(config, console, overwrite), console, overwrite)
 
 
 def _configured(options: RunOptions, given: Given[TrainConfig]) -> TrainConfig:
@@ -121,12 +125,16 @@ def _configured(options: RunOptions, given: Given[TrainConfig]) -> TrainConfig:
         raise given.blame_variable(error) from error
 
 
-def _of_first_process(console: Console) -> Console:
+def of_first_process(console: Console) -> Console:
     """Return the console, for other processes than the first one a quiet one."""
     return console if is_first_process() else Console(quiet=True)
 
 
-def _finish(outcome: "Outcome", console: Console) -> None:
+def _finish(outcome: "Outcome", console: Console, overwrite: bool = False) -> None:
+    """Write what a run ends with, export a distilled student, and print what was made. Raises Exit for an interrupted run.
+
+    `overwrite`: replace an export that exists.
+    """
     folder, named = printable(outcome.experiment), shell_word(outcome.experiment)
     if outcome.interrupted:
         console.info(
@@ -138,14 +146,41 @@ def _finish(outcome: "Outcome", console: Console) -> None:
     report = write_final_outputs(outcome, console)
     best = printable(outcome.best.name) if outcome.best else "none"
     took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
+    if isinstance(outcome.config, DistillConfig):
+        following = _export(outcome, overwrite, console)
+    else:
+        following = [
+            f"earteach collage {named} -o collage.png",
+            f"earteach export-backbone {named} teacher.safetensors",
+            f"tensorboard --logdir {named} --samples_per_plugin images=1000",
+        ]
     console.summary(
         [
             ("done", f"{counted(outcome.epochs, 'epoch')}{took}: {folder}/"),
             ("best", f"checkpoints/{best}{': ' + outcome.why if outcome.why else ''}"),
             *[("" if number else "PSNR", line) for number, line in enumerate(outcome.reconstruction)],
             *([("report", printable(report))] if report else []),
-            ("next", f"earteach collage {named} -o collage.png"),
-            ("", f"earteach export-backbone {named} teacher.safetensors"),
-            ("", f"tensorboard --logdir {named} --samples_per_plugin images=1000"),
+            *[("" if number else "next", line) for number, line in enumerate(following)],
         ]
     )
+
+
+def _export(outcome: "Outcome", overwrite: bool, console: Console) -> list[str]:
+    """Export a distilled student to where its configuration says, once for all ranks; return the next commands."""
+    config = outcome.config
+    assert isinstance(config, DistillConfig)
+    named, out = shell_word(outcome.experiment), shell_word(config.out)
+    if not is_first_process():
+        return []
+    if not config.out:  # distilled by the Python API
+        return [f"earteach export-backbone {named} student.safetensors"]
+    from ..export.export import describe, export_backbone
+
+    try:
+        made = export_backbone(outcome.experiment, config.out, ExportConfig(overwrite=overwrite), console)
+    except EarTeachError as error:
+        raise EarTeachError(
+            f"{error}. The student is trained: `earteach export-backbone {named} {out}` tries the export again"
+        ) from error
+    console.info(describe(made))
+    return [f"earteach verify {out}", f"earteach embed photos/ out.npy --weights {out}"]

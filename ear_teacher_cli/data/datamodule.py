@@ -22,7 +22,7 @@ from .augment import Augment, Views
 from .crop_cache import FOLDER, CropCaches, bytes_of_caches
 from .dataset import Batch, Draw, EarDataset, EpochSampler, collate, leave_stopping_to_the_parent
 from .manifest import Manifest, has_drive, named_by_folders, print_summary, read_manifest
-from .preprocessing import preprocessing_for
+from .preprocessing import loading_of
 
 _IDENTITY_METRICS = ("val/rank1", "val/eer")  # values of --monitor that need identities
 
@@ -51,7 +51,8 @@ def _read(path: str, config: TrainConfig, name: str) -> Manifest:
             f"{path}: no such file or folder; make it with `earteach prepare RAW data/preprocessed`, or name your list "
             f"with --{name.replace('_', '-')}"
         )
-    return read_manifest(path, config.root_dir, config.reading)
+    manifest = read_manifest(path, config.root_dir, config.reading)
+    return manifest.of_whole_images() if config.reads_whole_images else manifest
 
 
 _SECONDS_TO_END = 5.0  # for workers, before they are killed
@@ -196,11 +197,11 @@ class EarDataModule(pl.LightningDataModule):
     def cache_bytes(self) -> dict[str, float]:
         """Return the bytes that cached crops may take in a run: in memory (`ram`) and on disk (`disk`)."""
         config, images = self.config, len(self.train_set) + len(self.val_set)
-        return bytes_of_caches(self._cache_kind(), images, config.image_size, config.cache_limit * 1e9, config.devices)
+        return bytes_of_caches(self._cache_kind(), images, config.load_size, config.cache_limit * 1e9, config.devices)
 
     def _read(self) -> None:
         config = self.config
-        preprocessing = preprocessing_for(config)
+        preprocessing = loading_of(config)
         train, val = read_train_manifest(config), read_val_manifest(config)
         for manifest in (train, val):
             _refuse_wrong_root(manifest)

@@ -92,6 +92,12 @@ class Manifest:
             f"{printable(self.source)}: {boxes} with boxes{how}, {len(self) - boxes} whole images, {people} identities"
         )
 
+    def of_whole_images(self) -> "Manifest":
+        """Return a manifest of the images without their boxes: one row for each image, that of its first ear."""
+        first = {path: index for index, path in reversed(list(enumerate(self.paths)))}
+        images = self.subset(sorted(first.values()))
+        return replace(images, boxes=[None] * len(images), box_format="", how="")
+
     def subset(self, indices: Iterable[int]) -> "Manifest":
         """Return a manifest of these ears, in this order."""
         indices = list(indices)

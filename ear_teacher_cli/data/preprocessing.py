@@ -87,6 +87,11 @@ def preprocessing_for(config: TrainConfig) -> Preprocessing:
     return replace(preprocessing, mirror=config.side_policy == "mirror")
 
 
+def loading_of(config: TrainConfig) -> Preprocessing:
+    """Return the preprocessing of the crops that a run loads: a student and its teacher may need other sizes."""
+    return replace(preprocessing_for(config), image_size=config.load_size)
+
+
 def pretrained_cfg_of(backbone: str) -> Any:
     """Return timm's pretrained configuration of a model. Raises ConfigError, with similar names, if there is none."""
     import timm
@@ -102,10 +107,19 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def normalise(pixels: "torch.Tensor", preprocessing: Preprocessing) -> "torch.Tensor":
-    """Normalise uint8 B,3,H,W to float32 B,3,H,W with the backbone's mean and standard deviation."""
+    """Normalise B,3,H,W, 0 to 255, to float32 B,3,H,W with the backbone's mean and standard deviation."""
     mean = pixels.new_tensor(preprocessing.mean, dtype=_float32()).view(3, 1, 1) * 255
     std = pixels.new_tensor(preprocessing.std, dtype=_float32()).view(3, 1, 1) * 255
     return (pixels - mean) / std
+
+
+def resized(pixels: "torch.Tensor", size: int) -> "torch.Tensor":
+    """Scale B,3,H,W to B,3,size,size (bilinear, antialiased): float32, or unchanged if it has that size."""
+    if pixels.shape[-1] == size == pixels.shape[-2]:
+        return pixels
+    import torch.nn.functional as F
+
+    return F.interpolate(pixels.to(_float32()), size=(size, size), mode="bilinear", antialias=True)
 
 
 def to_unit(pixels: "torch.Tensor") -> "torch.Tensor":

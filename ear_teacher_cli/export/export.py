@@ -96,6 +96,30 @@ def export_backbone(
     )
 
 
+def describe(made: Export) -> str:
+    """Return what was written, in one line."""
+    return (
+        f"{printable(made.path)}: {made.architecture}, {made.tensors} tensors, {made.embedding_dim} dimensions; "
+        f"{made.proof}, largest difference {made.difference:.2g}"
+        + (f"; maps of strides {', '.join(map(str, made.maps))}" if made.maps else "")
+        + (
+            f"; float16 changes the embeddings by {made.rounding:.2g} of the largest"
+            if made.rounding is not None
+            else ""
+        )
+        + (f"; its whitening: {printable(made.whitening.name)}" if made.whitening else "")
+        + f"; fingerprint {made.fingerprint[:16]}"
+    )
+
+
+def require_free(out: str | Path, overwrite: bool) -> None:
+    """Raise UsageError unless `out` names a format of exports and may be written, EarTeachError if it needs a package that
+    is missing."""
+    format = FORMATS[_format_key(out)]
+    refuse_existing_folder(out, overwrite) if format.files else refuse_existing(out, overwrite)
+    format.require()
+
+
 def _format_key(out: str | Path) -> str:
     """Return the key in FORMATS that the name of the output asks for. Raises UsageError."""
     suffix, is_folder = Path(out).suffix, str(out).endswith("/")

@@ -117,8 +117,10 @@ def _list_images(job: ExportJob) -> Manifest:
     options, config = job.options, job.checkpoint.config
     try:
         if options.val_metadata:
-            return read_manifest(options.val_metadata, options.root_dir, options.reading)
-        return read_manifest(config.val_metadata, options.root_dir or config.root_dir, config.reading)
+            manifest = read_manifest(options.val_metadata, options.root_dir, options.reading)
+        else:
+            manifest = read_manifest(config.val_metadata, options.root_dir or config.root_dir, config.reading)
+        return manifest.of_whole_images() if config.reads_whole_images else manifest
     except ManifestError as error:
         if options.val_metadata:
             raise

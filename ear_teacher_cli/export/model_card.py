@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
 from ..config import TrainConfig
+from ..distill_config import NOT_OF_DISTILLATION
 from ..files import printable
 from ..metrics_catalogue import card_rows
 from ..model import export_format
@@ -100,7 +101,7 @@ def _header(about: About, config: TrainConfig, stated: Stated, metrics: dict[str
         license="other",
         license_name=printable(stated.license),
         base_model=_base_model(config),
-        model_name=f"{about.architecture} ear teacher" if results else None,
+        model_name=f"{about.architecture} ear {'student' if config.distils else 'teacher'}" if results else None,
         eval_results=results or None,
     )
     return data.to_yaml(line_break="\n")
@@ -118,9 +119,11 @@ def _recipe(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the options of the recipe with their values."""
     values = {
         entry.name: getattr(config, entry.name)
-        for entry in fields(TrainConfig)
+        for entry in fields(config)
         if entry.metadata["panel"] not in _PANELS and entry.name not in _OPTIONS and not entry.metadata.get("private")
     }
+    if config.distils:
+        values = {name: value for name, value in values.items() if name not in NOT_OF_DISTILLATION}
     return [(name.replace("_", "-"), "" if value is None else str(value)) for name, value in values.items()]
 
 

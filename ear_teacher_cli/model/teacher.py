@@ -102,10 +102,12 @@ class TeacherModel(nn.Module):
         self.prediction = prediction_head(config.projection_dim) if predicts else None
         self.anchor = build_anchor(config, self.backbone) if config.is_anchored else None
         self.reader = self.anchor.reader if self.anchor is not None else None
-        self.decodes_map = config.decoder_input == "map"
+        if config.map_strides:
+            self.reader = student_reader(self.backbone, config)
+        self.decodes_map = config.decodes and config.decoder_input == "map"
         if self.decodes_map and self.reader is None:
             self.reader = MapReader(self.backbone, config.image_size, None, "decoder_input", "embedding")
-        self.decoder = build_decoder(config, self._decoder_shape())
+        self.decoder = build_decoder(config, self._decoder_shape()) if config.decodes else None
         if config.gradient_checkpointing:  # now that the anchor has its copy of the backbone
             checkpoint_activations(self.backbone)
 
@@ -149,11 +151,21 @@ class TeacherModel(nn.Module):
         # dynamo looks at inputs' gradients, which those in mid-model do not have
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         self.backbone.compile()
-        self.decoder.compile()
+        if self.decoder is not None:
+            self.decoder.compile()
         if self.reader is not None:  # maps do not come from forward()
             self.backbone.forward_intermediates = torch.compile(self.backbone.forward_intermediates)
         if self.anchor is not None:
             self.anchor.backbone.forward_intermediates = torch.compile(self.anchor.backbone.forward_intermediates)
+
+
+def student_reader(backbone: nn.Module, config: TrainConfig) -> MapReader:
+    """Return the reader of the maps that a student learns. Raises ConfigError if it has no maps of these strides."""
+    reader = MapReader(backbone, config.image_size, min(config.map_strides), "map_weight", "0")
+    if missing := sorted(set(config.map_strides) - set(reader.strides)):
+        known = ", ".join(map(str, reader.strides))
+        raise ConfigError("strides", f"{config.backbone} has maps of {known}, not of {missing[0]}", "choose among them")
+    return reader
 
 
 def build_anchor(config: TrainConfig, backbone: nn.Module) -> Anchor:

@@ -46,6 +46,10 @@ def collage(
     out = refuse_existing(out, overwrite, inputs=(source, metadata))
     checkpoint = read_checkpoint(run_folder.checkpoint_of(Path(source), best=True))
     config = checkpoint.config
+    if not config.decodes:
+        raise EarTeachError(
+            f"{printable(source)}: is of a distilled student, which reconstructs nothing; draw its teacher"
+        )
     try:
         manifest = (
             read_manifest(metadata, root_dir, reading)

@@ -18,6 +18,7 @@ from PIL import Image
 from .. import run_folder
 from ..config import TrainConfig
 from ..console import Console
+from ..distill_config import DistillConfig
 from ..drawing import read_saved_image
 from ..embedding.files import Embeddings
 from ..errors import EarTeachError, ImageError
@@ -37,7 +38,7 @@ from .validation_embeddings import ValidationEmbeddings
 QUERIES, NEIGHBOURS = 6, 5
 COLLAGES_SHOWN = 4
 WIDEST = 1800  # pixels of an image on the page
-_PRIVATE = frozenset(spec.name for spec in fields(TrainConfig) if spec.metadata.get("private"))
+_PRIVATE = frozenset(spec.name for spec in fields(DistillConfig) if spec.metadata.get("private"))
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def render(summary: RunSummary, images: bool, console: Console) -> str:
         health=[Markup(svg) for svg in health],
         images=images,
         collages=_collages(summary) if images else [],
-        axes=_axes(summary, console) if images else None,
+        axes=_axes(summary, console) if images and summary.config.decodes else None,
+        decodes=summary.config.decodes,
         decodes_map=summary.config.decoder_input == "map",
         neighbours=_neighbours(found, summary.config.seed) if found and images else [],
         has_baseline=found is not None and found.baseline is not None,
@@ -147,7 +149,7 @@ def _tiles(summary: RunSummary) -> list[Tile]:
         tiles.append(_reconstruction(summary, f"PSNR of reconstructions {at}"))
     images = int(summary.checkpoint.content["earteach"].get("judged_on", 0))  # older checkpoints lack it
     state, why = judge(_held_out(row), _held_out(before), images)
-    if state:
+    if state and not config.distils:
         tiles.append(Tile(state, f"embeddings {at}{f': {why}' if why else ''}", "bad" if why else "good"))
     return tiles
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import run_folder
 from ..config import TrainConfig
-from ..config_files import from_dict, read_toml
+from ..config_files import read_config
 from ..console import Console
 from ..data.manifest import Manifest
 from ..errors import EarTeachError, WeightsError
@@ -98,7 +98,7 @@ def summarise_run(
     if config is None:
         if not (folder / run_folder.CONFIG).is_file():
             raise EarTeachError(f"{where}: holds no {run_folder.CONFIG}; give a folder that earteach train made")
-        config = from_dict(read_toml(folder / run_folder.CONFIG), printable(folder / run_folder.CONFIG))
+        config = read_config(folder / run_folder.CONFIG)
     rows = run_folder.read_metrics(folder / run_folder.METRICS)
     if not any(int(row["epoch"]) for row in rows):
         raise EarTeachError(

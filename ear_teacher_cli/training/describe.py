@@ -7,6 +7,7 @@ from .. import run_folder
 from ..config import MONITORS, TrainConfig
 from ..console import counted
 from ..data.manifest import Manifest
+from ..distill_config import DistillConfig
 from ..files import printable
 from ..metrics_catalogue import metric_of
 from ..quality import reconstruction
@@ -22,7 +23,8 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
     note, changed = of_other_weights(config), _changed(config)
     return [
         ("experiment", printable(config.experiment_dir)),
-        ("teacher", f"{config.backbone} at {config.image_size} px, {start}{kept}"),
+        ("student" if config.distils else "teacher", f"{config.backbone} at {config.image_size} px, {start}{kept}"),
+        *_about_teacher(config),
         ("learns by", ", ".join(term.describe() for term in Objective(config).terms if term.weight)),
         (
             "schedule",
@@ -35,10 +37,18 @@ def describe(config: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
+def _about_teacher(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return what a student is distilled from; nothing of a teacher."""
+    if not isinstance(config, DistillConfig):
+        return []
+    seen = "whole images" if config.whole_images else "crops"
+    return [("from", f"the teacher {printable(config.teacher)} at {config.teacher_size} px, of {seen}")]
+
+
 # The options that `describe` has in other words.
 _SHOWN = {
     "train_metadata", "val_metadata", "output_dir", "experiment_name", "backbone", "image_size", "pretrained",
-    "max_epochs", "batch_size", "learning_rate", "precision",
+    "max_epochs", "batch_size", "learning_rate", "precision", "teacher", "teacher_size", "teacher_fingerprint", "out",
 }  # fmt: skip
 
 

@@ -18,8 +18,10 @@ from ..console import Console
 from ..data.augment import derive_seed
 from ..data.datamodule import steps_into_epoch
 from ..data.dataset import Batch, EarDataset
-from ..data.preprocessing import from_unit, normalise, preprocessing_for
-from ..errors import EarTeachError
+from ..data.preprocessing import from_unit, loading_of, normalise, preprocessing_for, resized
+from ..distill_config import DistillConfig
+from ..distillation import Distillation, Teacher
+from ..errors import EarTeachError, WeightsError
 from ..model import weights
 from ..model.checkpoint import Checkpoint, describe, read_checkpoint, require_fit
 from ..model.map_reader import Maps
@@ -34,7 +36,7 @@ from .guards import StepGuard, StopOnCollapse, StopOnNonFinite, UnreadableImages
 from .interruption import divide_epoch
 from .objectives import ClassTargets, Objective, Outputs
 from .optimisation import optimiser_and_schedule, steps_to_shift
-from .passes import evaluation_mode
+from .passes import evaluation_mode, measure_teacher
 from .pseudo_labels import PseudoLabels, class_count
 
 
@@ -62,6 +64,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         # channels_last: the layout that convolutions are fast in, on CPUs too
         self.model = TeacherModel(self.config, self.objective.heads).to(memory_format=torch.channels_last)
         self.preprocessing = preprocessing_for(self.config)
+        self.distillation = self._distillation()
         self.prototypes: nn.Parameter | None = None  # K,D': allocated when the number of images is known
         self.pseudo_labels = PseudoLabels(self.config)
         self.receipt: weights.Receipt | None = None
@@ -73,17 +76,34 @@ class EarTeacherLightningModule(pl.LightningModule):
         self.whitening: dict[str, torch.Tensor] | None = None  # `mean` D, `matrix` D,D (model/whitening.py)
         self.unreadable = UnreadableImages(self.config)
         self.guard = StepGuard()
-        self._needs_weights, self._needs_decoder = False, self.config.decoder_start == "linear"
+        self._needs_weights, self._needs_decoder = False, self.config.decodes and self.config.decoder_start == "linear"
         self._restored: dict[str, Any] | None = None  # the `earteach` part of the checkpoint that was loaded
         self._training_means = TrainingMeans()
         self._validation_outputs = ValidationOutputs()
+
+    def _distillation(self) -> Distillation | None:
+        """Return what distils the student of a DistillConfig, with its teacher; None for others. Raises EarTeachError."""
+        config, model = self.config, self.model
+        if not isinstance(config, DistillConfig):
+            return None
+        teacher = Teacher(config.teacher, config.map_strides)
+        if teacher.fingerprint != config.teacher_fingerprint:
+            raise WeightsError(
+                f"{teacher.name}: is not the teacher that this run began with (fingerprint {teacher.fingerprint[:16]}, not "
+                f"{config.teacher_fingerprint[:16]}); give the same, or start anew"
+            )
+        if config.whole_images:
+            teacher.statistics = {}  # those of an export are of crops
+        channels = {stride: model.reader.shapes[stride][0] for stride in config.map_strides} if model.reader else {}
+        return Distillation(teacher, channels, model.embedding_dim if config.embedding_weight else None)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:
         """Open a checkpoint, with Lightning's arguments; options that its version did not have get the values of what
         that did."""
-        changes = {spec.name: options.pop(spec.name) for spec in fields(TrainConfig) if spec.name in options}
-        config = replace(read_checkpoint(checkpoint_path).config, **changes)
+        saved = read_checkpoint(checkpoint_path).config
+        changes = {spec.name: options.pop(spec.name) for spec in fields(saved) if spec.name in options}
+        config = replace(saved, **changes)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"config": config, **options})
 
     def load_pretrained(self) -> weights.Receipt:
@@ -108,7 +128,7 @@ class EarTeacherLightningModule(pl.LightningModule):
             return
         if self.config.compile:
             self.model.compile_parts()
-        require_data(self.config, self.preprocessing, self.trainer.datamodule)
+        require_data(self.config, loading_of(self.config), self.trainer.datamodule)
         # a module from load_from_checkpoint has trained weights, and starts a new run with them
         self._needs_weights = self.config.pretrained and self.receipt is None and self._restored is None
         self._needs_decoder = self._needs_decoder and self._restored is None
@@ -131,6 +151,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         if self._needs_decoder:
             start_decoder(self)
             self._needs_decoder = False
+        if self.distillation is not None:
+            measure_teacher(self, self.distillation)
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = int(self.trainer.estimated_stepping_batches)  # makes the loaders, and so num_training_batches
@@ -154,14 +176,19 @@ class EarTeacherLightningModule(pl.LightningModule):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 B,3,H,W -> embedding float B,D."""
-        return self.model.embed(normalise(pixels, self.preprocessing))
+        return self.model.embed(self._input_of(pixels))
 
     def features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Maps]:
         """uint8 B,3,H,W -> embedding float B,D, and the feature maps that losses need (TeacherModel.embed_with_maps)."""
-        return self.model.embed_with_maps(normalise(pixels, self.preprocessing))
+        return self.model.embed_with_maps(self._input_of(pixels))
+
+    def _input_of(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return what the backbone takes, float B,3,H,W, of loaded crops."""
+        return normalise(resized(pixels, self.config.image_size), self.preprocessing)
 
     def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the decoder's reconstructions: uint8 B,3,H,W -> uint8 B,3,H,W."""
+        assert self.model.decoder is not None
         with evaluation_mode(self):
             return from_unit(self.model.decoder(self.model.decoder_input(*self.features(pixels))))
 
@@ -192,7 +219,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         embedding, maps = self.features(views)
         clean = batch.get("clean", batch["pixels"])
         target = clean if self.config.denoise else batch["pixels"]
-        return Outputs(self.model, embedding, target, classes, clean, maps)
+        return Outputs(self.model, embedding, target, classes, clean, maps, self.distillation)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.unreadable.record("train", batch, self.trainer)
@@ -207,7 +234,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         found = self.objective.training(outputs)
         if not self.guard.check(self, found.total, batch["index"]):
             return self.guard.skip(self)
-        if batch_idx == 0 and (ratio := self.objective.gradient_ratio(found, outputs.decoder_input)) is not None:
+        if batch_idx == 0 and (ratio := self.objective.gradient_ratio(found, outputs)) is not None:
             self._training_means.add({"grad_ratio": ratio}, 1)
         self._training_means.add(found.metrics, len(batch["index"]))
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
@@ -263,7 +290,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._validation_outputs.add(batch["index"], embedding, of_view)
         classes = ClassTargets(self.prototypes) if self.config.learns_classes else None
         both = torch.cat([embedding, of_view])
-        found = self.objective.validation(Outputs(self.model, both, pixels, classes, pixels, maps))
+        found = self.objective.validation(Outputs(self.model, both, pixels, classes, pixels, maps, self.distillation))
         values = {f"val/{name}": value.detach() for name, value in found.metrics.items()}
         self.log_dict(values, on_epoch=True, batch_size=len(pixels), sync_dist=self.trainer.world_size > 1)
 
@@ -272,7 +299,8 @@ class EarTeacherLightningModule(pl.LightningModule):
             return
         self._log_training()
         self.validation_embeddings, quality = self._validation_outputs.finish(self.trainer, self.current_epoch + 1)
-        self.verdict = judge(quality, self.baseline, judged_images(self.trainer))
+        if not self.config.distils:  # a student follows its teacher, and may begin anywhere
+            self.verdict = judge(quality, self.baseline, judged_images(self.trainer))
         classes = self.pseudo_labels.metrics()
         references = {name: self.baseline[name] for name in REFERENCES if name in self.baseline}
         found = {f"val/{k}": v for k, v in (quality | references).items()}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..config import TrainConfig
 from ..data.preprocessing import to_unit
+from ..distillation import Distillation, Targets, relation_loss
 from ..distributed import rows_of_other_ranks
 from ..model.anchor import SCALE
 from ..model.map_reader import Maps
@@ -39,8 +40,8 @@ class Outputs:
 
     `embedding` VB,D: the first views of all images, then their second views. `target` uint8 B,3,H,W: what the first
     views are reconstructed to; `clean` uint8 B,3,H,W: the first views without changes of colour. `maps`: feature maps by
-    stride, VB,C,G,G, where the anchor loss or the decoder needs them. `classes` is None where no metric loss is part of the
-    run.
+    stride, VB,C,G,G, where a loss or the decoder needs them. `classes` is None where no metric loss is part of the run, and
+    `distillation` where no student is distilled.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Outputs:
         classes: ClassTargets | None = None,
         clean: torch.Tensor | None = None,
         maps: Maps | None = None,
+        distillation: Distillation | None = None,
     ):
         self.model, self.embedding, self.target, self.classes = model, embedding, target, classes
-        self.clean, self.maps = clean, maps or {}
+        self.clean, self.maps, self.distillation = clean, maps or {}, distillation
 
     @property
     def images(self) -> int:
@@ -63,6 +65,7 @@ class Outputs:
     @cached_property
     def reconstruction(self) -> torch.Tensor:
         """Float B,3,H,W on [-1, 1], of the first views alone: decoding costs as much as embedding."""
+        assert self.model.decoder is not None
         return self.model.decoder(self.decoder_input[: self.images]).float()
 
     @cached_property
@@ -81,6 +84,12 @@ class Outputs:
         """VB,D'."""
         assert self.model.prediction is not None
         return self.model.prediction(self.projection)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """What the teacher of a student gives for the first views."""
+        assert self.distillation is not None
+        return self.distillation.teacher(self.target)
 
 
 class LossTerm:
@@ -242,8 +251,50 @@ class Consistency(LossTerm):
         return losses.consistency_loss(outputs.prediction, outputs.projection)
 
 
+class DistilledMaps(LossTerm):
+    """Distance of the first views' maps from the teacher's (distillation/distillation.py)."""
+
+    name = "map"
+    weight_option = "map_weight"
+
+    def describe(self) -> str:
+        return f"{self.weight:g} maps of strides {', '.join(map(str, self.config.map_strides))}"
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        assert outputs.distillation is not None
+        first = {stride: found[: outputs.images] for stride, found in outputs.maps.items()}
+        # no map is made of the layers behind the last of them, and DDP wants a gradient for every parameter
+        return outputs.distillation.map_loss(outputs.targets, first) + 0 * outputs.embedding.float().sum()
+
+
+class DistilledEmbedding(LossTerm):
+    """Distance of the first views' embeddings from the teacher's."""
+
+    name = "embedding"
+    weight_option = "embedding_weight"
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        assert outputs.distillation is not None
+        return outputs.distillation.embedding_loss(outputs.targets, outputs.embedding[: outputs.images])
+
+
+class DistilledRelations(LossTerm):
+    """Distance of the cosines between the first views from the teacher's."""
+
+    name = "relation"
+    weight_option = "relation_weight"
+    fewest_images = 2
+
+    def describe(self) -> str:
+        return f"{self.weight:g} relations"
+
+    def training_loss(self, outputs: Outputs) -> torch.Tensor:
+        return relation_loss(outputs.targets.embeddings, outputs.embedding[: outputs.images])
+
+
 # Reconstruction first: the ratio of gradients compares the sum of the others with it.
 TERMS: tuple[type[LossTerm], ...] = (Reconstruction, Metric, Contrastive, Anchor, Consistency)
+DISTILLATION_TERMS: tuple[type[LossTerm], ...] = (DistilledMaps, DistilledEmbedding, DistilledRelations)
 
 
 @dataclass(frozen=True)
@@ -262,7 +313,8 @@ class Objective:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.terms = [term for kind in TERMS if (term := kind(config)).is_active]
+        kinds = DISTILLATION_TERMS if config.distils else TERMS
+        self.terms = [term for kind in kinds if (term := kind(config)).is_active]
 
     @property
     def heads(self) -> frozenset[str]:
@@ -281,11 +333,12 @@ class Objective:
                 metrics |= term.validation_metrics(outputs)
         return self._sum(metrics)
 
-    def gradient_ratio(self, found: Losses, given: torch.Tensor) -> torch.Tensor | None:
-        """Return the norm of the gradient that the other terms send into what the decoder reads (`given`: the embedding, or
-        the last map), divided by that of the reconstruction; None where no other term acts on it."""
-        if not self.config.reconstruction_weight or len(self.terms) < 2:
+    def gradient_ratio(self, found: Losses, outputs: Outputs) -> torch.Tensor | None:
+        """Return the norm of the gradient that the other terms send into what the decoder reads (the embedding, or the last
+        map), divided by that of the reconstruction; None where no other term acts on it."""
+        if not self.config.reconstruction_weight or not self.config.decodes or len(self.terms) < 2:
             return None
+        given = outputs.decoder_input
         others, reconstruction = (
             torch.autograd.grad(loss * _GRADIENT_SCALE, given, retain_graph=True, allow_unused=True)[0]
             for loss in (found.others, found.reconstruction)
@@ -295,9 +348,10 @@ class Objective:
         return others.float().norm() / reconstruction.float().norm().clamp_min(1e-12)
 
     def _sum(self, metrics: dict[str, torch.Tensor]) -> Losses:
-        first, *rest = self.terms
-        weighted = [term.weight * metrics[term.loss_name] for term in rest if term.loss_name in metrics]
-        others = sum(weighted, torch.zeros(()))
-        reconstruction = first.weight * metrics[first.loss_name]
+        weighted = {
+            term.name: term.weight * metrics[term.loss_name] for term in self.terms if term.loss_name in metrics
+        }
+        reconstruction = weighted.pop(Reconstruction.name, torch.zeros(()))
+        others = sum(weighted.values(), torch.zeros(()))
         total = reconstruction + others
         return Losses(total, reconstruction, others, {"loss": total, **metrics})

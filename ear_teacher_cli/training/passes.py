@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..console import Console
+from ..distillation import MEASURED_ON, Distillation
 from ..distributed import Ranks
 from ..errors import EarTeachError
 from ..quality.reconstruction import COMPONENTS, FITTED_ON, PixelBasis
@@ -110,6 +111,24 @@ def read_train_crops(module: pl.LightningModule, most: int) -> torch.Tensor | No
     return torch.cat(found) if found else None
 
 
+def measure_teacher(module: pl.LightningModule, distillation: Distillation) -> None:
+    """Measure the teacher's maps on training images, on rank 0 for all ranks, unless its export has their statistics.
+
+    Raises EarTeachError, on all ranks, if too many images cannot be read.
+    """
+    teacher = distillation.teacher
+    if not teacher.channels or teacher.statistics:
+        return
+
+    def measure() -> dict[int, tuple[torch.Tensor, ...]]:
+        batches = clean_train_batches(module, MEASURED_ON, "measuring the teacher's maps")
+        teacher.measure(batch["pixels"].to(module.device) for batch in batches)
+        return teacher.statistics
+
+    teacher.statistics = on_first_rank(module, measure)
+    distillation.standardise_by(teacher)
+
+
 def on_first_rank(module: pl.LightningModule, compute: Callable[[], Result]) -> Result:
     """Compute something on rank 0 and return it on all ranks; raise its EarTeachError on all of them."""
     result: Any = None
@@ -139,7 +158,7 @@ def measure_initial_weights(module: pl.LightningModule) -> tuple[ValidationRows 
     """Embed the validation images, each rank its share, and return the embeddings of all with their quality (see
     `ValidationOutputs.finish`) and the references of the PSNR (see `ReferencePSNR.finish`)."""
     outputs, datamodule = ValidationOutputs(), module.trainer.datamodule
-    basis = fit_pixel_basis(module, COMPONENTS)
+    basis = fit_pixel_basis(module, COMPONENTS) if module.config.decodes else None
     references = ReferencePSNR(basis) if basis else None
     progress = module.console.progress("evaluating the initial weights", len(datamodule.val_set), "images")
     with evaluation_mode(module), progress as steps:

@@ -123,9 +123,8 @@ def cells(
 def logged_each_epoch(config: TrainConfig) -> set[str]:
     """Return the keys of what every epoch logs: losses of the configuration, PSNR, memory and waiting."""
     names = ["loss", *(term.loss_name for term in Objective(config).terms)]
-    return {"val/psnr", "machine/data_wait", "machine/peak_memory"} | {
-        f"{split}/{name}" for split in ("train", "val") for name in names
-    }
+    found = {f"{split}/{name}" for split in ("train", "val") for name in names}
+    return found | {"machine/data_wait", "machine/peak_memory"} | ({"val/psnr"} if config.decodes else set())
 
 
 def sentence(metrics: Mapping[str, float], verdict: str, rate: str, left: str) -> str:

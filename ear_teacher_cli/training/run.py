@@ -15,7 +15,7 @@ from pytorch_lightning.trainer.states import TrainerStatus
 
 from .. import run_folder
 from ..config import RESUMABLE, TrainConfig, with_changes
-from ..config_files import from_dict, read_toml
+from ..config_files import read_config
 from ..console import Console
 from ..data.datamodule import EarDataModule
 from ..distributed import is_first_process
@@ -149,7 +149,7 @@ def _start_again(folder: Path, changes: dict[str, Any], console: Console) -> Out
             f"{printable(folder)}: holds neither a checkpoint nor {run_folder.CONFIG}; give a folder that earteach "
             "train made"
         )
-    config = from_dict(read_toml(folder / run_folder.CONFIG), printable(folder / run_folder.CONFIG))
+    config = read_config(folder / run_folder.CONFIG)
     if config.experiment_name != folder.resolve().name:
         raise EarTeachError(
             f"{printable(folder)}: its {run_folder.CONFIG} is of {config.experiment_name!r}; start it with "
@@ -224,7 +224,7 @@ def _callbacks(config: TrainConfig, console: Console) -> list[pl.Callback]:
     folder = config.experiment_dir
     return [
         Resources(),
-        *([callbacks.Collages(config.num_collage_samples, config.seed)] if config.images else []),
+        *([callbacks.Collages(config.num_collage_samples, config.seed)] if config.images and config.decodes else []),
         callbacks.MetricsFile(folder / run_folder.METRICS),
         callbacks.ClassSizes(),
         guards.UnreadableImageList(folder / run_folder.BAD, console),

@@ -39,6 +39,6 @@ def trial_batch(config: TrainConfig, size: int) -> Batch:
     """Return a batch of `size` random images with the views that the configuration needs."""
     seeded = torch.Generator().manual_seed(config.seed)
     names = ["pixels", *(["view"] if config.views == 2 else []), *(["clean"] if config.needs_clean_view else [])]
-    shape = (size, 3, config.image_size, config.image_size)
+    shape = (size, 3, config.load_size, config.load_size)
     images = {name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded) for name in names}
     return {"index": torch.arange(size), **images}
