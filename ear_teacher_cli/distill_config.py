@@ -25,11 +25,11 @@ class DistillConfig(TrainConfig):
     # fmt: off
     # The teacher; config_for reads all but the first from it.
     teacher: str = option("", "Distillation", "The teacher: a run, a checkpoint or an export.", private=True)
-    teacher_size: int = option(224, "Distillation", "Side of the teacher's input in pixels.", low=32)
     teacher_fingerprint: str = option("", "Distillation", "Fingerprint of the teacher.")
     out: str = option("", "Distillation", "Where the student is exported to.", private=True)
 
     strides: str = option("4,8,16", "Distillation", "Strides in pixels of the feature maps that the student learns to predict.", metavar="N,N", common=True)
+    teacher_size: int | None = option(None, "Distillation", "Side of the teacher's input in pixels. Default: the one it was trained at. Ears in whole images are small: a larger one shows them to the teacher at the size that it knows.", low=32, high=2048, common=True)
     whole_images: bool = option(False, "Distillation", "Learn from whole images instead of the ears in them, as detectors see them: boxes are ignored, and an image of several ears is read once.", common=True)
     map_weight: float = option(1.0, "Distillation", "Weight of the map loss: predict the teacher's feature maps of --strides with a 1 x 1 convolution each (smooth L1 and cosine).", low=0.0, common=True)
     embedding_weight: float = option(1.0, "Distillation", "Weight of the embedding loss: predict the teacher's embedding with a linear layer (cosine).", low=0.0, common=True)
@@ -97,12 +97,12 @@ class DistillConfig(TrainConfig):
     @property
     def load_size(self) -> int:
         """Side in pixels at which crops are loaded: the larger one of teacher and student."""
-        return max(self.image_size, self.teacher_size)
+        return max(self.image_size, self.teacher_size or 0)
 
 
 # The options of a DistillConfig that `earteach distill` sets itself, and those that are no part of distillation.
 SET_BY_COMMAND = (
-    "teacher", "teacher_size", "teacher_fingerprint", "out", "backbone", "image_size", "pad", "bbox_buffer", "side_policy",
+    "teacher", "teacher_fingerprint", "out", "backbone", "image_size", "pad", "bbox_buffer", "side_policy",
 )  # fmt: skip
 NOT_OF_DISTILLATION = (
     "embedding_dim", "projection_dim", "decoder_input", "decoder_start", "freeze_stride", "views", "reconstruction_weight",

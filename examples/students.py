@@ -58,7 +58,9 @@ def steps() -> None:
         step(f"Train a {model} with and without the teacher.")
         out = ["--draw", f"{drawn}.png", "--json", f"{drawn}.json"]
         script = EXAMPLES / "students" / f"{name}.py"
-        run("python", script, "ears", "teacher", "--seeds", *args.seeds, *out, *student_options, tee=f"{drawn}.md")
+        data = ["ears"] if name == "landmarker" else ["ears/train_teacher.npy", "ears/eval.csv"]
+        teacher = ["--teacher", "teacher=teacher", "--seeds", *args.seeds]
+        run("python", script, *data, *teacher, *out, *student_options, tee=f"{drawn}.md")
 
 
 def train_teacher(args: argparse.Namespace, start: Path | str | None) -> None:

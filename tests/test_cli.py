@@ -31,6 +31,7 @@ COMMANDS = [
     "collage",
     "export-backbone",
     "verify",
+    "distill",
     "embed",
     "evaluate",
 ]
@@ -144,7 +145,7 @@ def test_every_option_is_a_field_and_written_once():
                 assert spec["help"] == option.help and spec["panel"] in config_fields.PANELS, option.name
                 found.setdefault(option.name, []).append((command.name, spec))
     for name, specs in found.items():
-        several = [spec for command, spec in specs if command != "resume"]
+        several = [spec for command, spec in specs if command not in ("resume", "distill")]
         if len(several) > 1 and name not in ("out", "format", "whiten", "val_metadata"):  # other options of that name
             assert name in config_fields._SHARED, name
             assert len({spec.get("metavar") for spec in several}) == 1
@@ -153,6 +154,14 @@ def test_every_option_is_a_field_and_written_once():
         path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if "typer.Option(" in path.read_text()
     ]
     assert sorted(makers) == ["cli/app.py", "cli/options.py"]  # of app.py: --version
+
+
+def test_distill_has_trains_options_with_the_same_help():
+    commands = get_command(app).commands
+    of_train = {option.name: help_format.spec_of(option) for option in commands["train"].params}
+    for option in commands["distill"].params:
+        if option.name in of_train and option.name not in ("pad", "dry_run", "overwrite", "help_all"):
+            assert help_format.spec_of(option)["help"] == of_train[option.name]["help"], option.name
 
 
 def test_resume_has_trains_options_and_no_defaults():
@@ -238,7 +247,9 @@ def test_verbose_shows_the_traceback_before_the_line_and_quiet_contradicts_it(tm
     assert earteach("embed", "nope", tmp_path / "x.npy").err == plain.err  # the next command is not verbose
     for command in COMMANDS:
         arguments = {"resume": ["x"], "report": ["x"], "verify": ["x"], "collage": ["x", "-o", "y.png"]}
-        two = arguments.get(command, ["x", "y"] if command in ("prepare", "embed", "export-backbone") else [])
+        two = arguments.get(
+            command, ["x", "y"] if command in ("prepare", "embed", "export-backbone", "distill") else []
+        )
         said = earteach(command, *two, "-q", "-v")
         assert said.code == 2 and said.err == "earteach: --verbose: contradicts --quiet; give one of the two\n"
     monkeypatch.setenv("EARTEACH_QUIET", "1")
@@ -316,7 +327,7 @@ def test_validate_data_loads_no_torch(ears):
 def test_without_words_it_shows_the_way(earteach):
     said = earteach()
     lines = said.out.decode().splitlines()
-    assert said.code == 0 and said.err == "" and len(lines) <= 13 and max(map(len, lines)) <= 80
+    assert said.code == 0 and said.err == "" and len(lines) <= 14 and max(map(len, lines)) <= 80
     named = re.findall(r"^  earteach ([a-z-]+)", said.out.decode(), re.MULTILINE)
     assert named == [command for command in COMMANDS if command != "verify"] and "verify" in said.out.decode()
 

@@ -413,10 +413,22 @@ def test_the_example_of_distillation_runs_after_an_export(run, ears, tmp_path):
 
     export_backbone(run, tmp_path / "teacher")
     shutil.copytree(ears / "images", tmp_path / "ears" / "images")
-    said = run_snippet(python_of(ROOT / "README.md", "bridges"), tmp_path).splitlines()
-    assert said[0] == "[(4, 24), (8, 32), (16, 48), (32, 64)]"
-    losses = [float(line.split()[1]) for line in said[1:]]
+    said = run_snippet(python_of(DOCS / "distillation.md", "Distillation(teacher"), tmp_path).splitlines()
+    losses = [float(line.split()[1]) for line in said]
     assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["timm.task", "lightly_train"])
+def test_other_tools_distil_from_an_exported_folder(tool, run, ears, tmp_path):
+    from ear_teacher_cli.export.export import export_backbone
+
+    pytest.importorskip(tool, reason=f"{tool} is not installed")
+    export_backbone(run, tmp_path / "teacher")
+    shutil.copytree(ears / "images", tmp_path / "images")
+    code = python_of(DOCS / "distillation.md", f"import {'timm, timm.task' if tool == 'timm.task' else tool}")
+    few = "batch_size=8, epochs=1, num_workers=0, method_args="
+    run_snippet(code.replace("(96, 96)", "(64, 64)").replace("method_args=", few), tmp_path)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_nothing_is_cut(words, name, flag, width, earteach, monkeypatch):
         elif flag == "--help-all" or not help_format.is_rare(command, each):
             default = help_format.default_of(each)
             wanted = [*each.opts, *each.secondary_opts, *help_format.choices_of(each)]
-            wanted += [] if isinstance(default, bool) else default.split()
+            wanted += [] if isinstance(default, bool) else re.findall(r"[^\s,]+", default)
             assert {*wanted, *([each.envvar] if each.envvar else [])} <= whole, each.name
     assert all(word in whole for word in ("--help", "-h"))
 

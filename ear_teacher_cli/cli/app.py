@@ -65,8 +65,7 @@ From photos to an evaluated teacher (RUN: the folder that train wrote):
   earteach report RUN                               the run on one HTML page
   earteach collage RUN -o collage.png               originals, reconstructions
   earteach export-backbone RUN teacher.safetensors  then: earteach verify
-  earteach distill RUN student.safetensors --student NAME
-                                                    a small backbone like it
+  earteach distill RUN small.onnx --student NAME    a small model from a large
   earteach embed photos/ out.npy --weights RUN      one embedding per image
   earteach evaluate out.npy labels.csv              identification accuracy
 

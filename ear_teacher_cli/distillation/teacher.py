@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..data.preprocessing import normalise, resized
+from ..data.preprocessing import normalise, pretrained_cfg_of, resized
 from ..distill_config import DistillConfig
 from ..embedding.embedder import load_embedder
 from ..errors import ConfigError, EarTeachError, WeightsError
 from ..files import printable
 from ..model.export_format import FEATURES
 from ..model.map_reader import MapReader, Maps
+from ..model.teacher import build_backbone
 
 MEASURED_ON = 256  # images for the statistics of the maps, where the export has none
 # Least deviation that a channel is divided by, as a share of the median: one that was constant in the images that were
@@ -37,21 +38,33 @@ class Targets:
 class Teacher:
     """A frozen backbone: `teacher(pixels)` returns its Targets.
 
-    `size`: side of its input in pixels. `embedding_dim`: K. `channels`: stride -> C. `statistics`: stride -> mean and
+    `size`: side of its input in pixels, to which images are scaled. `embedding_dim`: K. `channels`: stride -> C. `statistics`: stride -> mean and
     standard deviation of the channels, float32 C each; those of a folder's features.json, else empty until `measure`.
     Its embeddings are those of `earteach embed`, whitened if the teacher has a whitening.
     """
 
-    def __init__(self, weights: str | Path, strides: Sequence[int] = (4, 8, 16)):
+    def __init__(
+        self, weights: str | Path, strides: Sequence[int] = (4, 8, 16), size: int | None = None, untrained: bool = False
+    ):
         """Load a run folder, a checkpoint, an export (.safetensors or folder), or `timm:NAME`.
 
-        `strides`: of the maps that are needed, in pixels. Raises EarTeachError if the weights are missing or damaged, or
-        have no maps of these strides.
+        `strides`: of the maps that are needed, in pixels. `size`: of its input; None: the one it was trained at.
+        `untrained`: random weights instead, a control that shows what a student gains without knowledge. Raises
+        EarTeachError if the weights are missing or damaged, or have no maps of these strides.
         """
         self.name = printable(weights)
-        self._embedder = load_embedder(weights)
+        self._embedder = load_embedder(weights, whiten=not untrained)
         self.preprocessing, self.fingerprint = self._embedder.preprocessing, self._embedder.fingerprint
-        self.size, self.embedding_dim = self.preprocessing.image_size, self._embedder.row_dim
+        self.size, self.embedding_dim = size or self.preprocessing.image_size, self._embedder.row_dim
+        architecture = self._embedder.architecture
+        if self.size != self.preprocessing.image_size and pretrained_cfg_of(architecture).fixed_input_size:
+            raise WeightsError(
+                f"{self.name}: {architecture} takes images of {self.preprocessing.image_size} px only, not of {self.size}; "
+                "use that size"
+            )
+        if untrained:
+            random = build_backbone(architecture, self.preprocessing.image_size)
+            self._embedder.backbone.load_state_dict(random.state_dict())
         self._reader: MapReader | None = None
         self.channels: dict[int, int] = {}
         if strides:
@@ -73,7 +86,7 @@ class Teacher:
         if fitted is not None:
             assert fitted.matrix is not None  # a run fits more than a mean
             self._whitening = torch.from_numpy(fitted.mean).float(), torch.from_numpy(fitted.matrix).float()
-        self.statistics = self._read_statistics(Path(weights)) if self.channels else {}
+        self.statistics = self._read_statistics(Path(weights)) if self.channels and not untrained else {}
 
     def _read_statistics(self, folder: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Return the statistics in an exported folder; empty for other weights. Raises WeightsError if damaged."""
@@ -143,17 +156,18 @@ def _deviation(variance: torch.Tensor) -> torch.Tensor:
 def config_for(teacher: str | Path, **options: Any) -> DistillConfig:
     """Return the configuration of a distillation: `options` of DistillConfig, the rest from the teacher.
 
-    The student's input has the teacher's size unless `image_size` is given, and its crops are cut as the teacher's.
+    The student's input has the size that the teacher was trained at unless `image_size` is given, and its crops are cut as
+    the teacher's.
     Raises EarTeachError.
     """
     config = DistillConfig(**options, teacher=str(teacher))
-    loaded = Teacher(teacher, config.map_strides)
+    loaded = Teacher(teacher, config.map_strides, config.teacher_size)
     found = loaded.preprocessing
     return replace(
         config,
         teacher_size=loaded.size,
         teacher_fingerprint=loaded.fingerprint,
-        image_size=options.get("image_size", loaded.size),
+        image_size=options.get("image_size", found.image_size),
         pad=options.get("pad", found.pad),
         bbox_buffer=found.bbox_buffer,
         side_policy="mirror" if found.mirror else "as-is",

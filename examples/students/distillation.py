@@ -1,14 +1,11 @@
-"""Code that both students share: standardised maps of the export, distillation, blocks, and the comparison.
+"""Code that both students share: unlabelled images with what a teacher sees in them, distillation, and the comparison.
 
-Uses only public packages (torch, timm, numpy, Pillow) and the exported folder, not earteach.
-
-B images, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
+N images, S pixels along a side, C channels of a map. Pixels are uint8 RGB.
 """
 
 import argparse
 import copy
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -17,73 +14,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
-KINDS = ("without", "untrained", "teacher")
-FILL = (124, 116, 104)  # around images that are not square
+from ear_teacher_cli import load_crop
+from ear_teacher_cli.data.manifest import read_manifest
+from ear_teacher_cli.data.preprocessing import Preprocessing
+from ear_teacher_cli.distillation import MEASURED_ON, Distillation, Targets, Teacher
+from ear_teacher_cli.errors import ImageError
+
+WITHOUT, UNTRAINED = "without", "untrained"  # no teacher; random weights of a teacher's architecture
+DRAWS = 2000  # of the bootstrap
 
 
-class Teacher:
-    """Feature maps of an exported folder at some strides, for all of `pixels`, uint8 N,3,S,S.
+class Source:
+    """Unlabelled images, and the maps of them that a teacher gives: computed once, since images are not augmented.
 
-    `maps`: for each stride float16 N,C,S/stride,S/stride, standardised per channel with mean and variance of the export.
-    `untrained`: use random weights of the same architecture (control), standardised with statistics of their own maps.
+    `pixels` N,3,S,S are what the student sees. `loss(student, random, batch)` is that of a batch drawn by `random`.
     """
 
-    def __init__(self, folder: str | Path, strides: tuple[int, ...], pixels: torch.Tensor, untrained: bool = False):
-        folder = Path(folder)
-        about = json.loads((folder / "features.json").read_text())["maps"]
-        stages = [[stage["stride"] for stage in about].index(stride) for stride in strides]
-        self.channels = [about[stage]["channels"] for stage in stages]
-        logging.getLogger("timm").setLevel(logging.ERROR)  # it warns about the missing classifier
-        if untrained:
-            torch.manual_seed(0)
-            name = json.loads((folder / "config.json").read_text())["architecture"]
-            model = timm.create_model(name, pretrained=False, features_only=True).eval()
-        else:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
-        preprocess = json.loads((folder / "preprocess.json").read_text())
-        mean, std = (torch.tensor(preprocess[name])[:, None, None] * 255 for name in ("mean", "std"))
-        found: list[list[torch.Tensor]] = [[] for _ in stages]
-        statistics = [(torch.tensor(about[s]["mean"]), torch.tensor(about[s]["variance"]).sqrt()) for s in stages]
-        with torch.inference_mode():
-            for start in range(0, len(pixels), 32):
-                maps = model((pixels[start : start + 32] - mean) / std)
-                maps = [maps[stage] for stage in stages]
-                if untrained and start == 0:
-                    statistics = [(each.mean((0, 2, 3)), each.std((0, 2, 3))) for each in maps]
-                for batches, each, (centre, deviation) in zip(found, maps, statistics, strict=True):
-                    least = 0.01 * deviation.median()  # a channel that was constant in the export may vary here
-                    standardised = (each - centre[:, None, None]) / deviation.clamp_min(least)[:, None, None]
-                    batches.append(standardised.half())
-        self.maps = [torch.cat(batches) for batches in found]
+    def __init__(self, images: torch.Tensor, side: int, teacher: Teacher, channels: dict[int, int]):
+        """`images` N,3,T,T: of any size; the student sees them at `side`. `channels`: stride -> C of the student's maps."""
+        self.pixels = torch.cat([scaled(part, side) for part in images.split(64)])
+        if not teacher.statistics:
+            step = max(1, len(images) // MEASURED_ON)
+            teacher.measure(images[::step][:MEASURED_ON].split(32))
+        self.distillation = Distillation(teacher, channels)
+        found: dict[int, list[torch.Tensor]] = {stride: [] for stride in channels}
+        for part in images.split(32):
+            for stride, stage in teacher(part).maps.items():
+                cells = min(side // stride, stage.shape[-1])
+                found[stride].append(F.adaptive_avg_pool2d(stage, cells).half())
+        self.maps = {stride: torch.cat(parts) for stride, parts in found.items()}
+
+    def loss(self, student: nn.Module, random: torch.Generator, batch: int) -> torch.Tensor:
+        chosen = torch.randint(len(self.pixels), (batch,), generator=random)
+        targets = Targets(torch.empty(0), {stride: stage[chosen].float() for stride, stage in self.maps.items()})
+        return self.distillation(targets, maps=student.maps(as_input(self.pixels[chosen])))
 
 
-def distil(
-    student: nn.Module, pixels: torch.Tensor, teacher: Teacher, steps: int, batch: int, seed: int, rate: float = 2e-3
-) -> None:
-    """Train `student.maps(images)` to match the teacher's maps of unlabelled images, uint8 N,3,S,S.
-
-    A 1 x 1 convolution projects each map to the teacher's channels. The loss is smooth L1 plus 1 - cosine over channels.
-    """
+def distil(student: nn.Module, sources: list[Source], steps: int, batch: int, seed: int, rate: float = 2e-3) -> None:
+    """Train `student.maps(images)`, stride -> map, to match a teacher's; each source gives every batch its share."""
     random = torch.Generator().manual_seed(seed)
-    widths = [stage.shape[1] for stage in student.maps(as_input(pixels[:1]))]
-    torch.manual_seed(seed)
-    projections = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, teacher.channels, strict=True))
+    projections = nn.ModuleList(copy.deepcopy(source.distillation.projections) for source in sources)
+    for source, own in zip(sources, projections, strict=True):
+        source.distillation.projections = own
     optimiser = torch.optim.AdamW([*student.parameters(), *projections.parameters()], lr=rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     student.train()
     for _ in range(steps):
-        chosen = torch.randint(len(pixels), (batch,), generator=random)
-        loss = torch.zeros(())
-        maps = student.maps(as_input(pixels[chosen]))
-        for own, projection, of_teacher in zip(maps, projections, teacher.maps, strict=True):
-            target, output = of_teacher[chosen].float(), projection(own)
-            loss = loss + F.smooth_l1_loss(output, target) + 1 - F.cosine_similarity(output, target, dim=1).mean()
+        loss = torch.stack([source.loss(student, random, batch // len(sources)) for source in sources]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -124,138 +105,146 @@ def as_input(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
-class Block(nn.Module):
-    """BlazeFace block (Bazarevsky et al. 2019, fig. 1): depthwise 5 x 5, pointwise 1 x 1, residual connection."""
-
-    def __init__(self, narrow: int, wide: int, stride: int = 1):
-        super().__init__()
-        self.deep = nn.Sequential(
-            nn.Conv2d(narrow, narrow, 5, stride, 2, groups=narrow, bias=False),
-            nn.Conv2d(narrow, wide, 1, bias=False),
-            nn.BatchNorm2d(wide),
-        )
-        self.stride, self.added_channels = stride, wide - narrow
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        skip = F.max_pool2d(images, 2) if self.stride == 2 else images
-        return F.relu(self.deep(images) + F.pad(skip, (0, 0, 0, 0, 0, self.added_channels)))
+def scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Scale uint8 B,3,S,S to uint8 B,3,side,side."""
+    if pixels.shape[-1] == side:
+        return pixels
+    small = F.interpolate(pixels.float(), size=(side, side), mode="bicubic", antialias=True)
+    return small.round().clamp(0, 255).byte()
 
 
-class Trunk(nn.Module):
-    """Convolutional trunk: images B,3,S,S -> maps of strides 4, 8, 16 and 32."""
-
-    def __init__(self, widths: tuple[int, int, int, int], depths: tuple[int, int, int, int]):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 24, 5, 2, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-        stages, narrow = [], 24
-        for width, depth in zip(widths, depths, strict=True):
-            stages.append(nn.Sequential(Block(narrow, width, 2), *(Block(width, width) for _ in range(depth - 1))))
-            narrow = width
-        self.stages = nn.ModuleList(stages)
-
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        images, found = self.stem(images), []
-        for stage in self.stages:
-            images = stage(images)
-            found.append(images)
-        return found
-
-
-def read_ears(folder: str | Path, split: str) -> list[dict]:
-    """Return the rows of one split of ears.jsonl (make_sample_ears.py), with the path of the image as `file`."""
-    with open(Path(folder) / "ears.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row | {"file": Path(folder) / row["image_path"]} for row in rows if row["split"] == split]
-
-
-def square(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[np.ndarray, float, np.ndarray]:
-    """Cut the region (x1, y1, x2, y2) of an image, pad it to a square, and return (uint8 side,side,3; scale; offset).
-
-    A point p of the image is at p * scale + offset in the square, in pixels.
-    """
-    x1, y1, x2, y2 = region
-    scale = side / max(x2 - x1, y2 - y1)
-    size = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
-    corner = (side - size[0]) // 2, (side - size[1]) // 2
-    canvas = Image.new("RGB", (side, side), FILL)
-    canvas.paste(image.resize(size, Image.Resampling.BICUBIC, box=region), corner)
-    return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
+def crops_of(path: str, side: int, most: int) -> torch.Tensor:
+    """Read the ears of a list, at most `most` of them, evenly spaced: uint8 N,3,side,side."""
+    ears, preprocessing = read_manifest(path), Preprocessing(side, 0.1, True, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    found = []
+    for row in range(0, len(ears), -(-len(ears) // most)):
+        try:
+            found.append(torch.from_numpy(load_crop(ears.file(row), ears.boxes[row], preprocessing)))
+        except ImageError as error:
+            print(f"{ears.where(row)}: {error.detail}; skipped", file=sys.stderr)
+    return torch.stack(found)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A student's task. `what`: name of the labelled images. `unit`: name of the metric.
+    """A student's task. `what`: name of the labelled images. `unit`: name of the metric. `inputs`: name and help of the
+    script's arguments for them.
 
-    load(rows) -> images and labels; build(seed) -> a student; `loss` as in `fine_tune`; predict(student, images) ->
-    predictions for score(predicted, test) and draw(test, {kind: predicted}, count, path). `strides`: of the maps that
-    distillation uses. `steps`: default number of steps of training on labels.
+    load(options) -> (images, labels) to train on, the same to test on, and unlabelled images for each source; build(seed) ->
+    a student with `channels`, stride -> C, and `maps`; `loss` as in `fine_tune`; predict(student, images) -> predictions;
+    compared(predictions, test) -> what score(compared, weights) needs, where `weights`, int N, is how often each test image
+    counts; draw(test, {kind: predictions}, scores, count, path). `side`: of the student's input. `steps`: default number of
+    steps of training on labels.
     """
 
     what: str
     unit: str
-    strides: tuple[int, ...]
+    inputs: dict[str, str]
+    side: int
     steps: int
-    load: Callable[[list[dict]], tuple[torch.Tensor, torch.Tensor]]
+    load: Callable[..., tuple[Any, Any, list[torch.Tensor]]]
     build: Callable[[int], nn.Module]
     loss: Callable[..., torch.Tensor]
     predict: Callable[[nn.Module, torch.Tensor], Any]
-    score: Callable[[Any, tuple[torch.Tensor, torch.Tensor]], float]
+    compared: Callable[[Any, Any], Any]
+    score: Callable[[Any, np.ndarray], float]
     draw: Callable[..., None]
 
 
 def compare(task: Task, description: str) -> int:
     """Run a student's script: parse its command line, train all kinds of students, and print the table.
 
-    For every seed and number of labels the student is trained without a teacher, with an untrained copy of it, and with
-    it. `description`: docstring of the script.
+    For every seed and number of labels the student is trained without a teacher, with random weights of the first teacher's
+    architecture, and with every teacher. `description`: docstring of the script.
     """
     parser = _parser(task, description)
     options = parser.parse_args()
-    what, unit, start = task.what, task.unit, time.time()
-    train, test = (task.load(read_ears(options.ears, split)) for split in ("train", "eval"))
+    teachers = _teachers(parser, options)
+    started = time.time()
+    train, test, unlabelled = task.load(options)
     if max(options.labelled) > len(train[0]):
-        parser.error(
-            f"--labelled: there are {len(train[0])} training {what}; draw more people, or give a smaller number"
-        )
-    kinds = [kind for kind in KINDS if kind in options.kinds]
-    teachers = {
-        kind: Teacher(options.teacher, task.strides, train[0], kind == "untrained")
-        for kind in kinds
-        if kind != "without"
-    }
-    found, shown = {}, {}
+        parser.error(f"--labelled: there are {len(train[0])} training {task.what}; give a smaller number")
+    kinds = [kind for kind in (WITHOUT, UNTRAINED, *teachers) if kind not in options.leave_out]
+    found: dict[tuple[int, str], list[Any]] = {}
+    once, shown = np.ones(len(test[0]), int), {}
     for seed in options.seeds:
         for kind in kinds:
             student = task.build(seed)
-            if kind in teachers:
-                distil(student, train[0], teachers[kind], options.distil_steps, 2 * options.batch, seed)
+            if kind != WITHOUT:
+                sources = _sources(task, options, teachers, kind, seed, unlabelled, student)
+                distil(student, sources, options.distil_steps, 2 * options.batch, seed)
             for count in options.labelled:
                 trained = fine_tune(copy.deepcopy(student), train, count, task.loss, options.steps, options.batch, seed)
                 shown[count, kind] = task.predict(trained, test[0])
-                found.setdefault((count, kind), []).append(task.score(shown[count, kind], test))
-                print(f"seed {seed}, {count} labelled, {kind}: {found[count, kind][-1]:.2f}", file=sys.stderr)
+                found.setdefault((count, kind), []).append(task.compared(shown[count, kind], test))
+                value = task.score(found[count, kind][-1], once)
+                print(f"seed {seed}, {count} labelled, {kind}: {value:.2f}", file=sys.stderr, flush=True)
     size = sum(p.numel() for p in task.build(0).parameters())
-    print(f"{size:,} parameters; {len(test[0])} test {what}; seeds {options.seeds}; {time.time() - start:.0f} s\n")
-    print(table(found, options.labelled, kinds, what, unit))
+    took = time.time() - started
+    print(f"{size:,} parameters; {len(test[0])} test {task.what}; seeds {options.seeds}; {took:.0f} s\n")
+    scores = {key: [task.score(each, once) for each in runs] for key, runs in found.items()}
+    print(table(task, found, scores, len(once), options.labelled, kinds))
     if options.draw:
         first = options.labelled[0]
-        task.draw(test, {kind: shown[first, kind] for kind in kinds}, first, Path(options.draw))
+        last = {kind: scores[first, kind][-1] for kind in kinds}
+        task.draw(test, {kind: shown[first, kind] for kind in kinds}, last, first, Path(options.draw))
     if options.json:
-        runs = [{"labelled": count, "kind": kind, unit: values} for (count, kind), values in found.items()]
+        runs = [{"labelled": count, "kind": kind, task.unit: values} for (count, kind), values in scores.items()]
         Path(options.json).write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _teachers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return name -> weights for each seed, of `--teacher NAME=WEIGHTS [WEIGHTS ...]`."""
+    found = {}
+    for first, *others in options.teacher:
+        name, equals, path = first.partition("=")
+        weights = [path, *others]
+        if not equals or len(weights) not in (1, len(options.seeds)):
+            parser.error(f"--teacher {first}: give NAME=WEIGHTS, and one file of weights or one for each seed")
+        found[name] = weights * (len(options.seeds) if len(weights) == 1 else 1)
+    return found
+
+
+def _sources(
+    task: Task,
+    options: argparse.Namespace,
+    teachers: dict[str, list[str]],
+    kind: str,
+    seed: int,
+    unlabelled: list[torch.Tensor],
+    student: nn.Module,
+) -> list[Source]:
+    """Return the sources of a kind of teacher: the first are the training images, which it sees at --teacher-size."""
+    place = options.seeds.index(seed)
+    weights = next(iter(teachers.values()))[place] if kind == UNTRAINED else teachers[kind][place]
+    sizes = [options.teacher_size, *[None] * (len(unlabelled) - 1)]
+    found = []
+    for images, size in zip(unlabelled, sizes, strict=True):
+        torch.manual_seed(seed)
+        teacher = Teacher(weights, tuple(student.channels), size, untrained=kind == UNTRAINED)
+        if size is not None:
+            teacher.statistics = {}  # those of an export are of crops at its own size
+        found.append(Source(images, task.side, teacher, student.channels))
+    return found
 
 
 def _parser(task: Task, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("ears", help="output folder of make_sample_ears.py")
-    add("teacher", help="folder of earteach export-backbone")
+    for name, text in task.inputs.items():
+        add(name, help=text)
+    text = "a teacher: an export, a checkpoint or a run, or one for each seed; repeat for more"
+    add("--teacher", action="append", nargs="+", required=True, metavar="NAME=WEIGHTS", help=text)
+    text = f"pixels along the side of the {task.what} that a teacher sees (default: as it was trained)"
+    add("--teacher-size", type=int, metavar="N", help=text)
+    add("--root-dir", metavar="DIR", help="folder that the paths of photos start from (default: as earteach)")
+    add("--unlabelled", metavar="LIST", help="list of ears, or folder of crops, to distil on, too")
+    add("--most", type=int, default=2000, metavar="N", help=f"crops of --unlabelled to use {default}")
+    add("--leave-out", nargs="+", default=[], choices=(WITHOUT, UNTRAINED), help="kinds of students to leave out")
     counts = f"numbers of labelled {task.what} {default}"
-    add("--labelled", type=int, nargs="+", default=[50, 200, 1000], metavar="COUNT", help=counts)
+    add("--labelled", type=int, nargs="+", default=[50, 200, 600], metavar="COUNT", help=counts)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help=f"random seeds {default}")
-    kinds = f"one or more of {', '.join(KINDS)} (default: all)"
-    add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds)
     add("--steps", type=int, default=task.steps, help=f"steps of training on labels {default}")
     add("--distil-steps", type=int, default=200, help=f"steps of distillation {default}")
     add("--batch", type=int, default=16, help=f"batch size; distillation uses twice as many images {default}")
@@ -264,19 +253,65 @@ def _parser(task: Task, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def table(found: dict[tuple[int, str], list[float]], counts: list[int], kinds: list[str], what: str, unit: str) -> str:
-    """Return a Markdown table: mean and standard deviation over seeds, and the difference from the first kind per seed."""
-    base, *others = kinds
-    columns = [f"labelled {what}", f"{base}, {unit}", *(f"{kind}, {unit} (difference of each seed)" for kind in others)]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def table(
+    task: Task,
+    found: dict[tuple[int, str], list[Any]],
+    scores: dict[tuple[int, str], list[float]],
+    images: int,
+    counts: list[int],
+    kinds: list[str],
+) -> str:
+    """Return two Markdown tables: mean and standard deviation over seeds; and the differences between kinds, paired by
+    test image and seed, with a 95 % interval from a bootstrap over the test images."""
+    lines = [f"| labelled {task.what} | {' | '.join(f'{kind}, {task.unit}' for kind in kinds)} |"]
+    lines.append("|---" * (len(kinds) + 1) + "|")
     for count in counts:
-        cells = [str(count), _mean_and_deviation(found[count, base])]
-        for kind in others:
-            gains = [b - a for a, b in zip(found[count, base], found[count, kind], strict=True)]
-            cells.append(f"{_mean_and_deviation(found[count, kind])} ({', '.join(f'{gain:+.2f}' for gain in gains)})")
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [_mean_and_deviation(scores[count, kind]) for kind in kinds]
+        lines.append(f"| {count} | {' | '.join(cells)} |")
+    pairs = [(b, a) for i, b in enumerate(kinds) for a in kinds[:i]]
+    if not pairs:
+        return "\n".join(lines)
+    lines += ["", f"| {task.unit} minus | {' | '.join(f'{count} labelled' for count in counts)} |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=DRAWS)  # DRAWS,N
+    again = {
+        key: np.mean([[task.score(each, weights) for weights in draws] for each in runs], axis=0)
+        for key, runs in found.items()
+    }
+    for b, a in pairs:
+        cells = []
+        for count in counts:
+            differences = again[count, b] - again[count, a]
+            low, high = np.quantile(differences, [0.025, 0.975])
+            mean = np.mean(scores[count, b]) - np.mean(scores[count, a])
+            cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"| {b} - {a} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _mean_and_deviation(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+class Block(nn.Module):
+    """BlazeFace block (Bazarevsky et al. 2019, fig. 1): depthwise k x k, pointwise 1 x 1, residual connection.
+
+    Padding and names are those of published models, so that weights can be exchanged: with stride 2 as TensorFlow pads.
+    """
+
+    def __init__(self, narrow: int, wide: int, stride: int = 1, kernel: int = 5):
+        super().__init__()
+        before = (kernel - stride) // 2
+        self.pad = (before, kernel - stride - before) * 2
+        self.convs = nn.Sequential(
+            nn.Conv2d(narrow, narrow, kernel, stride, groups=narrow, bias=False),
+            nn.Conv2d(narrow, wide, 1, bias=False),
+        )
+        self.norm = nn.BatchNorm2d(wide)
+        self.stride, self.added_channels = stride, wide - narrow
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        skip = F.max_pool2d(images, 2) if self.stride == 2 else images
+        return F.relu(
+            self.norm(self.convs(F.pad(images, self.pad))) + F.pad(skip, (0, 0, 0, 0, 0, self.added_channels))
+        )

@@ -1,31 +1,52 @@
 """Train a small landmark model, 55 points in a crop of 192 px, with and without a teacher.
 
-    python landmarker.py EARS TEACHER --draw landmarks.png
+    python landmarker.py EARS --teacher teacher=teacher/ --draw landmarks.png
 
-EARS: output folder of make_sample_ears.py. TEACHER: a folder of `earteach export-backbone`. The student has 0.24 million
-parameters in blocks similar to BlazeFace, and predicts a heat map per point on 24 x 24 cells. (Direct regression of the
-coordinates, as in FaceMesh, reached 3.5 % in 480 steps, heat maps 3.0 % in 240; 50 labelled ears, one seed.) With the
-teacher, it is first distilled from the teacher's maps of strides 4, 8 and 16 on all training ears without their landmarks.
-Then all students train on the same few labelled ears in the same order. The control is distilled from a randomly
-initialised copy of the teacher: its gain cannot come from what the teacher learned.
+EARS: output folder of make_sample_ears.py. The student has 0.24 million parameters in BlazeFace's blocks, and predicts a heat
+map per point on 24 x 24 cells. (Direct regression of the coordinates, as in FaceMesh, reached 3.5 % in 480 steps, heat maps
+3.0 % in 240; 50 labelled ears, one seed.) With a teacher, it is first distilled from the teacher's maps of strides 4, 8 and
+16 on all training ears without their landmarks (and on --unlabelled crops). Then all students train on the same few labelled
+ears in the same order. The control is distilled from random weights: its gain cannot come from what the teacher learned.
 
 The metric is the normalised mean error: mean distance between predicted and true points in % of the crop's side, on ears
 of people on whom neither student nor teacher was trained.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distillation import Block, Task, Trunk, as_input, compare, square
+from distillation import Block, Task, as_input, compare, crops_of
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-SIDE, POINTS, STRIDES, WIDTHS = 192, 55, (4, 8, 16), (32, 64, 128, 192)
+SIDE, POINTS, WIDTHS = 192, 55, (32, 64, 128, 192)
+FILL = (124, 116, 104)  # around images that are not square
 COLOURS = ((230, 60, 60), (60, 160, 240), (90, 200, 90), (240, 180, 40))  # helix, antihelix, concha, tragus
 PARTS = (20, 15, 15, 5)
+
+
+class Trunk(nn.Module):
+    """Convolutional trunk: images B,3,S,S -> maps of strides 4, 8, 16 and 32."""
+
+    def __init__(self, widths: tuple[int, int, int, int], depths: tuple[int, int, int, int]):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 5, 2, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        stages, narrow = [], 24
+        for width, depth in zip(widths, depths, strict=True):
+            stages.append(nn.Sequential(Block(narrow, width, 2), *(Block(width, width) for _ in range(depth - 1))))
+            narrow = width
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        images, found = self.stem(images), []
+        for stage in self.stages:
+            images = stage(images)
+            found.append(images)
+        return found
 
 
 class Landmarker(nn.Module):
@@ -35,15 +56,17 @@ class Landmarker(nn.Module):
     softmax of its heat map (integral regression, Sun et al. 2018, eq. 3).
     """
 
+    channels = dict(zip((4, 8, 16), WIDTHS, strict=False))
+
     def __init__(self):
         super().__init__()
         self.trunk = Trunk(WIDTHS, (2, 3, 4, 3))
         self.sides = nn.ModuleList(nn.Conv2d(width, 64, 1) for width in WIDTHS[1:])
         self.heat = nn.Sequential(Block(64, 64), nn.Conv2d(64, POINTS, 1))
 
-    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Return the maps of STRIDES, for distillation."""
-        return self.trunk(images)[:3]
+    def maps(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return the maps for distillation, stride -> map."""
+        return dict(zip(self.channels, self.trunk(images), strict=False))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         fine, middle, coarse = (side(stage) for side, stage in zip(self.sides, self.trunk(images)[1:], strict=True))
@@ -51,6 +74,27 @@ class Landmarker(nn.Module):
         probability = heat.flatten(2).softmax(-1).unflatten(2, heat.shape[2:])  # B,55,24,24
         centres = (torch.arange(heat.shape[-1]) + 0.5) / heat.shape[-1]
         return torch.stack([(probability.sum(2) * centres).sum(-1), (probability.sum(3) * centres).sum(-1)], -1)
+
+
+def read_ears(folder: str | Path, split: str) -> list[dict]:
+    """Return the rows of one split of ears.jsonl (make_sample_ears.py), with the path of the image as `file`."""
+    with open(Path(folder) / "ears.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row | {"file": Path(folder) / row["image_path"]} for row in rows if row["split"] == split]
+
+
+def square(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """Cut the region (x1, y1, x2, y2) of an image, pad it to a square, and return (uint8 side,side,3; scale; offset).
+
+    A point p of the image is at p * scale + offset in the square, in pixels.
+    """
+    x1, y1, x2, y2 = region
+    scale = side / max(x2 - x1, y2 - y1)
+    size = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
+    corner = (side - size[0]) // 2, (side - size[1]) // 2
+    canvas = Image.new("RGB", (side, side), FILL)
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC, box=region), corner)
+    return np.asarray(canvas), scale, np.array(corner) - np.array([x1, y1]) * scale
 
 
 def crops(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +110,13 @@ def crops(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         pixels.append(torch.from_numpy(crop.transpose(2, 0, 1).copy()))
         points.append(torch.tensor((np.array(row["landmarks"]) * scale + offset) / SIDE, dtype=torch.float32))
     return torch.stack(pixels), torch.stack(points)
+
+
+def load(options):
+    """Read the crops and landmarks to train on and to test on, and the unlabelled images: the same crops, and others."""
+    train, test = (crops(read_ears(options.ears, split)) for split in ("train", "eval"))
+    others = [crops_of(options.unlabelled, SIDE, options.most)] if options.unlabelled else []
+    return train, test, [train[0], *others]
 
 
 def build(seed: int) -> Landmarker:
@@ -106,12 +157,17 @@ def predict(student: Landmarker, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([student(as_input(batch)) for batch in pixels.split(32)])
 
 
-def nme(predicted: torch.Tensor, true: torch.Tensor) -> float:
-    """Return the mean distance as a fraction of the crop's side."""
-    return float((predicted - true).norm(dim=-1).mean())
+def compared(predicted: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
+    """Return the mean distance of each image as a share of the crop's side: N."""
+    return (predicted - test[1]).norm(dim=-1).mean(1).numpy()
 
 
-def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, columns: int = 6) -> None:
+def nme(distances: np.ndarray, weights: np.ndarray) -> float:
+    """Return the normalised mean error in %, image n counted weights[n] times."""
+    return 100 * float((distances * weights).sum() / weights.sum())
+
+
+def draw(test, predicted, scores: dict[str, float], count: int, path: Path, columns: int = 6) -> None:
     """Write an image of evenly spaced test ears: a row with the true points, and a row for each kind of student."""
     places = np.linspace(0, len(test[0]) - 1, columns).round().astype(int)
     rows = {"true": test[1], **predicted}
@@ -119,7 +175,7 @@ def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, colum
     pen = ImageDraw.Draw(page)
     for line, (name, points) in enumerate(rows.items()):
         top = 8 + line * (SIDE + 6)
-        error = "" if name == "true" else f"\nNME {100 * nme(points, test[1]):.2f} %\n{count} labelled"
+        error = "" if name == "true" else f"\nNME {scores[name]:.2f} %\n{count} labelled"
         pen.text((8, top + 70), name + error, fill=(24, 28, 36), font=ImageFont.load_default(15))
         for column, place in enumerate(places):
             left = 130 + column * (SIDE + 6)
@@ -136,13 +192,15 @@ def draw(test, predicted: dict[str, torch.Tensor], count: int, path: Path, colum
 TASK = Task(
     what="ears",
     unit="NME %",
-    strides=STRIDES,
+    inputs={"ears": "output folder of make_sample_ears.py"},
+    side=SIDE,
     steps=200,
-    load=crops,
+    load=load,
     build=build,
     loss=loss,
     predict=predict,
-    score=lambda predicted, test: 100 * nme(predicted, test[1]),
+    compared=compared,
+    score=nme,
     draw=draw,
 )
 
