@@ -107,17 +107,18 @@ def test_the_benchmark_runs_and_reports_every_round(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_a_training_step_runs_with_the_default_recipe(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("part", "rows"), [("step", 3), ("distilling", 2)])
+def test_the_benchmark_of_a_training_step_runs_with_the_default_recipe(part, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
     import bench
 
     threads = torch.get_num_threads()
     try:
-        bench.main(["step", "--quick", "--rounds", "1", "--json", str(tmp_path / "x.json")])  # its limits are not met
+        bench.main([part, "--quick", "--rounds", "1", "--json", str(tmp_path / "x.json")])  # its limits are not met
     finally:
         torch.set_num_threads(threads)
     lines = json.loads((tmp_path / "x.json").read_text())
-    assert len(lines) == 3 and {line["part"] for line in lines} == {"step"}
+    assert len(lines) == rows and {line["part"] for line in lines} == {part}
 
 
 @pytest.mark.parametrize(("views", "again"), [(1, False), (2, True)])

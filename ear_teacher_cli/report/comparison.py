@@ -27,7 +27,7 @@ class Comparison:
 
 
 def compare_with_baseline(summary: RunSummary) -> Comparison:
-    """Score the validation embeddings by identity, each of the teacher's against the baseline's."""
+    """Score the validation embeddings by identity, each of the trained model's against the baseline's."""
     found = summary.embeddings
     if found is None:
         return Comparison(f"Not measured: {summary.missing}")
@@ -40,9 +40,9 @@ def compare_with_baseline(summary: RunSummary) -> Comparison:
     if len({identity for identity, _ in named}) < FEWEST_PEOPLE:
         return Comparison(f"Not measured: fewer than {FEWEST_PEOPLE} people are named.")
     try:
-        systems = {"teacher": _scored(found.baseline, found.raw)}
+        systems = {summary.model: _scored(found.baseline, found.raw)}
         if found.teacher is not found.raw:
-            systems["teacher, whitened"] = _scored(found.baseline, found.teacher)
+            systems[f"{summary.model}, whitened"] = _scored(found.baseline, found.teacher)
     except EarTeachError as error:
         return Comparison(f"Not measured: {error}")
     return _table(found, systems)
@@ -54,7 +54,7 @@ def _scored(baseline: Embeddings, teacher: Embeddings) -> Evaluation:
 
 def _table(found: ValidationEmbeddings, systems: dict[str, Evaluation]) -> Comparison:
     """Return the comparison of `systems`, each scored beside the baseline."""
-    plain = systems["teacher"]
+    plain = next(iter(systems.values()))
     few = plain.counts["people"] < FEW_PEOPLE
     head = ["%", "baseline"]
     for name in systems:

@@ -79,7 +79,8 @@ def render(summary: RunSummary, images: bool, console: Console) -> str:
     pages = environment("report", html=True)
     pages.filters.update(data_uri=data_uri, fit=fit)
     return pages.get_template("report.html.j2").render(
-        title=f"{summary.folder.name}: ear teacher",
+        title=f"{summary.folder.name}: ear {summary.model}",
+        model=summary.model,
         subtitle=_subtitle(summary),
         tiles=_tiles(summary),
         epochs=_epochs(summary),
@@ -93,7 +94,7 @@ def render(summary: RunSummary, images: bool, console: Console) -> str:
         axes=_axes(summary, console) if images and summary.config.decodes else None,
         decodes=summary.config.decodes,
         decodes_map=summary.config.decoder_input == "map",
-        neighbours=_neighbours(found, summary.config.seed) if found and images else [],
+        neighbours=_neighbours(found, summary.config.seed, summary.model) if found and images else [],
         has_baseline=found is not None and found.baseline is not None,
         whitened=found is not None and found.teacher.whitened,
         identities=found is not None and bool(found.teacher.identities),
@@ -121,6 +122,8 @@ def _subtitle(summary: RunSummary) -> str:
     """Return what was trained on what, and how many images could not be used."""
     config, reasons = summary.config, summary.unreadable()
     start = "from pretrained weights" if config.pretrained else "from random weights"
+    if isinstance(config, DistillConfig):
+        start += f", distilled from {_path(config.teacher)}"
     lists = f"Trained on {_path(config.train_metadata)}, validated on {_path(config.val_metadata)}."
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     missing = f" {reasons.total()} images could not be used ({listed}): {run_folder.BAD} lists them." if reasons else ""
@@ -226,11 +229,11 @@ def _axes(summary: RunSummary, console: Console) -> DrawnAxes | None:
         return DrawnAxes(why_not=str(error))
 
 
-def _neighbours(found: ValidationEmbeddings, seed: int) -> list[list[Neighbours]]:
-    """Return for each query its nearest neighbours, for the teacher and, if it is there, for the baseline."""
+def _neighbours(found: ValidationEmbeddings, seed: int, model: str) -> list[list[Neighbours]]:
+    """Return for each query its nearest neighbours, for the trained model and, if it is there, for the baseline."""
     if len(found.teacher) < 3:
         return []
-    systems = [("teacher", found.teacher), *([("baseline", found.baseline)] if found.baseline else [])]
+    systems = [(model, found.teacher), *([("baseline", found.baseline)] if found.baseline else [])]
     rows = []
     for query in _queries(found, seed):
         try:
@@ -280,7 +283,7 @@ def _commands(summary: RunSummary) -> Sequence[str]:
     more = "" if summary.last < summary.config.max_epochs else f" --max-epochs {2 * summary.last}"
     return (
         *([] if summary.running else [f"earteach resume {run}{more}"]),
-        f"earteach export-backbone {run} teacher.safetensors",
+        f"earteach export-backbone {run} {summary.model}.safetensors",
         f"earteach embed photos/ out.npy --weights {run}",
         "earteach evaluate out.npy labels.csv",
         f"tensorboard --logdir {run} --samples_per_plugin images=1000",

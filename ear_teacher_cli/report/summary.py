@@ -37,6 +37,11 @@ class RunSummary:
     running: bool = False
 
     @property
+    def model(self) -> str:
+        """What was trained: a teacher, or a student."""
+        return "student" if self.config.distils else "teacher"
+
+    @property
     def epoch(self) -> int:
         """The epoch of the checkpoint."""
         return self.checkpoint.epoch

@@ -48,7 +48,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     runs: list[dict[str, float]] = []
 
     def ours() -> float:
-        runs.append(_time_last_epoch(config))
+        runs.append(time_last_epoch(config))
         return runs[-1]["steps"]
 
     def minimal() -> float:
@@ -102,7 +102,7 @@ def _minimal_loop(config: TrainConfig) -> tuple[Callable[[dict], None], DataLoad
     return step, loader
 
 
-def _time_last_epoch(config: TrainConfig) -> dict[str, float]:
+def time_last_epoch(config: TrainConfig) -> dict[str, float]:
     """Run `train` and return seconds of its last epoch: `epoch`, of which `steps`, and `other`.
 
     `other` is neither training steps nor forward passes of validation.
