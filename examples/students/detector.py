@@ -26,14 +26,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import box_iou, nms, sigmoid_focal_loss
 
 from ear_teacher_cli import load_crop
+from ear_teacher_cli.data.crop import image_size
 from ear_teacher_cli.data.manifest import Manifest, read_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing
+from ear_teacher_cli.errors import ManifestError
 
 SIDE = 128
-# Width and height of the anchors of a cell in pixels, by stride. Ears are about twice as high as wide.
+# Width and height of the anchors of a cell in pixels, by stride: those of ears in photos that are wider than high.
 ANCHORS = {
-    8: ((7, 12), (10, 18)),
-    16: ((14, 24), (19, 33), (27, 46), (38, 64), (54, 90), (76, 120)),
+    8: ((6, 15), (9, 21)),
+    16: ((12, 28), (16, 38), (24, 52), (36, 72), (52, 96), (76, 120)),
 }
 VARIANCE = (
     0.1,
@@ -149,10 +151,11 @@ def photos(manifest: Manifest, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows.setdefault(manifest.file(row), []).append(row)
     pixels, boxes = torch.empty(len(rows), 3, size, size, dtype=torch.uint8), torch.zeros(len(rows), MOST_EARS, 4)
     for place, (path, ears) in enumerate(rows.items()):
-        with Image.open(path) as image:
-            width, height = image.size
+        width, height = image_size(path)
         pixels[place] = torch.from_numpy(load_crop(path, None, preprocessing))
-        for number, ear in enumerate(ears[:MOST_EARS]):
+        if len(ears) > MOST_EARS or any(manifest.boxes[ear] is None for ear in ears):
+            raise ManifestError(f"{manifest.where(ears[0])}: needs a box for each ear, and at most {MOST_EARS} of them")
+        for number, ear in enumerate(ears):
             box = torch.tensor(manifest.boxes[ear], dtype=torch.float32)
             boxes[place, number] = box * SIDE / torch.tensor([width, height, width, height])
     return pixels, boxes
@@ -302,7 +305,9 @@ TASK = Task(
         "test": "photos to test on",
     },
     side=SIDE,
-    steps=400,
+    steps=600,
+    rate=5e-3,
+    kept=Hits,
     load=load,
     build=build,
     loss=loss,

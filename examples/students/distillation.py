@@ -22,7 +22,7 @@ from ear_teacher_cli import load_crop
 from ear_teacher_cli.data.manifest import read_manifest
 from ear_teacher_cli.data.preprocessing import Preprocessing
 from ear_teacher_cli.distillation import MEASURED_ON, Distillation, Targets, Teacher
-from ear_teacher_cli.errors import ImageError
+from ear_teacher_cli.errors import EarTeachError, ImageError
 
 WITHOUT, UNTRAINED = "without", "untrained"  # no teacher; random weights of a teacher's architecture
 DRAWS = 2000  # of the bootstrap
@@ -38,8 +38,7 @@ class Source:
         """`images` N,3,T,T: of any size; the student sees them at `side`. `channels`: stride -> C of the student's maps."""
         self.pixels = torch.cat([scaled(part, side) for part in images.split(64)])
         if not teacher.statistics:
-            step = max(1, len(images) // MEASURED_ON)
-            teacher.measure(images[::step][:MEASURED_ON].split(32))
+            teacher.measure(images[:: -(-len(images) // MEASURED_ON)].split(32))
         self.distillation = Distillation(teacher, channels)
         found: dict[int, list[torch.Tensor]] = {stride: [] for stride in channels}
         for part in images.split(32):
@@ -79,9 +78,9 @@ def fine_tune(
     steps: int,
     batch: int,
     seed: int,
-    rate: float = 2e-3,
-) -> nn.Module:
-    """Train on the labels of the first `count` training images in an order fixed by `seed`, and return the student.
+    rate: float,
+) -> None:
+    """Train on the labels of the first `count` training images in an order fixed by `seed`.
 
     loss(student, pixels, labels, random) augments the images and returns the loss.
     """
@@ -97,7 +96,6 @@ def fine_tune(
         error.backward()
         optimiser.step()
         schedule.step()
-    return student
 
 
 def as_input(pixels: torch.Tensor) -> torch.Tensor:
@@ -132,9 +130,9 @@ class Task:
 
     load(options) -> (images, labels) to train on, the same to test on, and unlabelled images for each source; build(seed) ->
     a student with `channels`, stride -> C, and `maps`; `loss` as in `fine_tune`; predict(student, images) -> predictions;
-    compared(predictions, test) -> what score(compared, weights) needs, where `weights`, int N, is how often each test image
-    counts; draw(test, {kind: predictions}, scores, count, path). `side`: of the student's input. `steps`: default number of
-    steps of training on labels.
+    compared(predictions, test) -> a NamedTuple of arrays, `kept`, that score(compared, weights) needs, where `weights`, int N,
+    is how often each test image counts; draw(test, {kind: predictions}, scores, count, path). `side`: of the student's input. `steps`,
+    `rate`: of training on labels, by default.
     """
 
     what: str
@@ -142,6 +140,8 @@ class Task:
     inputs: dict[str, str]
     side: int
     steps: int
+    rate: float
+    kept: type
     load: Callable[..., tuple[Any, Any, list[torch.Tensor]]]
     build: Callable[[int], nn.Module]
     loss: Callable[..., torch.Tensor]
@@ -161,24 +161,36 @@ def compare(task: Task, description: str) -> int:
     options = parser.parse_args()
     teachers = _teachers(parser, options)
     started = time.time()
-    train, test, unlabelled = task.load(options)
+    train, test, unlabelled = _loaded(task, options, teachers)
     if max(options.labelled) > len(train[0]):
         parser.error(f"--labelled: there are {len(train[0])} training {task.what}; give a smaller number")
     kinds = [kind for kind in (WITHOUT, UNTRAINED, *teachers) if kind not in options.leave_out]
-    found: dict[tuple[int, str], list[Any]] = {}
+    found: dict[tuple[int, str], list[Any]] = {(count, kind): [] for count in options.labelled for kind in kinds}
     once, shown = np.ones(len(test[0]), int), {}
     for seed in options.seeds:
         for kind in kinds:
+            paths = {count: _path(options, seed, count, kind) for count in options.labelled}
+            to_draw = options.draw and seed == options.seeds[-1]
+            if not to_draw and all(path and path.is_file() for path in paths.values()):
+                for count, path in paths.items():
+                    found[count, kind].append(task.kept(**np.load(path)))
+                continue
             student = task.build(seed)
             if kind != WITHOUT:
                 sources = _sources(task, options, teachers, kind, seed, unlabelled, student)
                 distil(student, sources, options.distil_steps, 2 * options.batch, seed)
-            for count in options.labelled:
-                trained = fine_tune(copy.deepcopy(student), train, count, task.loss, options.steps, options.batch, seed)
+            for count, path in paths.items():
+                trained = copy.deepcopy(student)
+                fine_tune(trained, train, count, task.loss, options.steps, options.batch, seed, task.rate)
                 shown[count, kind] = task.predict(trained, test[0])
-                found.setdefault((count, kind), []).append(task.compared(shown[count, kind], test))
-                value = task.score(found[count, kind][-1], once)
-                print(f"seed {seed}, {count} labelled, {kind}: {value:.2f}", file=sys.stderr, flush=True)
+                compared = task.compared(shown[count, kind], test)
+                print(
+                    f"seed {seed}, {count} labelled, {kind}: {task.score(compared, once):.2f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                found[count, kind].append(compared)
+                _keep(compared, path)
     size = sum(p.numel() for p in task.build(0).parameters())
     took = time.time() - started
     print(f"{size:,} parameters; {len(test[0])} test {task.what}; seeds {options.seeds}; {took:.0f} s\n")
@@ -194,6 +206,28 @@ def compare(task: Task, description: str) -> int:
     return 0
 
 
+def _loaded(task: Task, options: argparse.Namespace, teachers: dict[str, list[str]]) -> Any:
+    """Return the data, after a look at the teachers. Exit with a message if something cannot be read."""
+    try:
+        for weights in {path for paths in teachers.values() for path in paths}:
+            Teacher(weights, ())
+        return task.load(options)
+    except (EarTeachError, OSError) as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+
+
+def _path(options: argparse.Namespace, seed: int, count: int, kind: str) -> Path | None:
+    """Return where --keep keeps the result of a student; None without it."""
+    return Path(options.keep) / f"{kind}-{count}-{seed}.npz" if options.keep else None
+
+
+def _keep(compared: Any, path: Path | None) -> None:
+    """Write the result of a student, if there is a path."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **compared._asdict())
+
+
 def _teachers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, list[str]]:
     """Return name -> weights for each seed, of `--teacher NAME=WEIGHTS [WEIGHTS ...]`."""
     found = {}
@@ -202,6 +236,8 @@ def _teachers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> d
         weights = [path, *others]
         if not equals or len(weights) not in (1, len(options.seeds)):
             parser.error(f"--teacher {first}: give NAME=WEIGHTS, and one file of weights or one for each seed")
+        if name in (WITHOUT, UNTRAINED, *found):
+            parser.error(f"--teacher {first}: {name} is taken; give the teacher another name")
         found[name] = weights * (len(options.seeds) if len(weights) == 1 else 1)
     return found
 
@@ -250,6 +286,8 @@ def _parser(task: Task, description: str) -> argparse.ArgumentParser:
     add("--batch", type=int, default=16, help=f"batch size; distillation uses twice as many images {default}")
     add("--draw", metavar="FILE.png", help=f"draw true and predicted labels on test {task.what}")
     add("--json", metavar="FILE", help="write the metric of every run")
+    text = "keep the result of every student here, and train only those that are missing; with the same other options"
+    add("--keep", metavar="DIR", help=text)
     return parser
 
 
@@ -286,6 +324,11 @@ def table(
             mean = np.mean(scores[count, b]) - np.mean(scores[count, a])
             cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
         lines.append(f"| {b} - {a} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"95 % intervals: a bootstrap over the test {task.what}. They hold for these students: seeds, training sets and",
+    ]
+    lines[-1] += " people are not drawn anew."
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ of people on whom neither student nor teacher was trained.
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -157,14 +158,20 @@ def predict(student: Landmarker, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([student(as_input(batch)) for batch in pixels.split(32)])
 
 
-def compared(predicted: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
-    """Return the mean distance of each image as a share of the crop's side: N."""
-    return (predicted - test[1]).norm(dim=-1).mean(1).numpy()
+class Distances(NamedTuple):
+    """`mean`: of each image the mean distance between predicted and true points as a share of the crop's side, N."""
+
+    mean: np.ndarray
 
 
-def nme(distances: np.ndarray, weights: np.ndarray) -> float:
+def compared(predicted: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor]) -> Distances:
+    """Measure the distances."""
+    return Distances((predicted - test[1]).norm(dim=-1).mean(1).numpy())
+
+
+def nme(distances: Distances, weights: np.ndarray) -> float:
     """Return the normalised mean error in %, image n counted weights[n] times."""
-    return 100 * float((distances * weights).sum() / weights.sum())
+    return 100 * float((distances.mean * weights).sum() / weights.sum())
 
 
 def draw(test, predicted, scores: dict[str, float], count: int, path: Path, columns: int = 6) -> None:
@@ -195,6 +202,8 @@ TASK = Task(
     inputs={"ears": "output folder of make_sample_ears.py"},
     side=SIDE,
     steps=200,
+    rate=2e-3,
+    kept=Distances,
     load=load,
     build=build,
     loss=loss,
