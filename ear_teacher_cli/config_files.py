@@ -51,14 +51,14 @@ def _owner_of(values: Iterable[str]) -> Any:
 
 def read_config(path: Path) -> TrainConfig:
     """Return the configuration in the folder of a run. Raises EarTeachError."""
-    return from_dict(read_toml(path, of_run=True), printable(path))
+    return from_dict(read_toml(path, owner=None), printable(path))
 
 
-def read_toml(path: str | Path, recipe: str | None = None, of_run: bool = False) -> dict[str, Any]:
+def read_toml(path: str | Path, recipe: str | None = None, owner: Any = TrainConfig) -> dict[str, Any]:
     """Return the options of a TOML file, whose names may have hyphens or underscores.
 
-    The options of the preset `recipe`, else of the file's own `preset`, stand below them. `of_run`: a file that a run
-    wrote, of training or of distillation; others are of training. Raises EarTeachError naming file, line and key.
+    The options of the preset `recipe`, else of the file's own `preset`, stand below them. `owner`: the class of the
+    configuration; None: as the file's content says. Raises EarTeachError naming file, line and key.
     """
     text = _text_of(path)
     try:
@@ -66,7 +66,7 @@ def read_toml(path: str | Path, recipe: str | None = None, of_run: bool = False)
     except tomllib.TOMLDecodeError as error:
         windows = " (a path of Windows goes into single quotes: 'C:\\Users\\...')" if "\\" in text else ""
         raise EarTeachError(f"{path}: not readable as TOML ({error}); mend that line{windows}") from error
-    owner = _owner_of(values) if of_run else TrainConfig
+    owner = owner or _owner_of(values)
     found: dict[str, Any] = {}
     below: dict[str, Any] = {}
     for key, value in values.items():
@@ -75,7 +75,7 @@ def read_toml(path: str | Path, recipe: str | None = None, of_run: bool = False)
         if name in found:
             raise EarTeachError(f"{where}: {key!r} is given twice, with hyphens and with underscores; keep one")
         try:
-            if name == "preset":
+            if name == "preset" and owner is TrainConfig:
                 below = preset(plain(name, value, str))
             else:
                 found[name] = _option_of_file(owner, name, key, value, where)
@@ -100,6 +100,8 @@ def _option_of_file(owner: Any, name: str, key: str, value: Any, where: str) -> 
     specs = {spec.name: spec for spec in fields(owner)}
     if name in ("dry_run", "overwrite", "quiet", "verbose", "config"):
         raise EarTeachError(f"{where}: {key!r} cannot be set in a file; give {flag(name)} on the command line")
+    if name not in specs and name in {spec.name for spec in fields(DistillConfig)}:
+        raise EarTeachError(f"{where}: {key!r} is an option of earteach distill; give the file to that command")
     if name not in specs:
         hint = nearest(name, [*specs, "preset"])
         raise EarTeachError(f"{where}: unknown option {key!r}; {hint}`earteach train --help-all` lists the names")

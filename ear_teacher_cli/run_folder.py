@@ -14,6 +14,7 @@ from .files import only_writer, printable, remove_stale_temporaries, short_messa
 CONFIG, METRICS, BAD, CHECKPOINTS, LAST = "config.toml", "metrics.csv", "bad_images.csv", "checkpoints", "last.ckpt"
 REPORT, COLLAGES = "report.html", "reconstruction_collages"
 PROFILE, TRACE = "profile.txt", "profile-trace.json"
+EXPORTED = "exported.txt"  # sha256 of the weights that a distillation exported
 
 
 def versions(experiment: Path) -> list[Path]:
@@ -138,7 +139,7 @@ def remove_run(experiment: Path) -> None:
     """Remove the files that a run writes, and nothing else in the folder."""
     for path in [experiment / CHECKPOINTS, *versions(experiment), experiment / "wandb"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (CONFIG, METRICS, BAD, REPORT, PROFILE, TRACE, "mlflow.db"):
+    for name in (CONFIG, METRICS, BAD, REPORT, PROFILE, TRACE, EXPORTED, "mlflow.db"):
         (experiment / name).unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def test_a_student_of_timm_is_distilled_exported_and_opened(exports, manifests, 
     words = [exports / "teacher", f"{tmp_path}/{out}", "--student", student, "--student-size", size, *manifests, *WORDS]
     made = earteach("distill", *words, "--max-epochs", 1, "--output-dir", tmp_path / "runs")
     assert made.code == 0, made.err
-    assert "from: the teacher" in made.err and "1 maps of strides 4, 8, 16, 1 embedding, 1 relations" in made.err
+    assert f"teacher: {exports}/teacher at 64 px" in made.err
+    assert "1 map loss (strides 4, 8, 16), 1 embedding loss, 1 relation loss" in made.err
     assert earteach("verify", f"{tmp_path}/{out}").code == 0
     images = torch.rand(2, 3, size, size)
     if out == "student.safetensors":
@@ -133,8 +135,9 @@ def test_the_run_of_a_student_can_be_read_and_reported(exports, manifests, tmp_p
     assert earteach("embed", manifests[3], tmp_path / "rows.npy", "--weights", outcome.experiment).code == 0
 
 
-def test_a_dry_run_writes_nothing(exports, manifests, tmp_path, earteach):
-    words = [exports / "teacher", tmp_path / "s.onnx", "--student", "test_resnet", *manifests, *WORDS, "--dry-run"]
+@pytest.mark.parametrize("teacher", ["teacher", "teacher.safetensors"])
+def test_a_dry_run_writes_nothing(teacher, exports, manifests, tmp_path, earteach):
+    words = [exports / teacher, tmp_path / "s.onnx", "--student", "test_resnet", *manifests, *WORDS, "--dry-run"]
     said = earteach("distill", *words, "--output-dir", tmp_path)
     assert said.code == 0 and "one training step" in said.err, said.err
     assert 'backbone = "test_resnet"' in said.out.decode() and not list(tmp_path.iterdir())
@@ -184,13 +187,74 @@ def test_an_output_that_exists_is_not_replaced(exports, manifests, tmp_path, ear
 def test_a_folder_of_the_runs_name_is_not_its_output(exports, manifests, tmp_path, earteach):
     words = ["distill", exports / "teacher", f"{tmp_path}/s/", "--student", "test_resnet", *manifests]
     said = earteach(*words, "--output-dir", tmp_path)
-    assert said.code == 2 and "--experiment-name: s in --output-dir is OUT itself" in said.err
+    assert said.code == 2 and "--experiment-name: the run (" in said.err and "would lie in one another" in said.err
+
+
+@pytest.mark.slow
+def test_a_teacher_is_never_overwritten(exports, run, manifests, tmp_path, earteach):
+    copy = shutil.copytree(run, tmp_path / "runs" / "first")
+    teacher = shutil.copytree(exports / "teacher", tmp_path / "teacher")
+    (tmp_path / "runs" / "model").mkdir()
+    words = ["--student", "test_resnet", *manifests, *WORDS, "--overwrite", "--output-dir", tmp_path / "runs"]
+    for given, out in (
+        (copy, tmp_path / "first.safetensors"),
+        (teacher, f"{teacher}/"),
+        (teacher, teacher / "model.safetensors"),
+        (teacher, tmp_path / "runs" / "model" / "model.safetensors"),
+    ):
+        said = earteach("distill", given, out, *words)
+        assert said.code == 2 and "would lie in one another" in said.err, said.err
+    assert (copy / "checkpoints").is_dir() and (teacher / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_an_export_is_written_again_by_its_run_only(exports, manifests, tmp_path, earteach):
+    out = tmp_path / "student.safetensors"
+    words = ["distill", exports / "teacher", out, "--student", "test_resnet", *manifests, *WORDS, "--max-epochs", 1]
+    made = earteach(*words, "--output-dir", tmp_path / "runs")
+    assert made.code == 0, made.err
+    first, folder = out.read_bytes(), tmp_path / "runs" / "student"
+    finished = earteach("resume", folder)  # nothing to train, and nothing to export
+    assert finished.code == 0 and "collage" not in finished.err and "earteach verify" in finished.err
+    out.unlink()
+    out.with_suffix(".whitening.safetensors").unlink()
+    assert earteach("resume", folder).code == 0 and out.read_bytes() == first
+    assert earteach("resume", folder, "--max-epochs", 2).code == 0  # it may replace its own
+    out.write_bytes(b"of somebody else")
+    said = earteach("resume", folder, "--max-epochs", 3)
+    assert said.code == 2 and "exists already" in said.err and len(metrics_of(folder)) == 3  # nothing was trained
+    assert out.read_bytes() == b"of somebody else"
+
+
+@pytest.mark.slow
+def test_a_whitening_of_another_export_stops_before_training(exports, manifests, tmp_path, earteach):
+    shutil.copy(exports / "teacher.safetensors", tmp_path / "a.safetensors")
+    shutil.copy(exports / "teacher.whitening.safetensors", tmp_path / "a.whitening.safetensors")
+    words = ["distill", exports / "teacher", tmp_path / "a.onnx", "--student", "test_resnet", *manifests, *WORDS]
+    said = earteach(*words, "--output-dir", tmp_path / "runs")
+    assert said.code == 2 and "belongs to a.safetensors" in said.err and not (tmp_path / "runs").exists()
+
+
+def test_a_configuration_of_a_distillation_is_read_by_distill_only(exports, manifests, tmp_path, earteach):
+    words = ["distill", exports / "teacher", tmp_path / "s.onnx", "--student", "test_resnet", *manifests, *WORDS]
+    text = earteach(*words, "--strides", "8,16", "--dry-run").out.decode()
+    (tmp_path / "c.toml").write_text(text)
+    again = earteach("distill", exports / "teacher", tmp_path / "s.onnx", "--config", tmp_path / "c.toml", "--dry-run")
+    assert again.code == 0 and again.out.decode() == text
+    said = earteach("train", "--config", tmp_path / "c.toml")
+    assert said.code == 1 and "is an option of earteach distill; give the file to that command" in said.err
+
+
+def test_a_monitor_that_a_student_has_not_is_refused(exports, manifests, tmp_path, earteach):
+    words = ["distill", exports / "teacher", tmp_path / "s.onnx", "--student", "test_resnet", *manifests]
+    said = earteach(*words, "--monitor", "val/psnr")
+    assert said.code == 2 and "--monitor: 'val/psnr' is not known; choose one of val/loss" in said.err
 
 
 def test_every_option_of_training_is_offered_or_has_a_reason_not_to_be(earteach):
     text = earteach("distill", "--help-all").out.decode()
     for name in DistillConfig.__dataclass_fields__:
-        offered = re.search(rf"--{name.replace('_', '-')}\b", text) is not None
+        offered = re.search(rf"--{name.replace('_', '-')}(?![\w-])", text) is not None
         assert offered == (name not in {*SET_BY_COMMAND, *NOT_OF_DISTILLATION} or name == "pad"), name
     assert set(NOT_OF_DISTILLATION) <= set(TrainConfig.__dataclass_fields__)
 
@@ -216,6 +280,9 @@ def test_whole_images_are_read_once_and_without_boxes(exports, tmp_path):
     data = EarDataModule(config)
     data.setup("fit")
     assert data.train_set.manifest.paths == ["a.png", "b.png", "c.png"] and set(data.train_set.manifest.boxes) == {None}
+    names = replace(data.train_set.manifest, paths=["a", "b", "a"], boxes=[None] * 3, rows=[0, 1, 2])
+    people = replace(names, identities=["p", "q", "r"], sides=["left", "right", "left"]).of_whole_images()
+    assert people.paths == ["a", "b"] and people.identities == ["", "q"] and people.sides is None
     fill = torch.tensor(data.clean_set.preprocessing.fill, dtype=torch.uint8)
     assert torch.equal(data.clean_set[0]["pixels"][:, 0, 0], fill)  # 80 x 40 in a square: padded above and below
 
@@ -320,12 +387,14 @@ def test_statistics_are_measured_or_read_from_the_folder(exports, manifests):
     data.setup("fit")
     read = Teacher(exports / "teacher")
     measured = Teacher(exports / "teacher.safetensors")
+    early, maps = Distillation(measured, {8: 5}), {8: torch.zeros(2, 5, 8, 8)}
     with pytest.raises(EarTeachError, match="statistics of its maps are not known"):
-        Distillation(measured, {8: 5})(torch.zeros(2, 3, 64, 64), maps={8: torch.zeros(2, 5, 8, 8)})
+        early(torch.zeros(2, 3, 64, 64), maps=maps)
     from ear_teacher_cli.data.dataset import EarDataset
 
     val = EarDataset(data.val_set.manifest, read.preprocessing)
     measured.measure([torch.stack([val[i]["pixels"] for i in range(len(val))])])
+    assert early(torch.zeros(2, 3, 64, 64), maps=maps).isfinite()  # measured since
     for stride in (4, 8, 16):
         for a, b in zip(measured.statistics[stride], read.statistics[stride], strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -341,6 +410,27 @@ def test_only_the_projections_are_trained_and_saved(teacher, crops):
     assert all(p.grad is not None for p in distillation.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, teacher._embedder.backbone.parameters(), strict=True))
     assert not any(p.requires_grad for p in teacher._embedder.backbone.parameters())
+
+
+def test_targets_are_of_32_bit_within_autocast(exports, crops):
+    teacher = Teacher(exports / "teacher")
+    plain = teacher(crops)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = teacher(crops)
+        loss = losses.relation_loss(plain.embeddings, plain.embeddings)
+    assert torch.equal(plain.embeddings, mixed.embeddings) and torch.equal(plain.maps[8], mixed.maps[8])
+    assert loss.dtype == torch.float32 and loss < 1e-10
+
+
+def test_what_is_missing_is_told(teacher, crops):
+    with pytest.raises(EarTeachError, match="has nothing to compare"):
+        Distillation(teacher)
+    with pytest.raises(EarTeachError, match="maps: that of stride 16 is missing"):
+        Distillation(teacher, {8: 5, 16: 6})(crops, maps={8: torch.zeros(6, 5, 8, 8)})
+    with pytest.raises(EarTeachError, match="embedding: is missing"):
+        Distillation(teacher, embedding_dim=5)(crops)
+    with pytest.raises(TypeError, match="takes no bbox_buffer: the teacher decides it"):
+        config_for("teacher", bbox_buffer=0.5)
 
 
 def test_wrong_strides_are_told(exports, teacher):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config_fields import OPTIONS, Checked, kinds_of, option, shared
+from ..config_files import read_toml
 from ..console import Console
 from ..distill_config import NOT_OF_DISTILLATION, SET_BY_COMMAND, DistillConfig
 from ..errors import ConfigError, UsageError
@@ -28,6 +29,10 @@ class StudentOptions(Checked):
     pad: bool | None = option(
         None, "Data", "Pad to a square with the mean colour; --no-pad stretches. Default: as the teacher's crops."
     )
+    config: str | None = option(
+        None, OPTIONS, "TOML file of options, for example that of a run; options on the command line override it, and TEACHER "
+        "and OUT are not read from it.", metavar="FILE", private=True, common=True,
+    )  # fmt: skip
     dry_run: bool = shared(
         "dry_run",
         help="Read the data, do one step, print the configuration (as TOML, to stdout) and an estimate of time and "
@@ -75,13 +80,23 @@ def distill(
     from ..export.export import require_free
 
     console = of_first_process(console)
-    if options.student is None:
+    from_file = read_toml(options.config, owner=DistillConfig) if options.config else {}
+    student = options.student or from_file.get("backbone")
+    if student is None:
         raise UsageError("--student: no model was named; give a timm model, for example mobilenetv3_small_100")
     require_free(out, options.overwrite)
-    values = given.environment | given.typed | {"backbone": options.student, "out": out}
+    values = (
+        given.environment
+        | from_file
+        | given.typed
+        | {"backbone": student, "out": out, "replace_out": options.overwrite}
+    )
+    for name in ("teacher", "teacher_fingerprint", "bbox_buffer", "side_policy"):
+        values.pop(name, None)
     values |= {"image_size": options.student_size} if options.student_size else {}
     values |= {"pad": options.pad} if options.pad is not None else {}
-    values.setdefault("experiment_name", Path(out).stem)
+    if "experiment_name" not in given.typed:
+        values["experiment_name"] = Path(out).stem
     if given.environment:
         console.info(f"from the environment: {', '.join(map(variable, given.environment))}")
     try:

@@ -1,20 +1,20 @@
 """`earteach train` and `earteach resume`."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..command_config import ExportConfig
 from ..config import EARLIER_PRESETS, PRESETS, RESUMABLE, TrainConfig, describe_recipe, preset
 from ..config_fields import OPTIONS, Checked, kinds_of, option, shared
 from ..config_files import read_toml
 from ..console import Console, clock, counted
 from ..distill_config import DistillConfig
 from ..distributed import is_first_process
-from ..errors import ConfigError, EarTeachError
+from ..errors import ConfigError
 from ..files import printable, shell_word
-from . import help_format
+from . import help_format, student_export
 from .options import Given, argument, command, variable
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def resume(
 
     ResumeOptions(**given.typed)  # checks the values
     console = of_first_process(console)
+    student_export.require_free(Path(run))
     _finish(resume_run(run, console, **given.typed), console)
 
 
@@ -111,7 +112,7 @@ def run(config: TrainConfig, dry_run: bool, overwrite: bool, console: Console) -
         return
     from ..training.run import train as train_run
 
-    _finish(train_run(config, console, overwrite), console, overwrite)
+    _finish(train_run(config, console, overwrite), console)
 
 
 def _configured(options: RunOptions, given: Given[TrainConfig]) -> TrainConfig:
@@ -130,11 +131,9 @@ def of_first_process(console: Console) -> Console:
     return console if is_first_process() else Console(quiet=True)
 
 
-def _finish(outcome: "Outcome", console: Console, overwrite: bool = False) -> None:
-    """Write what a run ends with, export a distilled student, and print what was made. Raises Exit for an interrupted run.
-
-    `overwrite`: replace an export that exists.
-    """
+def _finish(outcome: "Outcome", console: Console) -> None:
+    """Write what a run ends with, export a distilled student, and print what was made. Raises Exit for an interrupted
+    run."""
     folder, named = printable(outcome.experiment), shell_word(outcome.experiment)
     if outcome.interrupted:
         console.info(
@@ -147,7 +146,7 @@ def _finish(outcome: "Outcome", console: Console, overwrite: bool = False) -> No
     best = printable(outcome.best.name) if outcome.best else "none"
     took = f" in {clock(outcome.seconds)}" if outcome.seconds else ""
     if isinstance(outcome.config, DistillConfig):
-        following = _export(outcome, overwrite, console)
+        following = student_export.write(outcome.experiment, outcome.config, console, outcome.module is not None)
     else:
         following = [
             f"earteach collage {named} -o collage.png",
@@ -163,24 +162,3 @@ def _finish(outcome: "Outcome", console: Console, overwrite: bool = False) -> No
             *[("" if number else "next", line) for number, line in enumerate(following)],
         ]
     )
-
-
-def _export(outcome: "Outcome", overwrite: bool, console: Console) -> list[str]:
-    """Export a distilled student to where its configuration says, once for all ranks; return the next commands."""
-    config = outcome.config
-    assert isinstance(config, DistillConfig)
-    named, out = shell_word(outcome.experiment), shell_word(config.out)
-    if not is_first_process():
-        return []
-    if not config.out:  # distilled by the Python API
-        return [f"earteach export-backbone {named} student.safetensors"]
-    from ..export.export import describe, export_backbone
-
-    try:
-        made = export_backbone(outcome.experiment, config.out, ExportConfig(overwrite=overwrite), console)
-    except EarTeachError as error:
-        raise EarTeachError(
-            f"{error}. The student is trained: `earteach export-backbone {named} {out}` tries the export again"
-        ) from error
-    console.info(describe(made))
-    return [f"earteach verify {out}", f"earteach embed photos/ out.npy --weights {out}"]

@@ -93,10 +93,16 @@ class Manifest:
         )
 
     def of_whole_images(self) -> "Manifest":
-        """Return a manifest of the images without their boxes: one row for each image, that of its first ear."""
-        first = {path: index for index, path in reversed(list(enumerate(self.paths)))}
-        images = self.subset(sorted(first.values()))
-        return replace(images, boxes=[None] * len(images), box_format="", how="")
+        """Return a manifest of the images without boxes and sides: one row for each image, with the identity if all its
+        ears have the same."""
+        rows: dict[str, list[int]] = {}
+        for row, path in enumerate(self.paths):
+            rows.setdefault(path, []).append(row)
+        images, names = self.subset(ears[0] for ears in rows.values()), self.identities
+        if names is not None:
+            people = [{names[row] for row in ears} for ears in rows.values()]
+            names = [found.pop() if len(found) == 1 else "" for found in people]
+        return replace(images, boxes=[None] * len(images), identities=names, sides=None, box_format="", how="")
 
     def subset(self, indices: Iterable[int]) -> "Manifest":
         """Return a manifest of these ears, in this order."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EarTeachError
+from ..model.decoder import averaged
 from .teacher import Targets, Teacher
 
 
@@ -43,9 +44,11 @@ class Distillation(nn.Module):
         """`channels`: stride in pixels -> channels C of the student's map, for some of the teacher's strides; None: no map
         loss. `embedding_dim`: D of the student; None: no embedding and no relation loss.
 
-        Raises EarTeachError if the teacher has no map of a stride, or its maps were not measured.
+        Raises EarTeachError if there is neither, or the teacher has no map of a stride.
         """
         super().__init__()
+        if not channels and not embedding_dim:
+            raise EarTeachError("Distillation: has nothing to compare; give channels of maps, or embedding_dim")
         self.teacher = teacher  # not a Module: its weights are not this module's
         self.weights = {"map": map_weight, "embedding": embedding_weight, "relation": relation_weight}
         self.projections = nn.ModuleDict()
@@ -61,13 +64,19 @@ class Distillation(nn.Module):
         self.projection = nn.Linear(embedding_dim, teacher.embedding_dim) if embedding_dim else None
         self._is_measured = False
         if teacher.statistics:
-            self.standardise_by(teacher)
+            self.take_statistics()
 
-    def standardise_by(self, teacher: Teacher) -> None:
-        """Take the statistics of the teacher's maps."""
+    def take_statistics(self) -> None:
+        """Take the statistics of the teacher's maps, as they are now."""
         for stride in map(int, self.projections):
-            for part, values in zip(("mean", "deviation"), teacher.statistics[stride], strict=True):
+            for part, values in zip(("mean", "deviation"), self.teacher.statistics[stride], strict=True):
                 getattr(self, f"{part}_{stride}").copy_(values)
+
+    def do_without_statistics(self) -> None:
+        """Leave maps as they are, if the teacher's were not measured: for a step that measures time or memory only."""
+        if not self.teacher.statistics:
+            for name, buffer in self.named_buffers():
+                buffer.fill_(0.0 if name.startswith("mean") else 1.0)
 
     def forward(
         self,
@@ -93,31 +102,38 @@ class Distillation(nn.Module):
         if self.projections:
             found["map"] = self.map_loss(targets, maps or {})
         if self.projection is not None:
-            assert embedding is not None
+            if embedding is None:
+                raise EarTeachError("embedding: is missing; give it, or make Distillation without embedding_dim")
             found["embedding"] = self.embedding_loss(targets, embedding)
             found["relation"] = relation_loss(targets.embeddings, embedding)
         return found
 
     def map_loss(self, targets: Targets, maps: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return the mean over the strides of smooth L1 plus 1 - cosine over channels, of standardised maps. The finer of
-        two maps, the student's or the teacher's, is averaged to the cells of the coarser one."""
+        """Return the mean over the strides of smooth L1 plus 1 - cosine over channels, between the projected maps and the
+        teacher's, standardised. The finer of two maps is averaged to the cells of the coarser one."""
         self._require_statistics()
+        if missing := sorted({*map(int, self.projections)} - {*maps}):
+            raise EarTeachError(
+                f"maps: that of stride {missing[0]} is missing; give all that Distillation was made for"
+            )
         found = []
         for stride, projection in self.projections.items():
             given, target = projection(maps[int(stride)]).float(), targets.maps[int(stride)].float()
             mean, deviation = (getattr(self, f"{part}_{stride}")[:, None, None] for part in ("mean", "deviation"))
-            cells = [min(a, b) for a, b in zip(given.shape[-2:], target.shape[-2:], strict=True)]
-            given, target = (F.adaptive_avg_pool2d(each, cells) for each in (given, (target - mean) / deviation))
+            cells = min(given.shape[-1], target.shape[-1])
+            given, target = averaged(given, cells), averaged((target - mean) / deviation, cells)
             found.append(F.smooth_l1_loss(given, target) + (1 - F.cosine_similarity(given, target, dim=1)).mean())
         return torch.stack(found).mean()
 
     def _require_statistics(self) -> None:
         if not self._is_measured:
+            if self.teacher.statistics and not all(bool(buffer.isfinite().all()) for buffer in self.buffers()):
+                self.take_statistics()
             self._is_measured = all(bool(buffer.isfinite().all()) for buffer in self.buffers())
             if not self._is_measured:
                 raise EarTeachError(
-                    "teacher: the statistics of its maps are not known; call teacher.measure(batches of images) before "
-                    "Distillation(teacher), or load an exported folder"
+                    "teacher: the statistics of its maps are not known; call teacher.measure(batches of images) first, or "
+                    "load an exported folder"
                 )
 
     def embedding_loss(self, targets: Targets, embedding: torch.Tensor) -> torch.Tensor:
@@ -132,5 +148,8 @@ def relation_loss(of_teacher: torch.Tensor, embedding: torch.Tensor) -> torch.Te
     count = len(embedding)
     if count < 2:
         return embedding.float().sum() * 0
-    cosines = [rows @ rows.T for rows in (F.normalize(each.float(), dim=1) for each in (of_teacher, embedding))]
-    return (cosines[0] - cosines[1]).square().sum() / (count * (count - 1))  # a row's cosine with itself is 1 in both
+    with torch.autocast(embedding.device.type, enabled=False):
+        cosines = [rows @ rows.T for rows in (F.normalize(each.float(), dim=1) for each in (of_teacher, embedding))]
+        return (cosines[0] - cosines[1]).square().sum() / (
+            count * (count - 1)
+        )  # a row's cosine with itself is 1 in both

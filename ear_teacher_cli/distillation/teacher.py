@@ -114,8 +114,8 @@ class Teacher:
         sums: dict[int, torch.Tensor] = {}  # 3,C: numbers of positions, sums, sums of squares
         for pixels in batches:
             for stride, found in self(pixels).maps.items():
-                values = found.double()
-                total = torch.stack([torch.ones_like(values), values, values.square()]).sum((1, 3, 4)).cpu()
+                values = found.cpu().double()
+                total = torch.stack([torch.ones_like(values), values, values.square()]).sum((1, 3, 4))
                 sums[stride] = sums.get(stride, 0) + total
         if not sums:
             raise EarTeachError(f"{self.name}: no image to measure its feature maps on; give at least one")
@@ -125,15 +125,19 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Targets:
-        """Return the targets of RGB images, uint8 B,3,S,S, or float with values from 0 to 255; scaled to `size`."""
+        """Return the targets of RGB images, uint8 B,3,S,S, or float with values from 0 to 255; scaled to `size`.
+
+        Computed in 32 bit, also within autocast: whitening amplifies rounding.
+        """
         backbone: Any = self._embedder.backbone
         if self._embedder.device != pixels.device:
             backbone.to(pixels.device)
         images = normalise(resized(pixels, self.size), self.preprocessing).contiguous(memory_format=torch.channels_last)
-        if self._reader is None:
-            return Targets(self._rows(backbone(images)), {})
-        embedding, maps = self._reader(backbone, images)
-        return Targets(self._rows(embedding), {stride: maps[stride] for stride in self.channels})
+        with torch.autocast(images.device.type, enabled=False):
+            if self._reader is None:
+                return Targets(self._rows(backbone(images)), {})
+            embedding, maps = self._reader(backbone, images)
+            return Targets(self._rows(embedding), {stride: maps[stride] for stride in self.channels})
 
     def _rows(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return the rows of `earteach embed` of raw embeddings B,D: float32 B,K."""
@@ -156,10 +160,12 @@ def _deviation(variance: torch.Tensor) -> torch.Tensor:
 def config_for(teacher: str | Path, **options: Any) -> DistillConfig:
     """Return the configuration of a distillation: `options` of DistillConfig, the rest from the teacher.
 
-    The student's input has the size that the teacher was trained at unless `image_size` is given, and its crops are cut as
-    the teacher's.
-    Raises EarTeachError.
+    The student's input has the size that the teacher was trained at unless `image_size` is given. Its crops have the
+    teacher's margin, its sides and, unless `pad` is given, its padding; the colour of the padding is the student's mean.
+    Raises EarTeachError, TypeError for an option that only the teacher decides.
     """
+    if decided := sorted({"bbox_buffer", "side_policy", "teacher_fingerprint"} & set(options)):
+        raise TypeError(f"config_for() takes no {', '.join(decided)}: the teacher decides it")
     config = DistillConfig(**options, teacher=str(teacher))
     loaded = Teacher(teacher, config.map_strides, config.teacher_size)
     found = loaded.preprocessing

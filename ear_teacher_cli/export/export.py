@@ -112,12 +112,22 @@ def describe(made: Export) -> str:
     )
 
 
+def weights_of(out: str | Path) -> Path:
+    """Return the file with the weights of an export: itself, or that in its folder."""
+    return FORMATS[_format_key(out)].weights_file(Path(out))
+
+
 def require_free(out: str | Path, overwrite: bool) -> None:
     """Raise UsageError unless `out` names a format of exports and may be written, EarTeachError if it needs a package that
     is missing."""
     format = FORMATS[_format_key(out)]
-    refuse_existing_folder(out, overwrite) if format.files else refuse_existing(out, overwrite)
     format.require()
+    if format.files:
+        refuse_existing_folder(out, overwrite)
+        return
+    path = refuse_existing(out, overwrite)
+    _refuse_shared_whitening(path)
+    refuse_existing(whitening_beside(path), overwrite)
 
 
 def _format_key(out: str | Path) -> str:
@@ -204,10 +214,16 @@ def _require_own_whitening(out: Path, whitening: bytes | None, overwrite: bool) 
     beside = whitening_beside(out)
     if whitening is None or (beside.is_file() and beside.read_bytes() == whitening):
         return
+    _refuse_shared_whitening(out)
+    refuse_existing(beside, overwrite)
+
+
+def _refuse_shared_whitening(out: Path) -> None:
+    """Raise UsageError if the whitening beside `out` is that of a sibling."""
+    beside = whitening_beside(out)
     if beside.exists() and (siblings := _siblings(out)):
         name = printable(siblings[0].name)
         raise UsageError(f"{printable(beside)}: belongs to {name}, which has other weights; choose another name")
-    refuse_existing(beside, overwrite)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from PIL import Image
 from .. import run_folder
 from ..config import TrainConfig
 from ..console import Console
-from ..distill_config import DistillConfig
+from ..distill_config import NOT_OF_DISTILLATION, DistillConfig
 from ..drawing import read_saved_image
 from ..embedding.files import Embeddings
 from ..errors import EarTeachError, ImageError
@@ -292,7 +292,8 @@ def _commands(summary: RunSummary) -> Sequence[str]:
 
 def _options(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the options and their values, as text."""
-    return [(name, _option(name, value)) for name, value in config.as_dict().items()]
+    left_out = NOT_OF_DISTILLATION if config.distils else ()
+    return [(name, _option(name, value)) for name, value in config.as_dict().items() if name not in left_out]
 
 
 def _option(name: str, value: object) -> str:

@@ -41,8 +41,8 @@ def _about_teacher(config: TrainConfig) -> list[tuple[str, str]]:
     """Return what a student is distilled from; nothing of a teacher."""
     if not isinstance(config, DistillConfig):
         return []
-    seen = "whole images" if config.whole_images else "crops"
-    return [("from", f"the teacher {printable(config.teacher)} at {config.teacher_size} px, of {seen}")]
+    seen = "; both see whole images" if config.whole_images else ""
+    return [("teacher", f"{printable(config.teacher)} at {config.teacher_size} px{seen}")]
 
 
 # The options that `describe` has in other words.

@@ -87,13 +87,14 @@ class EarTeacherLightningModule(pl.LightningModule):
         if not isinstance(config, DistillConfig):
             return None
         teacher = Teacher(config.teacher, config.map_strides, config.teacher_size)
+        found = teacher.preprocessing
         if teacher.fingerprint != config.teacher_fingerprint:
             raise WeightsError(
                 f"{teacher.name}: is not the teacher that this run began with (fingerprint {teacher.fingerprint[:16]}, not "
                 f"{config.teacher_fingerprint[:16]}); give the same, or start anew"
             )
-        if config.whole_images or teacher.size != teacher.preprocessing.image_size:
-            teacher.statistics = {}  # those of an export are of crops at its size
+        if config.whole_images or (teacher.size, config.pad) != (found.image_size, found.pad):
+            teacher.statistics = {}  # those of an export are of crops at its size, padded or not
         channels = {stride: model.reader.shapes[stride][0] for stride in config.map_strides} if model.reader else {}
         return Distillation(teacher, channels, model.embedding_dim if config.embedding_weight else None)
 

@@ -258,7 +258,7 @@ class DistilledMaps(LossTerm):
     weight_option = "map_weight"
 
     def describe(self) -> str:
-        return f"{self.weight:g} maps of strides {', '.join(map(str, self.config.map_strides))}"
+        return f"{self.weight:g} map loss (strides {', '.join(map(str, self.config.map_strides))})"
 
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
         assert outputs.distillation is not None
@@ -273,6 +273,9 @@ class DistilledEmbedding(LossTerm):
     name = "embedding"
     weight_option = "embedding_weight"
 
+    def describe(self) -> str:
+        return f"{self.weight:g} embedding loss"
+
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
         assert outputs.distillation is not None
         return outputs.distillation.embedding_loss(outputs.targets, outputs.embedding[: outputs.images])
@@ -286,7 +289,7 @@ class DistilledRelations(LossTerm):
     fewest_images = 2
 
     def describe(self) -> str:
-        return f"{self.weight:g} relations"
+        return f"{self.weight:g} relation loss"
 
     def training_loss(self, outputs: Outputs) -> torch.Tensor:
         return relation_loss(outputs.targets.embeddings, outputs.embedding[: outputs.images])

@@ -126,7 +126,7 @@ def measure_teacher(module: pl.LightningModule, distillation: Distillation) -> N
         return teacher.statistics
 
     teacher.statistics = on_first_rank(module, measure)
-    distillation.standardise_by(teacher)
+    distillation.take_statistics()
 
 
 def on_first_rank(module: pl.LightningModule, compute: Callable[[], Result]) -> Result:

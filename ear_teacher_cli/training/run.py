@@ -38,7 +38,7 @@ from .resources import Resources
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind; from `config` on None where nothing was trained."""
+    """What a run left behind; from `logger` on None where nothing was trained."""
 
     experiment: Path
     epochs: int
@@ -139,6 +139,7 @@ def _already_done(folder: Path, checkpoint: Checkpoint) -> Outcome:
         why=why_best(folder, best, checkpoint.config.monitor),
         reconstruction=reconstruction_in_words(folder, best, checkpoint.config),
         report=report if report.is_file() else None,
+        config=checkpoint.config,
     )
 
 

@@ -15,6 +15,8 @@ def one_step(module: EarTeacherLightningModule, batch: Batch, count: int) -> flo
     place.
     """
     config, device = module.config, module.device
+    if module.distillation is not None:
+        module.distillation.do_without_statistics()
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     classes = None
     if config.learns_classes:
