@@ -67,7 +67,7 @@ def test_the_training_loss_by_hand(trained_on):
     model, config, count = module.model, module.config, len(batch["index"])
     outputs = module.training_outputs(batch, classes)
     found = module.objective.training(outputs)
-    ratio = module.objective.gradient_ratio(found, outputs.embedding)
+    ratio = module.objective.gradient_ratio(found, outputs)
     assert ratio is not None and ratio > 0
     with torch.no_grad():
         embedding = module(torch.cat([batch["pixels"], batch["view"]]))
