@@ -70,6 +70,7 @@ def _config(folder: Path, quick: bool) -> DistillConfig:
     lists = {
         "train_metadata": str(folder / "ears" / "train_teacher.npy"),
         "val_metadata": str(folder / "ears" / "val_teacher.npy"),
+        "box_format": "xyxy",  # few boxes do not tell
     }
     common = {
         **lists,

@@ -31,6 +31,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     config = TrainConfig(
         train_metadata=str(folder / "ears" / "train_teacher.npy"),
         val_metadata=str(folder / "ears" / "val_teacher.npy"),
+        box_format="xyxy",  # few boxes do not tell
         backbone="test_convnext" if quick else "convnext_atto",
         image_size=64 if quick else 128,
         batch_size=8 if quick else 16,
