@@ -422,6 +422,13 @@ def test_targets_are_of_32_bit_within_autocast(exports, crops):
     assert loss.dtype == torch.float32 and loss < 1e-10
 
 
+def test_an_untrained_teacher_has_other_weights_and_no_whitening(exports, crops):
+    trained, random = Teacher(exports / "teacher", (8,)), Teacher(exports / "teacher", (8,), untrained=True)
+    assert not random.statistics and trained.channels == random.channels
+    assert not torch.allclose(trained(crops).maps[8], random(crops).maps[8], atol=1e-2)
+    assert random(crops).embeddings.shape == (6, 64)
+
+
 def test_what_is_missing_is_told(teacher, crops):
     with pytest.raises(EarTeachError, match="has nothing to compare"):
         Distillation(teacher)

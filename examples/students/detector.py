@@ -285,9 +285,8 @@ def draw(test, predicted, scores: dict[str, float], count: int, path: Path, colu
             truth = [box for box in test[1][place] if box[2] > box[0]]
             boxes, likely = found[place]
             marks = [(box, (255, 255, 255), "") for box in truth]
-            marks += [
-                (box, (230, 40, 40), f"{score:.2f}") for box, score in zip(boxes[: len(truth)], likely, strict=False)
-            ]
+            best = zip(boxes[: len(truth)], likely[: len(truth)], strict=True)
+            marks += [(box, (230, 40, 40), f"{score:.2f}") for box, score in best]
             for box, colour, label in marks:
                 x1, y1, x2, y2 = (2 * box).tolist()
                 pen.rectangle((left + x1, top + y1, left + x2, top + y2), outline=colour, width=2)

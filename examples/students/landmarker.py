@@ -57,7 +57,7 @@ class Landmarker(nn.Module):
     softmax of its heat map (integral regression, Sun et al. 2018, eq. 3).
     """
 
-    channels = dict(zip((4, 8, 16), WIDTHS, strict=False))
+    channels = dict(zip((4, 8, 16), WIDTHS[:3], strict=True))
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Landmarker(nn.Module):
 
     def maps(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
         """Return the maps for distillation, stride -> map."""
-        return dict(zip(self.channels, self.trunk(images), strict=False))
+        return dict(zip(self.channels, self.trunk(images)[:3], strict=True))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         fine, middle, coarse = (side(stage) for side, stage in zip(self.sides, self.trunk(images)[1:], strict=True))
