@@ -6,15 +6,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import timm
 import torch
 from conftest import SMALL, read_epochs, read_table, small_config
 from PIL import Image
 from pytorch_lightning.loggers import Logger
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_teacher_cli import EarDataModule, EarTeacherLightningModule, run_folder
 from ear_teacher_cli.config import METRIC_LOSSES
@@ -299,6 +303,68 @@ def test_a_plain_trainer_skips_steps_without_a_finite_loss_and_the_third_ends_it
     else:
         with pytest.raises(EarTeachError, match="the 3rd such step in a row; no checkpoint was saved before"):
             fit_plainly(manifests, tmp_path, max_epochs=2)
+
+
+# What reads a tensor's values on the host: on a GPU, the host then waits for all queued work.
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operations that read a tensor's values on the host, with the lines that asked for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        indices = args[1] if operation is torch.ops.aten.index.Tensor else ()
+        by_condition = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if operation._schema.name in READS or by_condition:
+            lines = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "ear_teacher_cli" in f.filename]
+            self.found.append(f"{operation} at {lines[-1] if lines else '?'}")
+        return operation(*args, **kwargs or {})
+
+
+EVERYTHING = dict(
+    backbone="test_efficientnet",
+    views=2,
+    augment=True,
+    augmentation="strong",
+    decoder_input="map",
+    metric_loss="arcface",
+    contrastive_weight=1.0,
+    consistency_weight=1.0,
+    anchor_weight=1.0,
+    pretrained=True,
+    ema_decay=0.9,
+    gradient_clip_val=1.0,
+)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("recipe", [dict(metric_loss="arcface"), EVERYTHING], ids=["original", "everything"])
+def test_no_training_step_waits_for_a_gpu_before_its_backward_pass(
+    manifests, tmp_path, monkeypatch, recipe, accumulated
+):
+    reads, steps = HostReads(), []
+    original, backward = EarTeacherLightningModule.training_step, EarTeacherLightningModule.backward
+
+    def watched(self, batch, batch_idx):
+        steps.append(batch_idx)
+        with reads:
+            return original(self, batch, batch_idx)
+
+    def watched_backward(self, loss, *args, **kwargs):
+        with reads:
+            backward(self, loss, *args, **kwargs)
+
+    monkeypatch.setattr(EarTeacherLightningModule, "training_step", watched)
+    monkeypatch.setattr(EarTeacherLightningModule, "backward", watched_backward)
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "start.safetensors")
+    options = dict(pretrained_path=str(tmp_path / "start.safetensors"), output_dir=str(tmp_path), max_epochs=1)
+    train(small_config(manifests, batch_size=4, accumulate_grad_batches=accumulated, **options | recipe), QUIET)
+    asked = [] if accumulated == 1 else ["guards.py"] * len(steps)  # accumulated batches have to be asked about at once
+    assert len(steps) > 3 and [found.split("/")[-1].split(":")[0] for found in reads.found] == asked, reads.found
 
 
 def test_a_plain_trainer_stops_at_too_many_unreadable_images(ears, tmp_path):

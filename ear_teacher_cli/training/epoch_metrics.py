@@ -29,7 +29,7 @@ class TrainingMeans:
         """Add means over `images` images."""
         for name, mean in metrics.items():
             total = self.sums.setdefault(name, torch.zeros(2, device=mean.device))
-            total += torch.stack((mean.detach().float() * images, total.new_tensor(images)))
+            total += torch.stack((mean.detach().float() * images, total.new_full((), images)))
 
     def add_finite(self, values: dict[str, torch.Tensor]) -> None:
         """Add the finite values of an optimizer step. In float16 an overflow makes the norm infinite, and the scaler skips

@@ -37,6 +37,10 @@ class NonFiniteStep:
 class StepGuard:
     """Skips training steps that must not change the weights, on all ranks together.
 
+    Whether a loss is finite is asked for after the backward pass: a GPU that is asked at once stands still until the
+    answer has arrived and the host has queued the backward pass. Batches of --accumulate-grad-batches are asked at once,
+    because the gradient of one that is skipped cannot be taken out of a sum.
+
     `nonfinite_steps`: those without a finite loss since the last finite one.
     """
 
@@ -44,19 +48,29 @@ class StepGuard:
         self.nonfinite_steps: list[NonFiniteStep] = []
         self._changing: list[torch.Tensor] = []  # buffers that the step may change: batch-norm statistics
         self._buffers: list[torch.Tensor] = []  # copies of them from before the step
+        self._unchecked: tuple[_OnHost, torch.Tensor, torch.Tensor] | None = None  # whether finite, the loss, the rows
         self._learns = False  # whether a batch of the optimizer step under way was not skipped
 
     def begin(self, module: pl.LightningModule) -> None:
-        """Note, before the forward pass of a step, the buffers that it may change: of parts in training mode."""
-        self._changing = [
-            buffer for part in module.modules() if part.training for buffer in part.buffers(recurse=False)
-        ]
-        self._buffers = [buffer.clone() for buffer in self._changing]
+        """Copy, before the forward pass of a step, the buffers that it may change: of parts in training mode."""
+        changing = [buffer for part in module.modules() if part.training for buffer in part.buffers(recurse=False)]
+        if [id(buffer) for buffer in changing] != [id(buffer) for buffer in self._changing]:
+            self._changing, self._buffers = changing, [torch.empty_like(buffer) for buffer in changing]
+        if changing:
+            torch._foreach_copy_(self._buffers, changing)  # one kernel instead of one for each buffer
 
-    def check(self, module: pl.LightningModule, loss: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Return whether the loss is finite on all ranks. If not, note the step and restore the buffers: batch
-        normalisation has seen what made the loss infinite."""
-        if is_on_all_ranks(module, bool(torch.isfinite(loss))):
+    def watch(self, module: pl.LightningModule, loss: torch.Tensor, rows: torch.Tensor) -> None:
+        """Begin to ask whether the loss of a batch is finite on all ranks: `is_finite` has the answer. `rows`: of its
+        images."""
+        finite = torch.isfinite(loss.detach()).float()
+        self._unchecked = _OnHost(module.trainer.strategy.reduce(finite, reduce_op="min")), loss.detach(), rows
+
+    def is_finite(self, module: pl.LightningModule) -> bool:
+        """Return whether the loss of the batch that is watched is finite on all ranks. If not, note the step and restore
+        the buffers: batch normalisation has seen what made the loss infinite."""
+        assert self._unchecked is not None
+        (finite, loss, rows), self._unchecked = self._unchecked, None
+        if finite.value():
             self.nonfinite_steps = []
             self._learns = True
             return True
@@ -64,6 +78,11 @@ class StepGuard:
         for buffer, before in zip(self._changing, self._buffers, strict=True):
             buffer.copy_(before)
         return False
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether a batch has not been asked about."""
+        return self._unchecked is not None
 
     def skip(self, module: pl.LightningModule) -> torch.Tensor:
         """Return a loss whose gradient is zero, for a step that is skipped: Lightning accepts no None on several
@@ -76,6 +95,24 @@ class StepGuard:
         if not self._learns:
             optimizer.zero_grad(set_to_none=True)
         self._learns = False
+
+
+class _OnHost:
+    """A number of a GPU that is copied to the host: `value` waits for the copy, and not for what was queued after it."""
+
+    def __init__(self, number: torch.Tensor):
+        self._number, self._copied = number, None
+        if number.is_cuda:
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def value(self) -> float:
+        """Return the number."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._number)
 
 
 def is_on_all_ranks(module: pl.LightningModule, mine: bool) -> bool:

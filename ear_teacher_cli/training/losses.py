@@ -44,12 +44,15 @@ LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 def metric_loss(
     kind: str, features: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor, margin: float, scale: float
 ) -> torch.Tensor:
-    """Return the mean cross-entropy of the margin softmax.
+    """Return the mean cross-entropy of the margin softmax over the images that have a label; 0 if none has one.
 
-    `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K).
+    `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K), -1 without a label.
     """
     with torch.autocast(features.device.type, enabled=False):
-        return F.cross_entropy(LOGITS[kind](cosines(features, prototypes), labels, margin, scale), labels)
+        logits = LOGITS[kind](cosines(features, prototypes), labels.clamp_min(0), margin, scale)
+        # the sum and a division, because the mean over no image is NaN
+        total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        return total / (labels >= 0).sum().clamp_min(1)
 
 
 def contrastive_loss(projections: torch.Tensor, temperature: float, others: torch.Tensor | None = None) -> torch.Tensor:

@@ -79,6 +79,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._needs_weights, self._needs_decoder = False, self.config.decodes and self.config.decoder_start == "linear"
         self._restored: dict[str, Any] | None = None  # the `earteach` part of the checkpoint that was loaded
         self._training_means = TrainingMeans()
+        self._batch_means: list[tuple[dict[str, torch.Tensor], int]] = []  # of the batch that is not checked yet
         self._validation_outputs = ValidationOutputs()
 
     def _distillation(self) -> Distillation | None:
@@ -233,14 +234,25 @@ class EarTeacherLightningModule(pl.LightningModule):
             classes = ClassTargets(self.prototypes, labels, self.current_epoch)
         outputs = self.training_outputs(batch, classes)
         found = self.objective.training(outputs)
-        if not self.guard.check(self, found.total, batch["index"]):
-            return self.guard.skip(self)
+        self.guard.watch(self, found.total, batch["index"])
+        self._batch_means = [(found.metrics, len(batch["index"]))]
         if batch_idx == 0 and (ratio := self.objective.gradient_ratio(found, outputs)) is not None:
-            self._training_means.add({"grad_ratio": ratio}, 1)
-        self._training_means.add(found.metrics, len(batch["index"]))
+            self._batch_means.append(({"grad_ratio": ratio}, 1))
+        if self.trainer.accumulate_grad_batches > 1 and not self._check_batch():
+            return self.guard.skip(self)
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
-        self.log("train/lr", rate, on_step=True, on_epoch=False)
+        self.log(
+            "train/lr", torch.tensor(rate), on_step=True, on_epoch=False
+        )  # on the CPU: there is nothing to wait for
         return found.total * self._share_of_step(batch_idx)
+
+    def _check_batch(self) -> bool:
+        """Return whether the loss of the batch is finite on all ranks, and if so count its metrics."""
+        if not self.guard.is_finite(self):
+            return False
+        for metrics, images in self._batch_means:
+            self._training_means.add(metrics, images)
+        return True
 
     def _share_of_step(self, batch_idx: int) -> float:
         """Return what to multiply a loss by, so that the gradient of an optimizer step is the mean over its batches:
@@ -250,6 +262,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         return batches / min(batches, total - first) if batches > 1 else 1.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.guard.is_watching:
+            self._check_batch()
         self.guard.before_optimizer_step(optimizer)
 
     def configure_gradient_clipping(

@@ -179,12 +179,9 @@ class Metric(LossTerm):
         classes, features = outputs.classes, outputs.prediction
         assert classes is not None and classes.labels is not None
         labels = classes.labels.repeat(len(features) // outputs.images)  # B -> VB
-        known = labels >= 0  # -1: unreadable when the classes were made, or without an identity
-        if not known.any():
-            return features.sum() * 0 + classes.prototypes.sum() * 0  # DDP wants a gradient for every parameter
         margin = losses.margin_at(classes.epoch, self.config.margin, self.config.margin_warmup_epochs)
         return losses.metric_loss(
-            self.config.metric_loss, features[known], classes.prototypes, labels[known], margin, self.config.scale
+            self.config.metric_loss, features, classes.prototypes, labels, margin, self.config.scale
         )
 
     def validation_metrics(self, outputs: Outputs) -> dict[str, torch.Tensor]:

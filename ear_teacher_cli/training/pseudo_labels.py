@@ -86,7 +86,7 @@ class PseudoLabels:
         """Return the labels of a batch of training images, int64 B; -1 where an image has none."""
         assert self.classes is not None
         if self.config.pseudo_classes == "batch":
-            return batch_labels(len(index), self.classes.count).to(index.device)
+            return batch_labels(len(index), self.classes.count).to(index.device, non_blocking=True)
         return self.classes.labels[index]
 
     def metrics(self) -> dict[str, float]:
