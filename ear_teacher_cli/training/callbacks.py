@@ -21,8 +21,9 @@ from ..model import whitening
 from .epoch_metrics import ValidationRows
 from .passes import embed_train_set, measure_initial_weights
 
-# Images, evenly spaced, that a whitening is fitted on: a small multiple of the dimensions of an embedding is enough.
-WHITEN_ON = 2048
+# Images, evenly spaced, that a whitening is fitted on. On held-out people, 2,048 gave 0.2 points of rank-1 more and 512
+# gave 0.9 less. Validation images, whose embeddings are there already, are not used: the report scores them.
+WHITEN_ON = 1024
 
 
 class MeasureBaseline(Callback):

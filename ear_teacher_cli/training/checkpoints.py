@@ -1,6 +1,8 @@
 """Which checkpoints a run keeps, how their files are written, and which one a run is resumed from."""
 
 import errno
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,26 +68,77 @@ def checkpoint_callbacks(folder: Path, monitor: str, every: int) -> list[Portabl
     ]
 
 
-class WholeFileCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, complete or not there at all, and always read with `weights_only`.
+class BackgroundCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, complete or not there at all, always read with `weights_only`, and written by a thread
+    of their own while training goes on.
 
     Checkpoints saved at the same step are hard links to one file, where the file system has them. Separate files would
-    differ only in the state of the checkpoint callbacks.
+    differ only in the state of the checkpoint callbacks. Files are written and removed in the order of the calls, so that
+    an old checkpoint is removed after the new one is complete. One checkpoint at most waits in memory: saving the next one
+    waits until it is written. An error is raised by the next call of any method.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way: list[Future[None]] = []
+        self._copy: tuple[Any, dict[str, Any]] | None = None  # the moment of the newest checkpoint, and its content
         self._written: tuple[Any, Path] | None = None  # the moment of the newest file, and its path
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        """Copy the checkpoint, and begin to write it. Raises EarTeachError if one before could not be written."""
         moment = (checkpoint["global_step"], checkpoint["epoch"], checkpoint["earteach"].get("steps_done"))
-        if self._written is not None and self._written[0] == moment and link_file(self._written[1], Path(path)):
-            return
-        write_checkpoint(checkpoint, path)
-        self._written = moment, Path(path)
+        if self._copy is None or self._copy[0] != moment:
+            self.finish()
+            self._copy = moment, copied(checkpoint)
+        self._begin(self._write, *self._copy, Path(path))
+
+    def remove_checkpoint(self, path: str) -> None:
+        """Remove a checkpoint, after those before it are written."""
+        self._begin(super().remove_checkpoint, path)
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        self.finish()
         return read_torch(Path(path))
+
+    def raise_error(self) -> None:
+        """Raise the EarTeachError of a checkpoint that could not be written, if there is one by now."""
+        while self._under_way and self._under_way[0].done():
+            self._under_way.pop(0).result()
+
+    def finish(self) -> None:
+        """Wait until all is written. Raises EarTeachError if a checkpoint could not be."""
+        while self._under_way:
+            self._under_way.pop(0).result()
+
+    def teardown(self) -> None:
+        """Wait until all is written, and end the thread. Errors are left to `finish`."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = self._copy = None
+
+    def _begin(self, job: Callable[..., None], *arguments: Any) -> None:
+        self.raise_error()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._under_way.append(self._thread.submit(job, *arguments))
+
+    def _write(self, moment: Any, checkpoint: dict[str, Any], path: Path) -> None:
+        if self._written is not None and self._written[0] == moment and link_file(self._written[1], path):
+            return
+        write_checkpoint(checkpoint, path)
+        self._written = moment, path
+
+
+def copied(value: Any) -> Any:
+    """Return a checkpoint with tensors of its own, on the CPU: training changes the others."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: copied(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(part) for part in value)
+    return value
 
 
 def newest_intact(folder: Path, console: Console) -> Checkpoint:

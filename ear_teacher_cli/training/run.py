@@ -24,7 +24,7 @@ from ..files import printable, shell_word, short_message
 from ..model.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..system_errors import explain_system_error
 from . import callbacks, guards, loggers
-from .checkpoints import WholeFileCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
+from .checkpoints import BackgroundCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
 from .describe import reconstruction_in_words, why_best
 from .device import arithmetic_of
 from .epoch_metrics import ValidationRows
@@ -179,7 +179,8 @@ def _fit(
     version = found[-1].name if found and checkpoint else None
     logger = loggers.events(config, version, checkpoint.content["global_step"] if checkpoint else None)
     module.console = data.console = console
-    save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST)
+    files = BackgroundCheckpointIO()
+    save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST, files)
     keep_best = callbacks.KeepBestEmbeddings(config.monitor)
     assert data.train_set is not None
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes * config.accumulate_grad_batches))
@@ -193,12 +194,13 @@ def _fit(
             logger=[logger, *loggers.extra_loggers(config, Path(logger.log_dir))],
             log_every_n_steps=min(10, steps),
             callbacks=[*_callbacks(config, console), keep_best, save_on_stop],
-            plugins=[WholeFileCheckpointIO()],
+            plugins=[files],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             **SILENT,
         )
         stopped = _run(trainer, module, data, checkpoint.path if checkpoint else None, save_on_stop)
+    files.finish()
     best = run_folder.best_checkpoint(folder)
     embeddings = keep_best.best
     if embeddings is not None and (best is None or run_folder.epoch_of(best) != embeddings.epoch):
