@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-PARTS = ("images", "cache", "step", "distilling", "embedding", "validation", "starting", "memory")
+PARTS = ("images", "cache", "step", "distilling", "embedding", "validation", "starting", "memory", "versions")
 
 
 @dataclass
