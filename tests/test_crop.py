@@ -145,6 +145,18 @@ def test_unusual_modes_become_rgb(tmp_path, mode, colour, expected):
     assert (load_crop(str(path), None, PLAIN).transpose(1, 2, 0) == expected).all()
 
 
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (60, 60)])
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_crop_has_the_bands_of_the_cut_image_and_can_be_changed(tmp_path, size, pad):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    noise.save(tmp_path / "x.png")
+    preprocessing = Preprocessing(64, 0.1, pad, "bilinear", (0.5, 0.25, 0.0), (0.5, 0.5, 0.5))
+    crop, cut_image = load_crop(tmp_path / "x.png", None, preprocessing), np.asarray(cut(noise, None, preprocessing))
+    assert all((crop[band] == cut_image[..., band]).all() for band in range(3))
+    assert crop.flags.c_contiguous and crop.flags.writeable  # as torch.from_numpy expects
+    assert (tuple(crop[:, 0, 0]) == preprocessing.fill) == (pad and size != (60, 60))
+
+
 @pytest.mark.parametrize("box", [(-0.9, 10, -0.1, 50), (200.2, 10, 200.9, 50), (-40, 0, 30, 50), (150, 0, 260, 50)])
 def test_a_box_off_the_edge_is_an_image_error_never_a_strip(box):
     with pytest.raises(ImageError) as caught:
