@@ -2,6 +2,7 @@
 
 import ast
 import ctypes
+import importlib.util
 import multiprocessing
 import ntpath
 import os
@@ -480,6 +481,30 @@ def test_freed_memory_is_used_again():
     (reuses, faults), (without, as_set_up) = (done.stdout.split() for done in run)
     assert reuses == "True" and without == "False"  # the environment decides
     assert int(faults) < 0.1 * int(as_set_up)
+
+
+WAITING = """
+import ctypes, sys
+from ear_teacher_cli.cli.process import lifetime
+with lifetime():
+    assert "torch" not in sys.modules
+    ctypes.CDLL(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "chosen, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_of_torch_wait_without_taking_a_core_from_the_loaders(chosen, spins):
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    found = [*folder.glob("lib/libgomp*"), *folder.with_name("torch.libs").glob("libgomp*")]
+    if not found:
+        pytest.skip("this torch brings no OpenMP of GNU")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", WAITING, str(found[0])]
+    shown = {"OMP_DISPLAY_ENV": "VERBOSE"}  # OpenMP prints its settings when it is loaded
+    done = subprocess.run(command, env=clean | shown | chosen, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_older_versions_of_glibc_refuse_the_threshold(monkeypatch):

@@ -19,6 +19,7 @@ from ..errors import Stopped
 from ..files import printable
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+_SPINS = "1000"  # about 50 microseconds
 _AGAIN_S = 0.05  # until a signal that was lost is sent again: by then the __del__ is over
 
 
@@ -36,6 +37,17 @@ class Lifetime:
     def exit_code(self, otherwise: Any) -> Any:
         """Return the exit code of the first stop signal, else `otherwise`."""
         return 128 + self.signals[0] if self.signals else otherwise
+
+
+def spin_briefly() -> None:
+    """Let threads of torch that wait for each other sleep soon, unless the environment says how they wait. Call it
+    before torch is imported.
+
+    By default those of GNU's OpenMP (torch on Linux) spin for many milliseconds, on cores that the processes that load
+    images need. Results do not depend on it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 @contextmanager
@@ -59,6 +71,7 @@ def lifetime() -> Iterator[Lifetime]:
             sys.__unraisablehook__(what)
 
     platform.reuse_freed_memory()
+    spin_briefly()
     sys.unraisablehook = unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows, or a locale, may hold few characters

@@ -22,7 +22,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+from ear_teacher_cli.cli.process import spin_briefly
+
+spin_briefly()  # as the command does; all loops that are compared gain from it
+import torch  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 PARTS = ("images", "cache", "step", "distilling", "embedding", "validation", "starting", "memory", "versions")
