@@ -1,6 +1,7 @@
 """Folders as tools export them: every annotation in them is read, or refused or warned of by name."""
 
 import json
+import multiprocessing
 import shutil
 import signal
 from pathlib import Path
@@ -363,3 +364,21 @@ def test_ctrl_c_is_ignored_by_processes_from_their_start(tmp_path, monkeypatch):
     results = list(image_checks.inspect_all([image_checks.Photo(0, str(path), [(0, None)])] * 128, 2))
     assert len(results) == 128 and all(crops for _, crops in results)
     assert handlers == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) is earlier is not signal.SIG_IGN
+
+
+@pytest.mark.parametrize("threads, method", [(1, multiprocessing.get_context().get_start_method()), (2, "spawn")])
+def test_processes_are_never_forked_beside_a_thread(tmp_path, monkeypatch, threads, method):
+    """The thread may hold a lock, which nobody would release in the fork."""
+    methods = []
+    real = image_checks.ProcessPoolExecutor
+
+    def started(workers, context, *words):
+        methods.append(context.get_start_method())
+        return real(workers, context, *words)
+
+    photos = [image_checks.Photo(0, str(draw(tmp_path / "a.png", 1)), [(0, None)])] * 128
+    monkeypatch.setattr(image_checks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(image_checks.threading, "active_count", lambda: threads)
+    monkeypatch.setattr(image_checks, "ProcessPoolExecutor", started)
+    assert list(image_checks.inspect_all(photos, 2)) == list(map(image_checks.inspect, photos))
+    assert methods == [method]

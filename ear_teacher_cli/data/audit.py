@@ -140,8 +140,9 @@ def _inspect_images(
     photos = [photo for number, manifest in enumerate(manifests) for photo in photos_of(manifest, number)]
     report.images = len(photos)
     stats: dict[Ear, CropStats] = {}
+    results = inspect_all(photos, num_workers)
     with console.progress("checking", len(photos), "images") as steps:
-        for photo, (problems, crops) in zip(photos, inspect_all(photos, num_workers), strict=True):
+        for photo, (problems, crops) in zip(photos, results, strict=True):
             manifest = manifests[photo.manifest]
             report.findings += [_finding(reason, manifest, index, detail) for index, reason, detail in problems]
             stats.update({(photo.manifest, index): crop for index, crop in crops})

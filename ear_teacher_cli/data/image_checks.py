@@ -6,6 +6,7 @@
 import hashlib
 import multiprocessing
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -124,17 +125,25 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, C
 
 
 def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
-    """Inspect each photo, in order, in up to `num_workers` processes if there are many. Raises EarTeachError."""
+    """Return the result of `inspect` for each photo, in order. If there are many, start up to `num_workers` processes at
+    once. The iterator raises EarTeachError if one of them is killed.
+
+    Call it before a progress bar is shown: Linux forks the processes, which takes no imports, but not beside a thread.
+    """
     workers = min(num_workers, usable_cores(), len(photos) // 64)
     if workers < 2:
-        yield from map(inspect, photos)
-        return
-    chunk = max(1, min(64, len(photos) // (workers * 4)))
-    # spawn, not fork: a progress bar's thread may be running here
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt) as pool:
+        return map(inspect, photos)
+    context = multiprocessing.get_context(None if threading.active_count() == 1 else "spawn")  # None: as Python prefers
+    pool = ProcessPoolExecutor(workers, context, _ignore_interrupt)
+    chunk = max(1, min(64, len(photos) // (workers * 16)))  # small: at the end a process waits for another's last chunk
+    with interrupts_ignored():
+        return _results(pool, pool.map(inspect, photos, chunksize=chunk))
+
+
+def _results(pool: ProcessPoolExecutor, results: Iterator[tuple[list, list]]) -> Iterator[tuple[list, list]]:
+    """Yield the results, and end the pool."""
+    with pool:
         try:
-            with interrupts_ignored():
-                results = pool.map(inspect, photos, chunksize=chunk)
             yield from results
         except BrokenProcessPool as error:
             raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
