@@ -107,7 +107,7 @@ def test_the_benchmark_runs_and_reports_every_round(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "rows"), [("step", 3), ("distilling", 2)])
+@pytest.mark.parametrize(("part", "rows"), [("step", 4), ("distilling", 2)])
 def test_the_benchmark_of_a_training_step_runs_with_the_default_recipe(part, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
     import bench
