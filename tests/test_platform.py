@@ -493,7 +493,7 @@ with lifetime():
 
 
 @pytest.mark.parametrize(
-    "chosen, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+    "chosen, spins", [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
 def test_threads_of_torch_wait_without_taking_a_core_from_the_loaders(chosen, spins):
     folder = Path(importlib.util.find_spec("torch").origin).parent
