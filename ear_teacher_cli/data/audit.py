@@ -23,6 +23,7 @@ from .crop import REASONS
 from .data_card import data_card, stated
 from .image_checks import WARNINGS, CropStats, inspect_all, near_pairs, photos_of
 from .manifest import Manifest, keep_rows, print_summary, read_manifest, write_manifest
+from .texts import Texts
 
 ERRORS = {"manifest": "the manifest cannot be read", **REASONS}
 _MEANINGS = ERRORS | WARNINGS
@@ -154,14 +155,14 @@ def _duplicate_rows(manifests: list[Manifest]) -> list[Finding]:
     """Find rows with the image and the box of an earlier row of the same manifest."""
     findings = []
     for manifest in manifests:
-        first: dict[tuple[str, Box | None], int] = {}
-        for index, key in enumerate(zip(manifest.paths, manifest.boxes, strict=True)):
-            if key in first:
-                findings.append(
-                    _finding("duplicate-row", manifest, index, "same image, same box", manifest.where(first[key]))
-                )
-            else:
-                first[key] = index
+        for ears in Texts.of(manifest.paths).groups():
+            first: dict[Box | None, int] = {}
+            for index in ears if len(ears) > 1 else ():
+                other = first.setdefault(manifest.boxes[index], index)
+                if other != index:
+                    findings.append(
+                        _finding("duplicate-row", manifest, index, "same image, same box", manifest.where(other))
+                    )
     return findings
 
 

@@ -1,7 +1,7 @@
 """Bounding boxes: their container, the three orders of their numbers, and the conversion to corners in pixels."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -17,20 +17,31 @@ BOX_FORMATS = {
 
 # Numbers up to here are shares of the image: no ear is one pixel wide, and boxes of detectors may slightly exceed 1.
 _LARGEST_SHARE, _LARGEST_OUTLIER = 1.1, 2.0
+_BLOCK = 1 << 16  # boxes that are converted at a time
 _EXCEPTIONS = 0.1  # share of boxes (damaged rows) that may contradict the others
 
 
 class Boxes(Sequence):
-    """A sequence of N boxes or Nones that takes 33 bytes each, instead of 192 as a list of tuples."""
+    """A sequence of N boxes or Nones that takes 33 bytes each, instead of 192 as a list of tuples; 1 byte each if all
+    are None. It equals a list of the same boxes."""
 
     def __init__(self, boxes: Iterable[Box | None] = ()):
-        self._numbers, self._given = array("d"), bytearray()  # NaN cannot stand for None: files may contain it
+        # NaN cannot stand for None: files may contain it. There are no numbers before the first box.
+        self._numbers, self._given = array("d"), bytearray()
         for box in boxes:
             self.append(box)
 
+    @classmethod
+    def of(cls, boxes: Iterable[Box | None]) -> "Boxes":
+        """Return the boxes themselves if they are Boxes, else a copy of them."""
+        return boxes if isinstance(boxes, cls) else cls(boxes)
+
     def append(self, box: Box | None) -> None:
         """Add one box, or None."""
-        self._numbers.extend(box or (0.0,) * 4)
+        if box is not None and not self._numbers:
+            self._numbers = array("d", bytes(32 * len(self)))
+        if box is not None or self._numbers:
+            self._numbers.extend((0.0,) * 4 if box is None else box)
         self._given.append(box is not None)
 
     def __len__(self) -> int:
@@ -42,6 +53,11 @@ class Boxes(Sequence):
         index = range(len(self))[index]
         return tuple(self._numbers[4 * index : 4 * index + 4]) if self._given[index] else None
 
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Boxes | list) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # like a list
+
     @property
     def given(self) -> np.ndarray:
         """Which rows have a box, bool [N]."""
@@ -50,12 +66,27 @@ class Boxes(Sequence):
     @property
     def numbers(self) -> np.ndarray:
         """float64 [N, 4]: the numbers of the boxes, zeros for None."""
-        return np.frombuffer(self._numbers, dtype=np.float64).reshape(-1, 4) if self._given else np.empty((0, 4))
+        return np.frombuffer(self._numbers).reshape(-1, 4) if self._numbers else np.zeros((len(self), 4))
 
-    def replaced(self, numbers: np.ndarray) -> "Boxes":
-        """Return boxes for the same rows with other numbers, float64 [N, 4]."""
+    def subset(self, indices: np.ndarray) -> "Boxes":
+        """Return the boxes at these positions, int [M]."""
         boxes = Boxes()
-        boxes._numbers, boxes._given = array("d", np.ascontiguousarray(numbers, np.float64).tobytes()), self._given
+        boxes._given = bytearray(self.given[indices])
+        if self._numbers:
+            boxes._numbers.frombytes(self.numbers[indices].view(np.uint8))
+        return boxes
+
+    def converted(self, convert: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> "Boxes":
+        """Return the boxes with other numbers: of M boxes at positions [M], with numbers float64 [M, 4], those that
+        `convert` returns."""
+        boxes = Boxes()
+        boxes._numbers, boxes._given = self._numbers[:], self._given
+        rows, numbers = np.flatnonzero(self.given), boxes.numbers
+        for start in range(
+            0, len(rows), _BLOCK
+        ):  # the intermediate results of all rows would take several times their memory
+            block = rows[start : start + _BLOCK]
+            numbers[block] = convert(block, numbers[block])
         return boxes
 
 
@@ -71,8 +102,8 @@ def to_corners(numbers: np.ndarray, order: str) -> np.ndarray:
 def units_of(numbers: np.ndarray) -> str:
     """Return the units of boxes [N, 4]: "relative" if they are shares of an image, "pixels" if not, "" if they are
     mixed."""
-    largest = np.abs(numbers[np.isfinite(numbers).all(axis=1)]).max(axis=1, initial=0.0)
-    largest = largest[largest > 0]  # zeros stand for no box
+    largest = np.maximum(numbers.max(axis=1), -numbers.min(axis=1))
+    largest = largest[np.isfinite(largest) & (largest > 0)]  # zeros stand for no box
     small = (largest <= _LARGEST_SHARE).mean() if len(largest) else 0.0
     if small < _EXCEPTIONS:
         return "pixels"

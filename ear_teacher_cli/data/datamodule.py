@@ -4,6 +4,7 @@ import atexit
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -293,12 +294,12 @@ def steps_into_epoch(trainer: pl.Trainer) -> int:
 
 def _require_identities(manifest: Manifest, monitor: str) -> None:
     """Raise ConfigError unless there are two identities, one of them with several images."""
-    named = [ear for i in range(len(manifest)) if (ear := manifest.ear(i))]
-    if not 1 < len(set(named)) < len(named):
+    named = Counter(ear for i in range(len(manifest)) if (ear := manifest.ear(i)))
+    if not 1 < len(named) < named.total():
         raise ConfigError(
             "monitor",
-            f"{monitor} needs identities with several images; {printable(manifest.source)} has {len(set(named))} in "
-            f"{len(named)} images",
+            f"{monitor} needs identities with several images; {printable(manifest.source)} has {len(named)} in "
+            f"{named.total()} images",
             "add an identity column (or folders, root/identity/image.jpg), or choose val/retrieval",
         )
 
@@ -315,9 +316,10 @@ def _require_sides(manifest: Manifest, policy: str) -> None:
 
 def _refuse_overlap(train: Manifest, val: Manifest) -> None:
     """Raise ManifestError if an image is in both lists: validation would be meaningless."""
-    training_images = set(_normalised_paths(train))
-    shared = [i for i, image in enumerate(_normalised_paths(val)) if image in training_images]
-    if shared:
+    fewer, more = sorted((train, val), key=len)
+    images = set(_normalised_paths(fewer)).intersection(_normalised_paths(more))
+    if images:
+        shared = [i for i, image in enumerate(_normalised_paths(val)) if image in images]
         raise ManifestError(
             f"{val.where(shared[0])}: is also in the training list, as are {len(shared) - 1} more of the {len(val)} rows; "
             "remove them (earteach prepare splits without leaks), or add --allow-overlap"

@@ -22,6 +22,7 @@ from .manifest import Manifest
 from .preprocessing import Preprocessing
 
 Batch = dict[str, Any]
+_BLOCK = 1 << 16  # rows whose numbers are Python's at a time: they take 40 bytes each
 
 
 class Draw(NamedTuple):
@@ -144,5 +145,7 @@ class EpochSampler(DistributedSampler):
             np.random.Generator(np.random.PCG64([self.seed, self.epoch])).shuffle(order)
         order = np.resize(order, len(self) * self.world)
         skip, self.skip = self.skip, 0
-        for index in order[self.rank :: self.world][skip:].tolist():
-            yield Draw(index, derive_seed(self.seed, self.epoch, index))
+        order = order[self.rank :: self.world][skip:]
+        for start in range(0, len(order), _BLOCK):
+            for index in order[start : start + _BLOCK].tolist():
+                yield Draw(index, derive_seed(self.seed, self.epoch, index))

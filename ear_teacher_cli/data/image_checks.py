@@ -22,6 +22,7 @@ from .boxes import BOX_FORMATS, Box, from_corners, to_corners
 from .crop import DecodedImage, buffered_box, check_box, check_box_inside, cut, read_image
 from .manifest import Manifest
 from .preprocessing import Preprocessing
+from .texts import Texts
 
 WARNINGS = {
     "box-small": "the box is under 32 px on a side",
@@ -57,7 +58,7 @@ _MODES = {
 PREVIEW = Preprocessing(96, 0.10, True, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo:
     """One photo and the ears that are cut out of it."""
 
@@ -68,7 +69,7 @@ class Photo:
     error: tuple[str, str] | None = None  # reason and detail, if there is no path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CropStats:
     """Hashes, sharpness and size of one crop."""
 
@@ -85,10 +86,7 @@ def photos_of(manifest: Manifest, number: int = 0, order_of: Callable[[int], str
     `number`: of the manifest. `order_of(row)`: order of the boxes in the list that a row is from (default: the
     manifest's).
     """
-    rows: dict[str, list[int]] = defaultdict(list)
-    for index, path in enumerate(manifest.paths):
-        rows[path].append(index)
-    for indices in rows.values():
+    for indices in Texts.of(manifest.paths).groups():
         ears = [(index, manifest.boxes[index]) for index in indices]
         order = (order_of(indices[0]) if order_of else manifest.box_format) or "xyxy"
         try:

@@ -13,9 +13,12 @@ import os
 import posixpath
 import re
 import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from ..config import Reading
 from ..console import Console
@@ -27,11 +30,15 @@ from .formats import FORMATS
 from .formats.rows import Rows
 from .image_suffixes import HEIC, IMAGES
 from .resolve_boxes import Corners, ImageSizes, to_pixels
+from .texts import Texts
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """N ears. All sequences have length N; `identities` and `sides` are None if the file has none."""
+    """N ears. All sequences have length N; `identities` and `sides` are None if the file has none.
+
+    They are given as any sequences, and kept in arrays (Texts, Boxes, a range or an array), about 110 bytes per row.
+    """
 
     source: str  # the file or folder it was read from, as typed
     root: Path | None  # folder from which the paths start; None: paths were typed by the user, without a root
@@ -46,6 +53,10 @@ class Manifest:
     _real_root: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self):
+        columns = {name: getattr(self, name) for name in ("paths", "identities", "sides")}
+        compact = {name: None if column is None else Texts.of(column) for name, column in columns.items()}
+        for name, column in (compact | {"boxes": Boxes.of(self.boxes), "rows": _compact(self.rows)}).items():
+            object.__setattr__(self, name, column)
         if self.root is not None:
             object.__setattr__(self, "_real_root", os.path.realpath(self.root))
 
@@ -85,7 +96,7 @@ class Manifest:
 
     def summary(self) -> str:
         """Return one line: `train.npy: 336 with boxes (x,y,width,height by ...), 0 whole images, 12 identities`."""
-        boxes = sum(box is not None for box in self.boxes)
+        boxes = int(Boxes.of(self.boxes).given.sum())
         people = len({identity for identity in self.identities or () if identity})
         how = f" ({self.how})" if boxes and self.how else ""
         return (
@@ -95,30 +106,41 @@ class Manifest:
     def of_whole_images(self) -> "Manifest":
         """Return a manifest of the images without boxes and sides: one row for each image, with the identity if all its
         ears have the same."""
-        rows: dict[str, list[int]] = {}
-        for row, path in enumerate(self.paths):
-            rows.setdefault(path, []).append(row)
-        images, names = self.subset(ears[0] for ears in rows.values()), self.identities
+        firsts = Texts.of(self.paths).firsts()
+        rows = np.flatnonzero(firsts == np.arange(len(self)))
+        images, names = self.subset(rows), self.identities
         if names is not None:
-            people = [{names[row] for row in ears} for ears in rows.values()]
-            names = [found.pop() if len(found) == 1 else "" for found in people]
+            names = Texts.of(names)
+            people = names.firsts()
+            several = np.zeros(len(self), dtype=bool)  # first rows of images with ears of several people
+            several[firsts[people != people[firsts]]] = True
+            names = Texts("" if several[row] else names[row] for row in rows)
         return replace(images, boxes=[None] * len(images), identities=names, sides=None, box_format="", how="")
 
     def subset(self, indices: Iterable[int]) -> "Manifest":
         """Return a manifest of these ears, in this order."""
-        indices = list(indices)
+        indices = indices if isinstance(indices, np.ndarray) else np.fromiter(indices, np.int64)
 
         def take(column):
-            return None if column is None else [column[i] for i in indices]
+            return None if column is None else Texts(column[i] for i in indices)
 
         return replace(
             self,
             paths=take(self.paths),
-            boxes=take(self.boxes),
-            rows=take(self.rows),
+            boxes=Boxes.of(self.boxes).subset(indices),
+            rows=array("q", np.asarray(self.rows, dtype=np.int64)[indices]),
             identities=take(self.identities),
             sides=take(self.sides),
         )
+
+
+def _compact(numbers: Sequence[int]) -> Sequence[int]:
+    """Return consecutive numbers as a range, others as an array of Python's, whose items are int."""
+    if isinstance(numbers, range):
+        return numbers
+    numbers = array("q", numbers)
+    steps = np.diff(np.frombuffer(numbers, np.int64)) if numbers else np.zeros(1)
+    return range(numbers[0], numbers[-1] + 1) if (steps == 1).all() else numbers
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -220,7 +242,7 @@ def named_by_folders(manifest: Manifest) -> Manifest:
     """
     if manifest.identities is not None or not Path(manifest.source).is_dir():
         return manifest
-    names = [folder_name(path) for path in manifest.paths]
+    names = Texts(map(folder_name, manifest.paths))
     return replace(manifest, identities=names if any(names) else None)
 
 
@@ -236,8 +258,8 @@ def read_input(source: str, root_dir: str | None = None, reading: Reading | None
     """
     if source == "-":
         # bytes: a file name need not be text in the terminal's encoding
-        paths = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
-        paths = [path for path in paths if path.strip()]
+        lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+        paths = Texts(path for path in lines if path.strip())
         if not paths:
             raise ManifestError("stdin: has no paths; give one path per line, as find prints them")
         return images_manifest(paths, "stdin")
@@ -256,7 +278,7 @@ def read_input(source: str, root_dir: str | None = None, reading: Reading | None
 
 def images_manifest(paths: Iterable[str], source: str) -> Manifest:
     """Return a manifest of whole images that the user named one by one, without a root folder."""
-    paths = list(paths)
+    paths = Texts.of(paths)
     return Manifest(source=source, root=None, paths=paths, boxes=[None] * len(paths), rows=range(len(paths)))
 
 

@@ -17,6 +17,7 @@ from .folder_ears import FolderEar, read_ears
 from .formats.rows import Rows
 from .manifest import Manifest, read_manifest
 from .resolve_boxes import ImageSizes
+from .texts import Texts
 
 # Names of folders that exports make: they are not names of people.
 _EXPORT_FOLDERS = frozenset(
@@ -95,25 +96,20 @@ def _of_list(manifest: Manifest, name: str) -> Mixed:
 
 def _assembled(raw: str, root: Path, rows: Iterable[FolderEar], how: dict[str, str], orders: dict[str, str]) -> Mixed:
     """Sort ears by path; those of one image keep their order."""
-    texts: dict[str, str] = {}  # equal strings become one object: the bytes of a pickle depend on it
-
-    def column(name: str) -> list[str]:
-        return [texts.setdefault(text, text) for text in (str(getattr(ear, name)) for ear in ears)]
-
     real_root = os.path.realpath(root)
     ears = sorted((ear._replace(path=_plain(ear.path, real_root)) for ear in rows), key=lambda ear: ear.path)
-    identities, sides = column("identity"), column("side")
+    identities, sides = (Texts(str(getattr(ear, name)) for ear in ears) for name in ("identity", "side"))
     manifest = Manifest(
         source=raw,
         root=root,
-        paths=column("path"),
+        paths=Texts(ear.path for ear in ears),
         boxes=Boxes(ear.box for ear in ears),
         rows=[int(ear.row) for ear in ears],
         identities=identities if any(identities) else None,
         sides=sides if any(sides) else None,
         box_format="xyxy",
     )
-    return Mixed(manifest, column("part"), how, orders)
+    return Mixed(manifest, [ear.part for ear in ears], how, orders)
 
 
 def _plain(path: str, real_root: str) -> str:

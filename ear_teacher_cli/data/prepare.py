@@ -167,11 +167,18 @@ def _list_rows(prepared: Prepared, indices: list[int]) -> list[tuple[str, Box | 
     ears = prepared.found.ears.subset(indices)
     prefix = _path_prefix(ears.root) or ""
     sizes = ImageSizes(ears.paths, ears.file)
-    sizes.read(np.flatnonzero([box is None for box in ears.boxes]))
+    sizes.read(whole := np.flatnonzero([box is None for box in ears.boxes]))
+    regions = {int(row): (0.0, 0.0, *size) for row, size in zip(whole, sizes.of(whole).tolist(), strict=True)}
     empty = [""] * len(ears)
     rows = zip(ears.paths, ears.boxes, ears.identities or empty, ears.sides or empty, strict=True)
+    one: dict[str, str] = {}  # equal texts become one object: the bytes of a pickle depend on it
     return [
-        (prefix + path, box or (0.0, 0.0, *sizes.size(row)), identity, side)
+        (
+            prefix + one.setdefault(path, path),
+            box or regions[row],
+            one.setdefault(identity, identity),
+            one.setdefault(side, side),
+        )
         for row, (path, box, identity, side) in enumerate(rows)
     ]
 

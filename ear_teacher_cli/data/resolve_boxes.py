@@ -5,9 +5,10 @@ Their order and units come from the list itself (names of columns, its format), 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from .box_format import Judgement, could_be_centres, impossible, judge
 from .boxes import BOX_FORMATS, Boxes, scaled, to_corners, units_of
 from .crop import as_box, image_size
 from .formats.rows import Rows
+from .texts import Texts
 
 _SAMPLE = 400  # images whose sizes are read to judge the order of a list
+_BLOCK = 1 << 16  # images whose sizes are read at a time
 _READERS = 8  # threads that read sizes: they wait for the disk or the network
 # Units -> orders between which the numbers may decide.
 _ORDERS = {"pixels": ("xyxy", "xywh"), "relative": ("xyxy", "xywh", "cxcywh")}
@@ -47,29 +50,30 @@ def to_pixels(rows: Rows, sizes: "ImageSizes", reading: Reading, where: str) -> 
     boxed = np.flatnonzero(rows.boxes.given)  # rows with a box
     if not len(boxed):
         return Corners(rows.boxes)
-    numbers = rows.boxes.numbers[boxed]
+    numbers = rows.boxes.numbers if len(boxed) == len(rows.boxes) else rows.boxes.numbers[boxed]
     units = _units(rows, numbers, reading, where)
     sample = _Sample.of(boxed, numbers, units, sizes)
     _check_sizes(rows, sample, where)
     result = Corners(rows.boxes, units=units)
-    result.order, result.how = _order(rows, sample, units, reading, where, result.warnings)
+    result.order, result.how = order, _ = _order(rows, sample, units, reading, where, result.warnings)
     if units == "relative":
         result.how += f"{', ' if result.how else ''}as shares of the image"
     if units == "relative" or rows.from_points:
-        image_sizes = np.array([sizes.size(int(row)) for row in sizes.read(boxed)])
-        known = ~np.isnan(image_sizes).any(axis=1, keepdims=True)
-        pixels = scaled(numbers, image_sizes, units)
-        corners = to_corners(np.where(known, pixels, numbers), result.order)
-        if rows.from_points:
-            corners = np.where(~known, corners, np.clip(corners, 0, np.tile(image_sizes, 2)))
-    elif result.order == "xyxy":
-        return result
-    else:
-        corners = to_corners(numbers, result.order)
-    all_numbers = rows.boxes.numbers.copy()
-    all_numbers[boxed] = corners
-    result.boxes = rows.boxes.replaced(all_numbers)
+        sizes.read(boxed)
+        result.boxes = rows.boxes.converted(
+            lambda part, numbers: _in_image(numbers, sizes.of(part), order, units, clamp=rows.from_points)
+        )
+    elif order != "xyxy":
+        result.boxes = rows.boxes.converted(lambda _, numbers: to_corners(numbers, order))
     return result
+
+
+def _in_image(numbers: np.ndarray, sizes: np.ndarray, order: str, units: str, clamp: bool) -> np.ndarray:
+    """Convert boxes [N, 4] of images of `sizes` [N, 2] to corners in pixels; `clamp`: to the image. Numbers of images of
+    unknown size (NaN) are only reordered."""
+    known = ~np.isnan(sizes).any(axis=1, keepdims=True)
+    corners = to_corners(np.where(known, scaled(numbers, sizes, units), numbers), order)
+    return np.where(known, np.clip(corners, 0, np.tile(sizes, 2)), corners) if clamp else corners
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,15 @@ class _Sample:
     @classmethod
     def of(cls, rows: np.ndarray, numbers: np.ndarray, units: str, sizes: "ImageSizes") -> "_Sample":
         """Take the boxes of a list: `rows` [N] with `numbers` [N, 4]."""
-        images = np.unique(np.array([sizes.number(int(row)) for row in rows]), return_inverse=True)[1]
         kept = np.ones(len(rows), dtype=bool)
-        if (count := int(images.max()) + 1) > _SAMPLE:
-            chosen = np.zeros(count, dtype=bool)
-            chosen[np.linspace(0, count - 1, _SAMPLE).astype(int)] = True
-            kept = chosen[images]
-        sampled = sizes.read(rows[kept])
-        found = np.array([sizes.size(int(row)) for row in sampled]).reshape(-1, 2)
+        images = sizes.images(rows)
+        first = np.sort(np.unique(images, return_index=True)[1])  # box of each image
+        if len(first) > _SAMPLE:
+            chosen = first[np.linspace(0, len(first) - 1, _SAMPLE).astype(int)]
+            kept = np.isin(images, images[chosen])
+        sampled = rows[kept]
+        sizes.read(sampled)
+        found = sizes.of(sampled)
         return cls(sizes, sampled, scaled(numbers[kept], found, units), found, len(rows))
 
 
@@ -203,16 +208,19 @@ def _undecided(sample: _Sample, judged: Judgement, orders: tuple[str, ...], wher
 class ImageSizes:
     """Sizes of the images of a list in pixels, read from their headers, each once."""
 
-    def __init__(self, paths: Sequence[str], locate: Callable[[int], str]):
+    def __init__(self, paths: Iterable[str], locate: Callable[[int], str]):
         """`paths`: per row. `locate(row)`: the absolute path of a row's image; raises ImageError if it leaves the
         root."""
-        self._paths, self._locate = paths, locate
-        self._numbers: dict[str, int] = {}
-        self._sizes: dict[str, tuple[float, float]] = {}
+        self._paths, self._locate = Texts.of(paths), locate
+        self._sizes = np.zeros((len(self._paths), 2))  # by first row of the image; zeros: not read yet
 
-    def number(self, row: int) -> int:
-        """Return a number of the image, the same for all its rows."""
-        return self._numbers.setdefault(self._paths[row], len(self._numbers))
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        return self._paths.firsts()
+
+    def images(self, rows: np.ndarray) -> np.ndarray:
+        """Return a number of the image of each row, int [M]."""
+        return self._firsts[rows]
 
     def path(self, row: int) -> str | None:
         """Return the absolute path of the image, None if it leaves the root."""
@@ -221,16 +229,18 @@ class ImageSizes:
         except ImageError:
             return None
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Read the sizes of the images of these rows; return `rows`."""
-        new = {self._paths[int(row)]: int(row) for row in rows if self._paths[int(row)] not in self._sizes}
-        for path, size in zip(new, _sizes([self.path(row) for row in new.values()]), strict=True):
-            self._sizes[path] = size
-        return rows
+    def read(self, rows: np.ndarray) -> None:
+        """Read the sizes of the images of these rows."""
+        images = np.unique(self._firsts[rows])
+        images = images[self._sizes[images, 0] == 0]
+        for start in range(0, len(images), _BLOCK):
+            block = images[start : start + _BLOCK]
+            self._sizes[block] = list(_sizes([self.path(int(row)) for row in block]))
 
-    def size(self, row: int) -> tuple[float, float]:
-        """Return (width, height) of an image whose size was read; NaN if it could not be opened."""
-        return self._sizes[self._paths[row]]
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return width and height of the images of these rows, which were read, float64 [M, 2]; NaN if one could not be
+        opened."""
+        return self._sizes[self._firsts[rows]]
 
 
 def _sizes(paths: list[str | None]) -> Iterator[tuple[float, float]]:

@@ -67,12 +67,8 @@ class Shards:
         finally:
             Path(temporary).unlink(missing_ok=True)
 
-    def index(self) -> tuple[list[int], dict[int, str]]:
-        """Return the indices of all images that have a row, in order, and why each of the others has none.
-
-        Raises EarTeachError if a shard is missing.
-        """
-        kept: list[int] = []
+    def unreadable(self) -> dict[int, str]:
+        """Return why each of the images without a row has none, by index. Raises EarTeachError if a shard is missing."""
         unreadable: dict[int, str] = {}
         for images in self.split(range(self.images)):
             found = self._index(images)
@@ -81,12 +77,11 @@ class Shards:
                     f"{printable(self.place)}: the embeddings of images {images.start} to {images[-1]} are not there "
                     "after all processes have finished; give all of them the same folder. Nothing was written"
                 )
-            kept += found[0]
             unreadable |= found[1]
-        return kept, unreadable
+        return unreadable
 
     def rows(self) -> Iterator[np.ndarray]:
-        """Yield the rows of a shard at a time, float32 [n, D]. Call `index` first."""
+        """Yield the rows of a shard at a time, float32 [n, D]. Call `unreadable` first."""
         for images in self.split(range(self.images)):
             with self._open(images) as file:
                 count = len(json.loads(file.readline())["index"])
@@ -99,7 +94,8 @@ class Shards:
                 head = json.loads(file.readline())
                 index, unreadable = list(head["index"]), dict(head["unreadable"])
                 end = file.tell() + 4 * len(index) * self.dim
-                whole = sorted([*index, *unreadable]) == list(images) and end <= os.fstat(file.fileno()).st_size
+                ordered = index == sorted(index) and sorted([*index, *unreadable]) == list(images)
+                whole = ordered and end <= os.fstat(file.fileno()).st_size
                 return (index, unreadable) if whole else None
         except (OSError, ValueError, LookupError, TypeError):
             return None

@@ -12,11 +12,13 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -48,13 +50,19 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Whole:
-    """The content of the outputs. `kept`: indices of the images that have a row; `unreadable`: by index, why the others
-    have none."""
+    """The content of the outputs. `unreadable`: by index of the image, why it has no row; all others have one."""
 
     manifest: Manifest
     shards: Shards
-    kept: list[int]
     unreadable: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.manifest) - len(self.unreadable)
+
+    @property
+    def kept(self) -> Iterator[int]:
+        """The indices of the images that have a row, in order."""
+        return (index for index in range(len(self.manifest)) if index not in self.unreadable)
 
     @property
     def labels(self) -> dict[str, Sequence[str]]:
@@ -183,14 +191,14 @@ def _open_shards(
 def _embed_missing(
     shards: Shards,
     block: range,
-    embed: Callable[[list[int]], Iterator[Batch]],
+    embed: Callable[[Sequence[int]], Iterator[Batch]],
     rows_of: Callable[[torch.Tensor], np.ndarray],
     out: str,
     console: Console,
 ) -> None:
     """Write the shards of a block of images that are not there yet. `embed` yields the batches of a list of images."""
     missing = shards.missing(block)
-    images = [i for shard in missing for i in shard]
+    images = array("q", chain.from_iterable(missing))
     done = len(block) - len(images)
     if done:
         console.info(f"resuming: {done} of {len(block)} images are done")
@@ -214,24 +222,24 @@ def _write_outputs(
     shards: Shards, manifest: Manifest, out: str, kind: str, sidecars: dict[str, Path], about: dict[str, Any]
 ) -> int:
     """Write the outputs when all shards are there. Returns the number of rows."""
-    whole = Whole(manifest, shards, *shards.index())
-    if not whole.kept:
+    whole = Whole(manifest, shards, shards.unreadable())
+    if not len(whole):
         raise EarTeachError(
             f"{printable(manifest.source)}: not one of {len(manifest)} images could be read; nothing was written"
         )
     if out == "-":
         _to_stdout(whole, kind)
-        return len(whole.kept)
+        return len(whole)
     with ExitStack() as stack:  # left in reverse: the sidecars take their names first, the embeddings last
         with open(stack.enter_context(whole_file(out)), "w+b") as file:
             _WRITERS[kind](whole, file)
         if "names" in sidecars:
             with open(stack.enter_context(whole_file(sidecars["names"])), "wb") as file:
                 _write_names(whole, file)
-        counts = {"rows": len(whole.kept), "skipped": len(whole.unreadable)}
+        counts = {"rows": len(whole), "skipped": len(whole.unreadable)}
         beside = stack.enter_context(whole_file(sidecars["about"]))
         beside.write_text(json.dumps(counts | about, indent=2) + "\n", encoding="utf-8")
-    return len(whole.kept)
+    return len(whole)
 
 
 def _provenance(embedder: Embedder, manifest: Manifest, normalize: bool) -> dict[str, Any]:
@@ -290,7 +298,7 @@ def _to_stdout(whole: Whole, kind: str) -> None:
 
 def _write_npy(whole: Whole, file: IO[bytes]) -> None:
     """Write float32 [N, D]."""
-    shape = (len(whole.kept), whole.shards.dim)
+    shape = (len(whole), whole.shards.dim)
     npy_format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
     for rows in whole.shards.rows():
         file.write(rows.tobytes())
@@ -325,10 +333,11 @@ def _write_names(whole: Whole, file: BinaryIO) -> None:
     says why, where there is none."""
     with _csv_writer(file) as writer:
         writer.writerow(["row", *_NAME_COLUMNS, "status", *whole.labels])
-        rows = dict(zip(whole.kept, range(len(whole.kept)), strict=True))
+        row = count()
         for index in range(len(whole.manifest)):
-            status = escape_csv(whole.unreadable.get(index, "ok"))
-            writer.writerow([rows.get(index, ""), *whole.name_of(index), status, *whole.labels_of(index)])
+            status = whole.unreadable.get(index)
+            cells = [next(row), "ok"] if status is None else ["", escape_csv(status)]
+            writer.writerow([cells[0], *whole.name_of(index), cells[1], *whole.labels_of(index)])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ comparison. N images, M of them readable, D embedding, D' output of the heads, K
 
 import hashlib
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 
 from ..config import TrainConfig
 from ..data.manifest import Manifest
+from ..data.texts import Texts
 from ..errors import EarTeachError, ManifestError, WeightsError
 from ..files import printable
 from .kmeans import IMAGES_PER_CLASS, class_means, directions, kmeans, kmeans_by_side
@@ -155,8 +155,9 @@ class PseudoLabels:
                 f"{manifest.source}: {len(rows)} readable images cannot fill {count} pseudo-classes; "
                 "mend the images or lower --num-pseudo-classes"
             )
-        place = {row: i for i, row in enumerate(rows.tolist())}
-        apart = [[place[r] for r in group if r in place] for group in same_photo(manifest)]
+        place = np.full(len(manifest), -1)
+        place[rows.numpy()] = np.arange(len(rows))
+        apart = [[i for i in place[group].tolist() if i >= 0] for group in same_photo(manifest)]
         start = self.classes.labels.cpu()[rows] if self.classes else None
         labels = torch.full((len(manifest),), -1)
         options: dict[str, Any] = {"start": start, "apart": apart}
@@ -208,14 +209,15 @@ def identity_labels(manifest: Manifest) -> torch.Tensor:
 
     Raises ManifestError if it names fewer than two.
     """
-    ears = [manifest.ear(index) for index in range(len(manifest))]
-    number = {ear: i for i, ear in enumerate(dict.fromkeys(ear for ear in ears if ear))}
+    number: dict[tuple[str, str | None], int] = {}
+    ears = (manifest.ear(index) for index in range(len(manifest)))
+    labels = np.fromiter((number.setdefault(ear, len(number)) if ear else -1 for ear in ears), np.int64, len(manifest))
     if len(number) < 2:
         raise ManifestError(
             f"{printable(manifest.source)}: names {len(number)} identities, and --pseudo-classes identity needs two; "
             "add an identity column (or folders, root/identity/image.jpg), or choose kmeans"
         )
-    return torch.tensor([number[ear] if ear else -1 for ear in ears])
+    return torch.from_numpy(labels)
 
 
 def batch_labels(images: int, count: int) -> torch.Tensor:
@@ -243,10 +245,7 @@ def fingerprint(manifest: Manifest, labelled: bool = False) -> str:
 
 def same_photo(manifest: Manifest) -> list[list[int]]:
     """Return groups of rows cut out of one photo: two ears in it are two ears, never one class."""
-    rows = defaultdict(list)
-    for index, path in enumerate(manifest.paths):
-        rows[path].append(index)
-    return [group for group in rows.values() if len(group) > 1]
+    return [group for group in Texts.of(manifest.paths).groups() if len(group) > 1]
 
 
 def agreement_of_rounds(before: torch.Tensor, after: torch.Tensor) -> float:

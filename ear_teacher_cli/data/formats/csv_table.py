@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ...errors import ManifestError
 from ...files import escape_csv, printable, short_message, unescape_csv
@@ -16,9 +16,10 @@ from .rows import Rows
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
     """Read the rows. Raises ManifestError if the file is not readable, or its columns are not understood."""
-    with _reading(path, where) as (reader, _):
-        find_columns(reader.fieldnames or [], where, identity_column)  # checks the columns of a list without rows
-        return read_objects(_rows(reader, where), where, identity_column, lambda text: unescape_csv(text or ""))
+    with _reading(path, where) as (names, reader, _):
+        find_columns(names, where, identity_column)  # checks the columns of a list without rows
+        rows = ((number, dict(zip(names, cells, strict=True))) for number, cells in _rows(names, reader, where))
+        return read_objects(rows, where, identity_column, lambda text: unescape_csv(text or ""))
 
 
 def write(path: Path, rows: Iterable[tuple[str, Box | None, str, str]]) -> None:
@@ -43,11 +44,11 @@ def keep(source: Path, out: Path, kept: Iterable[tuple[int, int]], identity_colu
     with open(source, "rb") as start:
         has_mark = start.read(3) == b"\xef\xbb\xbf"
     with (
-        _reading(source, printable(source), record=True) as (reader, lines),
+        _reading(source, printable(source), record=True) as (names, reader, lines),
         open(out, "w", encoding="utf-8-sig" if has_mark else "utf-8", newline="") as file,
     ):
         file.write(lines.take())
-        for number, _ in _rows(reader, printable(source)):
+        for number, _ in _rows(names, reader, printable(source)):
             text = lines.take()
             if number in numbers:
                 file.write(text)
@@ -77,8 +78,8 @@ class _Lines:
 
 
 @contextmanager
-def _reading(path: Path, where: str, record: bool = False) -> Iterator[tuple[csv.DictReader, _Lines]]:
-    """Open a list; yield a reader that has read the header, and its lines. Raises ManifestError."""
+def _reading(path: Path, where: str, record: bool = False) -> Iterator[tuple[list[str], Any, _Lines]]:
+    """Open a list; yield the names of its columns, a csv.reader of its rows, and its lines. Raises ManifestError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = _Lines(file, record)
@@ -91,19 +92,18 @@ def _reading(path: Path, where: str, record: bool = False) -> Iterator[tuple[csv
                 next(lines)
             delimiter = stated or max(",;\t", key=header.count)
             spaced = f"{delimiter} " in header  # spaces after delimiters are not part of the cells
-            reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=spaced)
-            reader.fieldnames  # noqa: B018  (reads the header)
-            yield reader, lines
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced)
+            yield next(reader, []), reader, lines
     except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
         raise ManifestError(f"{where}: is not readable as CSV ({short_message(error)}); save it as UTF-8") from error
 
 
-def _rows(reader: csv.DictReader, where: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (number, row) of rows that are not empty. Raises ManifestError if a row has too few or too many cells."""
-    for number, line in enumerate(reader):
-        if None in line or None in line.values():
+def _rows(names: list[str], reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number, cells) of rows that are not empty. Raises ManifestError if a row has too few or too many cells."""
+    for number, cells in enumerate(filter(None, reader)):  # lines without any cell are not counted
+        if len(cells) != len(names):
             raise ManifestError(
                 f"{where} line {reader.line_num}: has not as many cells as the header; correct the line"
             )
-        if any(value.strip() for value in line.values()):  # spreadsheets leave rows of empty cells
-            yield number, line
+        if any(map(str.strip, cells)):  # spreadsheets leave rows of empty cells
+            yield number, cells

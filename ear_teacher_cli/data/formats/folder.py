@@ -14,6 +14,7 @@ from pathlib import Path
 from ...errors import ManifestError
 from ...files import printable
 from .. import image_suffixes
+from ..texts import Texts
 from . import FORMATS, coco, csv_table, lists, pts, yolo
 from .rows import Rows
 from .tree import Tree, locate, walk
@@ -87,7 +88,7 @@ def _read_list(found: Found, path: str, identity_column: str | None) -> None:
     def image_of(name: str) -> str:
         return places.get(name) or posixpath.normpath(posixpath.join(below, name))
 
-    rows.paths = [image_of(name) for name in rows.paths]
+    rows.paths = Texts(map(image_of, rows.paths))
     rows.sizes = {image_of(name): size for name, size in rows.sizes.items()}
     found.parts[path] = rows
     found.marked.update(rows.paths)

@@ -10,10 +10,13 @@ from ..boxes import Box
 from .json_lines import read_objects
 from .rows import Rows
 
+_BLOCK = 1 << 12  # rows that are Python objects at a time
+
 
 def read(path: Path, where: str, identity_column: str | None) -> Rows:
     """Read the rows. Raises ManifestError if the file is not readable, or its columns are not understood."""
-    objects = ({k: v for k, v in line.items() if v is not None} for line in _table(path, where).to_pylist())
+    batches = _table(path, where).to_batches(max_chunksize=_BLOCK)
+    objects = ({k: v for k, v in line.items() if v is not None} for batch in batches for line in batch.to_pylist())
     return read_objects(enumerate(objects), where, identity_column)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from ...errors import ManifestError
 from ...files import printable
 from ..boxes import BOX_FORMATS, Box, Boxes
+from ..texts import Texts
 
 _MAX_CHARACTERS = 4096  # of a path on Linux
 
@@ -23,11 +24,11 @@ _MAX_CHARACTERS = 4096  # of a path on Linux
 class Rows:
     """A list as it was read, one entry per ear; boxes are in the order and units of the list."""
 
-    paths: list[str] = field(default_factory=list)
+    paths: Texts = field(default_factory=Texts)
     boxes: Boxes = field(default_factory=Boxes)
     numbers: array = field(default_factory=lambda: array("q"))  # of rows or annotations, from 0
-    identities: list[str] = field(default_factory=list)
-    sides: list[str] = field(default_factory=list)
+    identities: Texts = field(default_factory=Texts)
+    sides: Texts = field(default_factory=Texts)
     sizes: dict[str, tuple[float, float]] = field(default_factory=dict)  # path -> width, height that the list states
     # Order (of BOX_FORMATS) and units that the list itself names; None: see resolve_boxes.py.
     order: str | None = None
@@ -58,6 +59,8 @@ class Rows:
 
 def label(value: Any) -> str:
     """Return an identity or a side as text; '' for None and NaN. Raises ManifestError for a list of several."""
+    if type(value) is str:
+        return value
     if isinstance(value, list | tuple | dict | np.ndarray):
         raise ManifestError(f"identity or side {printable(value)[:60]}: is not one text per ear; correct the row")
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
@@ -65,7 +68,7 @@ def label(value: Any) -> str:
 
 def per_box(labels: Any, boxes: list) -> list:
     """Return the labels of one row's boxes: one each if `labels` is a list of that length, else the same for all."""
-    if isinstance(labels, list | tuple | np.ndarray) and len(labels) == len(boxes):
+    if not isinstance(labels, str) and isinstance(labels, list | tuple | np.ndarray) and len(labels) == len(boxes):
         return list(labels)
     return [labels] * len(boxes)
 
