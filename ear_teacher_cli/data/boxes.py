@@ -82,9 +82,7 @@ class Boxes(Sequence):
         boxes = Boxes()
         boxes._numbers, boxes._given = self._numbers[:], self._given
         rows, numbers = np.flatnonzero(self.given), boxes.numbers
-        for start in range(
-            0, len(rows), _BLOCK
-        ):  # the intermediate results of all rows would take several times their memory
+        for start in range(0, len(rows), _BLOCK):  # what is computed in between takes several times their memory
             block = rows[start : start + _BLOCK]
             numbers[block] = convert(block, numbers[block])
         return boxes
