@@ -83,6 +83,48 @@ def test_an_old_checkpoint_is_removed_after_the_new_one_is_complete(files, held,
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_nothing_is_removed_after_a_checkpoint_that_could_not_be_written(files, held, tmp_path, monkeypatch):
+    def fails(checkpoint, path):
+        held.wait(60)
+        raise EarTeachError("disk: is full")
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", fails)
+    (tmp_path / "old").write_bytes(b"x")
+    files.save_checkpoint(content(1), str(tmp_path / "new"))
+    files.remove_checkpoint(str(tmp_path / "old"))
+    held.set()
+    with pytest.raises(EarTeachError, match="disk: is full"):
+        files.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_tensors_with_the_same_memory_are_written_once(files, tmp_path):
+    weight = torch.rand(1000)
+    saved = content(1) | {"a": {"w": weight, "transposed": weight.view(10, 100).T}, "b": {"w": weight.detach()}}
+    files.save_checkpoint(saved, str(tmp_path / "x"))
+    files.finish()
+    found = read_torch(tmp_path / "x")
+    assert torch.equal(found["b"]["w"], weight) and torch.equal(found["a"]["transposed"], weight.view(10, 100).T)
+    assert found["a"]["w"].data_ptr() == found["b"]["w"].data_ptr()
+    assert (tmp_path / "x").stat().st_size < 3 * weight.nbytes
+
+
+def test_a_copy_is_of_the_same_kind(tmp_path):
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    made = checkpoints.copied({"state": state, "list": [1, (state["weight"],)]})
+    assert type(made["state"]) is type(state) and made["state"]._metadata == state._metadata
+    assert list(made["state"]) == list(state) and made["list"][1][0] is made["state"]["weight"]
+    assert made["state"]["weight"].data_ptr() != state["weight"].data_ptr()
+
+
+def test_what_is_written_is_forgotten(files, tmp_path):
+    files.save_checkpoint(content(1), str(tmp_path / "a"))
+    files.wait()
+    assert files._copy is not None  # for another file of the same step
+    files.raise_error()
+    assert files._copy is None
+
+
 def test_one_checkpoint_at_most_waits_in_memory(files, held, tmp_path):
     files.save_checkpoint(content(1), str(tmp_path / "a"))
     second = threading.Thread(target=files.save_checkpoint, args=(content(2), str(tmp_path / "b")))
@@ -95,18 +137,16 @@ def test_one_checkpoint_at_most_waits_in_memory(files, held, tmp_path):
     assert not second.is_alive() and {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
-@pytest.mark.parametrize("call", ["save_checkpoint", "remove_checkpoint", "raise_error", "finish"])
+@pytest.mark.parametrize("call", ["save_checkpoint", "raise_error", "finish"])
 def test_an_error_is_raised_by_the_next_call(files, tmp_path, monkeypatch, call):
     def fails(checkpoint, path):
         raise EarTeachError("disk: is full")
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", fails)
     files.save_checkpoint(content(1), str(tmp_path / "a"))
-    while not files._under_way[0].done():
-        pass
-    arguments = {"save_checkpoint": (content(1), str(tmp_path / "b")), "remove_checkpoint": (str(tmp_path / "a"),)}
+    files.wait()
     with pytest.raises(EarTeachError, match="disk: is full"):
-        getattr(files, call)(*arguments.get(call, ()))
+        getattr(files, call)(*((content(2), str(tmp_path / "b")) if call == "save_checkpoint" else ()))
     files.finish()  # and once
 
 

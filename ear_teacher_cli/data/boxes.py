@@ -41,7 +41,7 @@ class Boxes(Sequence):
         if box is not None and not self._numbers:
             self._numbers = array("d", bytes(32 * len(self)))
         if box is not None or self._numbers:
-            self._numbers.extend((0.0,) * 4 if box is None else box)
+            self._numbers.extend(box or (0.0,) * 4)
         self._given.append(box is not None)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Boxes(Sequence):
         """Return the boxes with other numbers: of M boxes at positions [M], with numbers float64 [M, 4], those that
         `convert` returns."""
         boxes = Boxes()
-        boxes._numbers, boxes._given = self._numbers[:], self._given
+        boxes._numbers, boxes._given = self._numbers[:], self._given[:]
         rows, numbers = np.flatnonzero(self.given), boxes.numbers
         for start in range(0, len(rows), _BLOCK):  # what is computed in between takes several times their memory
             block = rows[start : start + _BLOCK]

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,7 +125,7 @@ def inspect(photo: Photo) -> tuple[list[tuple[int, str, str]], list[tuple[int, C
 
 def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, list]]:
     """Return the result of `inspect` for each photo, in order. If there are many, start up to `num_workers` processes at
-    once. The iterator raises EarTeachError if one of them is killed.
+    once. Raises EarTeachError, as the iterator does, if one of them is killed.
 
     Call it before a progress bar is shown: Linux forks the processes, which takes no imports, but not beside a thread.
     """
@@ -134,19 +135,26 @@ def inspect_all(photos: list[Photo], num_workers: int) -> Iterator[tuple[list, l
     context = multiprocessing.get_context(None if threading.active_count() == 1 else "spawn")  # None: as Python prefers
     pool = ProcessPoolExecutor(workers, context, _ignore_interrupt)
     chunk = max(1, min(64, len(photos) // (workers * 16)))  # small: at the end a process waits for another's last chunk
-    with interrupts_ignored():
-        return _results(pool, pool.map(inspect, photos, chunksize=chunk))
+    with _naming_killed(), interrupts_ignored():
+        results = pool.map(inspect, photos, chunksize=chunk)
+    return _results(pool, results)
 
 
 def _results(pool: ProcessPoolExecutor, results: Iterator[tuple[list, list]]) -> Iterator[tuple[list, list]]:
     """Yield the results, and end the pool."""
-    with pool:
+    with pool, _naming_killed():
         try:
             yield from results
-        except BrokenProcessPool as error:
-            raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _naming_killed() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise EarTeachError("a decoding process was killed (out of memory?); try --num-workers 1") from error
 
 
 def _ignore_interrupt() -> None:

@@ -10,7 +10,7 @@ _BLOCK = 4096  # texts that are joined
 
 
 class Texts(Sequence[str]):
-    """A sequence of N texts that takes 4 bytes each besides their characters, instead of 57 as a list of str.
+    """A sequence of N texts that takes 4 bytes each besides their characters, instead of more than 50 as a list of str.
 
     It equals a list of the same texts. Blocks of texts are joined to one str each, so that memory is not moved as the
     column grows, and that reading it changes few reference counts: processes share its memory after a fork.
@@ -63,7 +63,7 @@ class Texts(Sequence[str]):
     def firsts(self) -> np.ndarray:
         """Return for each text the position of the first one that is equal to it, int32 or int64 [N].
 
-        They are found by sorting hashes, which takes 24 bytes per text; a dict would take 160.
+        They are found by sorting hashes, which takes about 25 bytes per text; a dict would take 160.
         """
         positions = np.arange(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
         hashes = np.fromiter(map(hash, self), np.int64, len(self))

@@ -20,6 +20,7 @@ from ..data.dataset import Batch
 from ..data.preprocessing import Preprocessing
 from ..errors import EarTeachError, ImageError
 from ..files import escape_csv, printable, whole_file
+from .checkpoints import wait_for_files
 
 # Steps in a row without a finite loss that end a run.
 NONFINITE_STEPS = 3
@@ -39,7 +40,8 @@ class StepGuard:
 
     Whether a loss is finite is asked for after the backward pass: a GPU that is asked at once stands still until the
     answer has arrived and the host has queued the backward pass. Batches of --accumulate-grad-batches are asked at once,
-    because the gradient of one that is skipped cannot be taken out of a sum.
+    because the gradient of one that is skipped cannot be taken out of a sum. With float16 a loss that is not finite also
+    halves the scale of the gradients, as an overflow does.
 
     `nonfinite_steps`: those without a finite loss since the last finite one.
     """
@@ -48,7 +50,9 @@ class StepGuard:
         self.nonfinite_steps: list[NonFiniteStep] = []
         self._changing: list[torch.Tensor] = []  # buffers that the step may change: batch-norm statistics
         self._buffers: list[torch.Tensor] = []  # copies of them from before the step
-        self._unchecked: tuple[_OnHost, torch.Tensor, torch.Tensor] | None = None  # whether finite, the loss, the rows
+        self._unchecked: tuple[_HostCopy, torch.Tensor, torch.Tensor] | None = (
+            None  # whether finite, the loss, the rows
+        )
         self._learns = False  # whether a batch of the optimizer step under way was not skipped
 
     def begin(self, module: pl.LightningModule) -> None:
@@ -57,13 +61,13 @@ class StepGuard:
         if [id(buffer) for buffer in changing] != [id(buffer) for buffer in self._changing]:
             self._changing, self._buffers = changing, [torch.empty_like(buffer) for buffer in changing]
         if changing:
-            torch._foreach_copy_(self._buffers, changing)  # one kernel instead of one for each buffer
+            torch._foreach_copy_(self._buffers, changing)
 
     def watch(self, module: pl.LightningModule, loss: torch.Tensor, rows: torch.Tensor) -> None:
         """Begin to ask whether the loss of a batch is finite on all ranks: `is_finite` has the answer. `rows`: of its
         images."""
         finite = torch.isfinite(loss.detach()).float()
-        self._unchecked = _OnHost(module.trainer.strategy.reduce(finite, reduce_op="min")), loss.detach(), rows
+        self._unchecked = _HostCopy(module.trainer.strategy.reduce(finite, reduce_op="min")), loss.detach(), rows
 
     def is_finite(self, module: pl.LightningModule) -> bool:
         """Return whether the loss of the batch that is watched is finite on all ranks. If not, note the step and restore
@@ -97,21 +101,21 @@ class StepGuard:
         self._learns = False
 
 
-class _OnHost:
+class _HostCopy:
     """A number of a GPU that is copied to the host: `value` waits for the copy, and not for what was queued after it."""
 
     def __init__(self, number: torch.Tensor):
-        self._number, self._copied = number, None
+        self._number, self._event = number, None
         if number.is_cuda:
             self._number = torch.empty_like(number, device="cpu", pin_memory=True)
             self._number.copy_(number, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._event = torch.cuda.Event()
+            self._event.record()
 
     def value(self) -> float:
         """Return the number."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         return float(self._number)
 
 
@@ -188,6 +192,7 @@ def _require_finite(trainer: pl.Trainer) -> None:
 
 def _last_good(trainer: pl.Trainer) -> str:
     """Return which checkpoint to continue from, in words."""
+    wait_for_files(trainer)
     saved = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     newest = max(
         (Path(path) for path in saved if path and Path(path).exists()),

@@ -49,6 +49,7 @@ def metric_loss(
     `features` B,D', `prototypes` K,D', `labels` int64 B in [0, K), -1 without a label.
     """
     with torch.autocast(features.device.type, enabled=False):
+        features = torch.where((labels >= 0)[:, None], features, 0)  # what is not finite would reach the gradient
         logits = LOGITS[kind](cosines(features, prototypes), labels.clamp_min(0), margin, scale)
         # the sum and a division, because the mean over no image is NaN
         total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")

@@ -135,6 +135,7 @@ class EarTeacherLightningModule(pl.LightningModule):
         self._needs_weights = self.config.pretrained and self.receipt is None and self._restored is None
         self._needs_decoder = self._needs_decoder and self._restored is None
         self._restored = self.prototypes = None
+        self.guard = StepGuard()
         self.pseudo_labels = PseudoLabels(self.config)
         if self.config.learns_classes:
             manifest, most = self.train_set.manifest, self.config.num_pseudo_classes
@@ -241,9 +242,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         if self.trainer.accumulate_grad_batches > 1 and not self._check_batch():
             return self.guard.skip(self)
         rate = self.config.learning_rate * self.lr_schedulers().lr_lambdas[0](self.lr_schedulers().last_epoch)
-        self.log(
-            "train/lr", torch.tensor(rate), on_step=True, on_epoch=False
-        )  # on the CPU: there is nothing to wait for
+        # a tensor of the CPU: a number would be copied to the GPU, which waits for all queued work
+        self.log("train/lr", torch.tensor(rate), on_step=True, on_epoch=False)
         return found.total * self._share_of_step(batch_idx)
 
     def _check_batch(self) -> bool:

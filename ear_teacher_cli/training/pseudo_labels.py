@@ -86,7 +86,7 @@ class PseudoLabels:
         """Return the labels of a batch of training images, int64 B; -1 where an image has none."""
         assert self.classes is not None
         if self.config.pseudo_classes == "batch":
-            return batch_labels(len(index), self.classes.count).to(index.device, non_blocking=True)
+            return batch_labels(len(index), self.classes.count, index.device)
         return self.classes.labels[index]
 
     def metrics(self) -> dict[str, float]:
@@ -220,10 +220,10 @@ def identity_labels(manifest: Manifest) -> torch.Tensor:
     return torch.from_numpy(labels)
 
 
-def batch_labels(images: int, count: int) -> torch.Tensor:
+def batch_labels(images: int, count: int, device: torch.device | None = None) -> torch.Tensor:
     """Return the original package's labels: the position in the batch, int64 B. They do not depend on the image, so the
     loss is least where all embeddings are the same."""
-    return torch.arange(images) % count
+    return torch.arange(images, device=device) % count
 
 
 def fixed_labels(images: int, count: int, seed: int) -> torch.Tensor:

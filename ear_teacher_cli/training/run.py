@@ -199,7 +199,11 @@ def _fit(
             use_distributed_sampler=False,
             **SILENT,
         )
-        stopped = _run(trainer, module, data, checkpoint.path if checkpoint else None, save_on_stop)
+        try:
+            stopped = _run(trainer, module, data, checkpoint.path if checkpoint else None, save_on_stop)
+        except EarTeachError as error:
+            _report_unwritten(files, error, console)
+            raise
     files.finish()
     best = run_folder.best_checkpoint(folder)
     embeddings = keep_best.best
@@ -220,6 +224,15 @@ def _fit(
         data=data,
         best_embeddings=embeddings,
     )
+
+
+def _report_unwritten(files: BackgroundCheckpointIO, error: EarTeachError, console: Console) -> None:
+    """Warn of a checkpoint that could not be written, where a run ends by another error."""
+    try:
+        files.finish()
+    except EarTeachError as unwritten:
+        if unwritten is not error:
+            console.warn(str(unwritten))
 
 
 def _callbacks(config: TrainConfig, console: Console) -> list[pl.Callback]:

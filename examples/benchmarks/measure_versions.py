@@ -1,9 +1,9 @@
 """Time of whole commands, compared with another version of earteach: the one in the folder EARTEACH_BEFORE.
 
-    git worktree add ../before v0.1.0
-    EARTEACH_BEFORE=../before python bench.py versions
+    git worktree add ../before COMMIT
+    EARTEACH_BEFORE=../before python examples/benchmarks/bench.py versions
 
-Both run in the same environment, on the same files, in turn. Options that both versions understand give the same work.
+Both run in the same environment, on the same files, in turn, with the variables that each sets itself. Options that both versions understand give the same work.
 Without EARTEACH_BEFORE there are no rows.
 """
 
@@ -20,6 +20,7 @@ from photos import crops, drawn, enlarged
 from safetensors.torch import save_file
 
 SIDE = 96
+SET_BY_BENCH = ("GOMP_SPINCOUNT", "PYTHONPATH")
 
 
 def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
@@ -28,7 +29,9 @@ def measure(folder: Path, rounds: int, quick: bool) -> Iterator[Line]:
     if not before:
         return
     here = Path(__file__).resolve().parents[2]
-    version = _output_of(Path(before), "-c", "import ear_teacher_cli as e; print(e.__version__)").strip()
+    shown = _output_of(Path(before), "-c", "import ear_teacher_cli as e; print(e.__version__, e.__file__)").split()
+    version, place = shown[0], Path(shown[1])
+    assert place.is_relative_to(Path(before).resolve()), f"EARTEACH_BEFORE: {before} is not a checkout of earteach"
     for what, count, unit, arguments in _commands(folder, quick):
         functions = {"ours": _run(here, arguments), "before": _run(Path(before), arguments)}
         seconds = in_turn(functions, rounds)
@@ -73,6 +76,6 @@ def _run(checkout: Path, arguments: list[str]) -> Callable[[], None]:
 
 def _output_of(checkout: Path, *arguments: str) -> str:
     """Return what a Python with this version of earteach prints."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    environment = {name: value for name, value in os.environ.items() if name not in SET_BY_BENCH}
+    command = [sys.executable, *arguments]  # Python looks for packages in the working directory first
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=checkout).stdout
