@@ -1,5 +1,7 @@
 """The start of the decoder: ridge regression of principal components of the training images on the embeddings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -9,6 +11,7 @@ from conftest import BACKBONE, SMALL, small_config
 
 from ear_teacher_cli.config import TrainConfig
 from ear_teacher_cli.data.datamodule import EarDataModule
+from ear_teacher_cli.data.manifest import read_manifest, write_manifest
 from ear_teacher_cli.data.preprocessing import to_unit
 from ear_teacher_cli.errors import ConfigError, EarTeachError
 from ear_teacher_cli.model.checkpoint import read_checkpoint
@@ -260,11 +263,18 @@ def test_larger_images_start_from_components_of_64_pixels(manifests, tmp_path):
     assert psnr(error).mean() > psnr(of_the_mean).mean() + 1
 
 
+def without_an_image(manifests, tmp_path, **options):
+    """The configuration of a run whose fourth training image is missing."""
+    manifest = read_manifest(manifests[1])
+    paths = [*manifest.paths[:3], "gone.png", *manifest.paths[4:]]
+    write_manifest(replace(manifest, paths=paths), tmp_path / "train.csv")
+    options |= dict(output_dir=str(tmp_path), decoder_start="linear", metric_loss="none")
+    return small_config(manifests, train_metadata=str(tmp_path / "train.csv"), root_dir=str(manifest.root), **options)
+
+
 def test_unreadable_images_are_left_out_of_it_and_counted(manifests, tmp_path):
-    config = small_config(manifests, output_dir=str(tmp_path), decoder_start="linear", metric_loss="none", max_bad=0.5)
+    config = without_an_image(manifests, tmp_path, max_bad=0.5)
     module, data = EarTeacherLightningModule(config), EarDataModule(config)
-    data.setup("fit")
-    data.train_set.manifest.paths[3] = str(tmp_path / "gone.png")
     trainer = pl.Trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0, **PLAIN_TRAINER)
     trainer.fit(module, datamodule=data)
     assert [place for place in module.unreadable.errors] == [("train", 3)]
@@ -272,10 +282,8 @@ def test_unreadable_images_are_left_out_of_it_and_counted(manifests, tmp_path):
 
 
 def test_too_many_unreadable_images_end_the_run_there(manifests, tmp_path):
-    config = small_config(manifests, output_dir=str(tmp_path), decoder_start="linear", metric_loss="none")
+    config = without_an_image(manifests, tmp_path)
     module, data = EarTeacherLightningModule(config), EarDataModule(config)
-    data.setup("fit")
-    data.train_set.manifest.paths[3] = str(tmp_path / "gone.png")
     with pytest.raises(EarTeachError, match="more than --max-bad"):
         pl.Trainer(max_epochs=1, **PLAIN_TRAINER).fit(module, datamodule=data)
     assert module.model.decoder.components.abs().sum() == 0

@@ -150,8 +150,9 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._written = moment, path
 
     def _remove(self, path: str) -> None:
+        # not Lightning's, which logs: where a signal ended the main thread's work, it may hold the lock of logging for ever
         try:
-            super().remove_checkpoint(path)
+            Path(path).unlink(missing_ok=True)
         except OSError as error:
             raise EarTeachError(f"{printable(path)}: cannot be removed ({error.strerror}); close it") from error
 
