@@ -10,7 +10,7 @@ Without EARTEACH_BEFORE there are no rows.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
@@ -18,6 +18,9 @@ import torch
 from bench import Line, Work, in_turn
 from photos import crops, drawn, enlarged
 from safetensors.torch import save_file
+
+from ear_teacher_cli.config import Reading
+from ear_teacher_cli.data.manifest import Box, read_manifest
 
 SIDE = 96
 SET_BY_BENCH = ("GOMP_SPINCOUNT", "PYTHONPATH")
@@ -43,7 +46,7 @@ def _commands(folder: Path, quick: bool) -> Iterator[tuple[str, int, str, list[s
     ears = drawn(folder, people=3 if quick else 24)
     backbone, epochs = ("test_convnext", 1) if quick else ("convnext_atto", 3)
     yield "earteach --help", 1, "runs", ["--help"]
-    lists = [f"--{name}-metadata={folder / 'ears' / f'{name}_teacher.npy'}" for name in ("train", "val")]
+    lists = [f"--{name}-metadata={_named_boxes(folder / 'ears' / f'{name}_teacher.npy')}" for name in ("train", "val")]
     recipe = ["--preset=seed", "--pseudo-classes=batch", "--precision=32-true", "--no-pretrained", "--num-workers=1"]
     options = [f"--backbone={backbone}", f"--image-size={SIDE}", "--batch-size=16", f"--max-epochs={epochs}"]
     runs = [f"--output-dir={folder / 'runs'}", "--overwrite", "--quiet"]
@@ -62,11 +65,21 @@ def _commands(folder: Path, quick: bool) -> Iterator[tuple[str, int, str, list[s
         command = ["embed", str(Path(paths[0]).parent), str(folder / "rows.npy"), *options]
         yield f"embed, {model}, {count} {images}", count, "images", command
     paths, boxes = enlarged(folder, "2 MP", 32 if quick else 384)
-    manifest = Path(paths[0]).parent / "list.csv"
-    with open(manifest, "w", encoding="utf-8") as file:
-        file.write("image_path,x1,y1,x2,y2\n")
-        file.writelines(f"{Path(p).name},{','.join(map(str, box))}\n" for p, box in zip(paths, boxes, strict=True))
+    manifest = _list_of([Path(path).name for path in paths], boxes, Path(paths[0]).parent / "list.csv")
     yield f"validate-data, {len(paths)} 2 MP photos", len(paths), "photos", ["validate-data", str(manifest)]
+
+
+def _named_boxes(source: Path) -> Path:
+    """Write a list as CSV, whose columns name the order of the boxes; return its path."""
+    ears = read_manifest(source, reading=Reading(box_format="xyxy"))  # few boxes do not tell
+    return _list_of(ears.paths, ears.boxes, source.with_suffix(".csv"))
+
+
+def _list_of(paths: Iterable[str], boxes: Iterable[Box | None], path: Path) -> Path:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("image_path,x1,y1,x2,y2\n")
+        file.writelines(f"{name},{','.join(map(str, box))}\n" for name, box in zip(paths, boxes, strict=True))
+    return path
 
 
 def _run(checkout: Path, arguments: list[str]) -> Callable[[], None]:
