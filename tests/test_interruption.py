@@ -14,6 +14,7 @@ from test_resume import assert_same_weights
 from ear_teacher_cli.console import Console
 from ear_teacher_cli.data.dataset import EpochSampler
 from ear_teacher_cli.model.checkpoint import read_checkpoint
+from ear_teacher_cli.training import interruption
 from ear_teacher_cli.training.callbacks import FitWhitening
 from ear_teacher_cli.training.module import EarTeacherLightningModule
 from ear_teacher_cli.training.pseudo_labels import PseudoLabels
@@ -196,3 +197,13 @@ def test_a_script_that_fails_between_batches_ends(manifests):
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("KeyError: 'nothing'") == 1, done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr
+
+
+def test_a_checkpoint_in_memory_shares_what_the_run_shares_and_nothing_with_it():
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    made = interruption._copied({"state_dict": state, "learning_state": {"weight": state["weight"].detach()}})
+    copy = made["state_dict"]
+    assert type(copy) is type(state) and copy._metadata == state._metadata and list(copy) == list(state)
+    assert copy["weight"] is made["learning_state"]["weight"]  # written once
+    assert all(torch.equal(copy[name], state[name]) for name in state)
+    assert copy["weight"].data_ptr() != state["weight"].data_ptr()

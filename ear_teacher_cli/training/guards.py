@@ -20,7 +20,6 @@ from ..data.dataset import Batch
 from ..data.preprocessing import Preprocessing
 from ..errors import EarTeachError, ImageError
 from ..files import escape_csv, printable, whole_file
-from .checkpoints import wait_for_files
 
 # Steps in a row without a finite loss that end a run.
 NONFINITE_STEPS = 3
@@ -192,7 +191,6 @@ def _require_finite(trainer: pl.Trainer) -> None:
 
 def _last_good(trainer: pl.Trainer) -> str:
     """Return which checkpoint to continue from, in words."""
-    wait_for_files(trainer)
     saved = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     newest = max(
         (Path(path) for path in saved if path and Path(path).exists()),

@@ -7,6 +7,7 @@ there is none: the gradients so far would be lost. While pseudo-labels are made,
 new to save, and the run stops at once.
 """
 
+import copy
 import os
 import signal
 from pathlib import Path
@@ -18,20 +19,17 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from ..errors import Stopped
 from ..platform import handle_stop_signals
-from .checkpoints import BackgroundCheckpointIO, copied
 
 
 class SaveOnStop(Checkpoint):
-    """Write `path` after a signal to stop, and raise Stopped. A second signal stops at once, without saving. Also end the
-    run when a checkpoint of `files` could not be written.
+    """Write `path` after a signal to stop, and raise Stopped. A second signal stops at once, without saving.
 
     `begun`: whether training has begun; `saved`: whether the file was written; `exit_code`: of what stopped the run. It
     is a Checkpoint because Lightning calls those after all other callbacks.
     """
 
-    def __init__(self, path: Path, files: BackgroundCheckpointIO):
+    def __init__(self, path: Path):
         self.path, self.begun, self.saved, self.exit_code = path, False, False, 0
-        self._files = files
         self._signal: int | None = None  # that came while stepping or saving
         self._busy = False  # whether a signal has to wait for the end of a step or of saving
         self._before_last: dict[str, Any] | None = None  # the checkpoint of this epoch's second to last step
@@ -54,14 +52,13 @@ class SaveOnStop(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._files.raise_error()
         steps_left = trainer.num_training_batches - batch_idx - 1
         stop, batches = self._signalled_anywhere(trainer), trainer.accumulate_grad_batches
         complete = (batch_idx + 1) % batches == 0
         # of this epoch, after which a checkpoint can be taken
         last = (trainer.num_training_batches - 1) // batches * batches
         if complete and (0 < steps_left <= batches or (stop and steps_left)) and not pl_module.guard.nonfinite_steps:
-            self._before_last = copied(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+            self._before_last = _copied(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
         if stop and (complete or batch_idx + 1 > last):
             self._save_and_stop(trainer)
 
@@ -117,7 +114,6 @@ class SaveOnStop(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if self._before_last is not None and _finite(self._before_last["state_dict"]):
             trainer.strategy.save_checkpoint(self._before_last, str(self.path))
-            self._files.finish()
             self.saved = True
 
 
@@ -145,3 +141,22 @@ def divide_epoch(checkpoint: dict[str, Any], processes: int, datamodule: str) ->
 
 def _finite(tensors: dict[str, torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def _copied(value: Any, known: dict[Any, torch.Tensor] | None = None) -> Any:
+    """Return a checkpoint with tensors of its own, on the CPU: training changes the others. Tensors with the same memory
+    are copied once, and so are written once."""
+    known = {} if known is None else known
+    if isinstance(value, torch.Tensor):
+        where = value.device, value.untyped_storage().data_ptr(), value.storage_offset()
+        place = *where, value.shape, value.stride(), value.dtype
+        if place not in known:
+            known[place] = value.detach().to("cpu", copy=True)
+        return known[place]
+    if isinstance(value, dict):
+        made = copy.copy(value)  # of its own class, with its attributes: a state_dict has versions
+        made.update((name, _copied(part, known)) for name, part in value.items())
+        return made
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(part, known) for part in value)
+    return value

@@ -16,7 +16,6 @@ from ..distillation import MEASURED_ON, Distillation
 from ..distributed import Ranks
 from ..errors import EarTeachError
 from ..quality.reconstruction import COMPONENTS, FITTED_ON, PixelBasis
-from .checkpoints import wait_for_files
 from .epoch_metrics import ReferencePSNR, ValidationOutputs, ValidationRows
 
 Result = TypeVar("Result")
@@ -76,7 +75,6 @@ def _embedded(module: pl.LightningModule, rows: range, about: str) -> list[tuple
     found = []
     console = module.console if about else Console(quiet=True)
     with evaluation_mode(module), console.progress(about, len(rows), "images") as steps:
-        wait_for_files(module.trainer)
         for batch in module.trainer.datamodule.clean_dataloader(rows) if rows else ():
             module.unreadable.record("train", batch, module.trainer, this_rank_only=True)
             if len(batch["index"]):

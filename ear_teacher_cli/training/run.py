@@ -24,7 +24,7 @@ from ..files import printable, shell_word, short_message
 from ..model.checkpoint import Checkpoint, read_checkpoint, require_fit
 from ..system_errors import explain_system_error
 from . import callbacks, guards, loggers
-from .checkpoints import BackgroundCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
+from .checkpoints import WholeFileCheckpointIO, checkpoint_callbacks, newest_intact, require_newest
 from .describe import reconstruction_in_words, why_best
 from .device import arithmetic_of
 from .epoch_metrics import ValidationRows
@@ -179,8 +179,7 @@ def _fit(
     version = found[-1].name if found and checkpoint else None
     logger = loggers.events(config, version, checkpoint.content["global_step"] if checkpoint else None)
     module.console = data.console = console
-    files = BackgroundCheckpointIO()
-    save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST, files)
+    save_on_stop = SaveOnStop(folder / run_folder.CHECKPOINTS / run_folder.LAST)
     keep_best = callbacks.KeepBestEmbeddings(config.monitor)
     assert data.train_set is not None
     steps = max(1, len(data.train_set) // (config.batch_size * config.processes * config.accumulate_grad_batches))
@@ -194,17 +193,12 @@ def _fit(
             logger=[logger, *loggers.extra_loggers(config, Path(logger.log_dir))],
             log_every_n_steps=min(10, steps),
             callbacks=[*_callbacks(config, console), keep_best, save_on_stop],
-            plugins=[files],
+            plugins=[WholeFileCheckpointIO()],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             **SILENT,
         )
-        try:
-            stopped = _run(trainer, module, data, checkpoint.path if checkpoint else None, save_on_stop)
-        except EarTeachError as error:
-            _report_unwritten(files, error, console)
-            raise
-    files.finish()
+        stopped = _run(trainer, module, data, checkpoint.path if checkpoint else None, save_on_stop)
     best = run_folder.best_checkpoint(folder)
     embeddings = keep_best.best
     if embeddings is not None and (best is None or run_folder.epoch_of(best) != embeddings.epoch):
@@ -224,15 +218,6 @@ def _fit(
         data=data,
         best_embeddings=embeddings,
     )
-
-
-def _report_unwritten(files: BackgroundCheckpointIO, error: EarTeachError, console: Console) -> None:
-    """Warn of a checkpoint that could not be written, where a run ends by another error."""
-    try:
-        files.finish()
-    except EarTeachError as unwritten:
-        if unwritten is not error:
-            console.warn(str(unwritten))
 
 
 def _callbacks(config: TrainConfig, console: Console) -> list[pl.Callback]:
