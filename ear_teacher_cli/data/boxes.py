@@ -56,8 +56,6 @@ class Boxes(Sequence):
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Boxes | list) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]  # like a list
-
     @property
     def given(self) -> np.ndarray:
         """Which rows have a box, bool [N]."""

@@ -58,8 +58,6 @@ class Texts(Sequence[str]):
             return self._blocks == other._blocks and self._last == other._last
         return list(self) == other if isinstance(other, list) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]  # like a list
-
     def firsts(self) -> np.ndarray:
         """Return for each text the position of the first one that is equal to it, int32 or int64 [N].
 

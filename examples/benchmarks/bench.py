@@ -24,9 +24,6 @@ from pathlib import Path
 
 from ear_teacher_cli.cli.process import spin_briefly
 
-spin_briefly()  # as the command does; all loops that are compared gain from it
-import torch  # noqa: E402
-
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 PARTS = ("images", "cache", "step", "distilling", "embedding", "validation", "starting", "memory", "versions")
 
@@ -101,6 +98,7 @@ def machine() -> str:
     """Describe the processor, the GPU and the versions of the libraries."""
     import numpy
     import PIL
+    import torch
 
     import ear_teacher_cli
 
@@ -124,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="use tiny inputs to check that the parts run")
     parser.add_argument("--json", metavar="FILE", help="write the values of every round")
     options = parser.parse_args(argv)
+    spin_briefly()  # as the command does; all loops that are compared gain from it
+    import torch  # after it: torch's threads read the setting when they are loaded
+
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part: {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     print(f"{machine()}; {options.rounds} rounds\n", flush=True)
