@@ -79,7 +79,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush_to_disk(temporary)
-        temporary.chmod(0o666 & ~_UMASK)  # mkstemp gives 0600; give what open() would have given
+        temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; give what open() would have given
         claimed.before_rename()
         os.replace(temporary, path)
     except OSError as error:
@@ -134,8 +134,8 @@ def whole_folder(path: str | Path, files: Collection[str]) -> Iterator[Path]:
         for written in temporary.iterdir():
             if written.name != _LOCK:
                 _flush_to_disk(written)
-                written.chmod(0o666 & ~_UMASK)
-        temporary.chmod(0o777 & ~_UMASK)
+                written.chmod(0o666 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
         claimed.before_rename()
         if path.is_dir():
             os.rename(path, aside)
@@ -315,10 +315,7 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _read_umask() -> int:
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-_UMASK = _read_umask()  # once: reading sets it for a moment, for all threads

@@ -43,7 +43,8 @@ def spin_briefly() -> None:
     """Let threads of torch that wait for each other sleep soon, unless the environment says how they wait. Call it
     before torch is imported.
 
-    By default those of GNU's OpenMP (torch on Linux) spin for many milliseconds, on cores that other processes need. Results do not depend on it.
+    By default those of GNU's OpenMP (torch on Linux) spin for many milliseconds, on cores that other processes need.
+    Results do not depend on it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

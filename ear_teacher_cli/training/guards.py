@@ -49,9 +49,8 @@ class StepGuard:
         self.nonfinite_steps: list[NonFiniteStep] = []
         self._changing: list[torch.Tensor] = []  # buffers that the step may change: batch-norm statistics
         self._buffers: list[torch.Tensor] = []  # copies of them from before the step
-        self._unchecked: tuple[_HostCopy, torch.Tensor, torch.Tensor] | None = (
-            None  # whether finite, the loss, the rows
-        )
+        # of the batch that is watched: whether its loss is finite, the loss, the rows of its images
+        self._unchecked: tuple[_HostCopy, torch.Tensor, torch.Tensor] | None = None
         self._learns = False  # whether a batch of the optimizer step under way was not skipped
 
     def begin(self, module: pl.LightningModule) -> None:
@@ -106,7 +105,7 @@ class _HostCopy:
     def __init__(self, number: torch.Tensor):
         self._number, self._event = number, None
         if number.is_cuda:
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
             self._number.copy_(number, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

@@ -236,7 +236,8 @@ class EarTeacherLightningModule(pl.LightningModule):
         outputs = self.training_outputs(batch, classes)
         found = self.objective.training(outputs)
         self.guard.watch(self, found.total, batch["index"])
-        self._batch_means = [(found.metrics, len(batch["index"]))]
+        # without their graphs, which would be kept until the next step
+        self._batch_means = [({k: value.detach() for k, value in found.metrics.items()}, len(batch["index"]))]
         if batch_idx == 0 and (ratio := self.objective.gradient_ratio(found, outputs)) is not None:
             self._batch_means.append(({"grad_ratio": ratio}, 1))
         if self.trainer.accumulate_grad_batches > 1 and not self._check_batch():
